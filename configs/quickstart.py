@@ -1,0 +1,70 @@
+"""The whole loop on a laptop: a small subject, real text, twelve minutes on two CPU cores.
+
+    nla quickstart --workdir runs/quickstart
+    nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
+"""
+
+from ml_collections import ConfigDict
+
+ADAMW = "nla_jax.optimizer:adamw"
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Variants: "" (start from the shipped subject), "subject" (train the subject from scratch), "tiny" (a test's size)."""
+    c = ConfigDict()
+    c.seed = 0
+    c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
+
+    # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
+    c.corpus = ConfigDict(
+        dict(source="python_docs", text_field="text", id_field="id", split="train", min_chars=300, max_documents=10**9)
+    )
+    c.split = ConfigDict(dict(av_sft=0.60, ar_sft=0.20, rl=0.14, heldout=0.06))  # shares of the documents
+
+    # The subject: a folder or hub id; "" means the one that `pretrain` writes.
+    c.subject = ConfigDict(dict(path="", layer=2))
+    c.pretrain = ConfigDict(
+        dict(
+            init_from="shipped",  # a folder, "shipped" (comes with the package), or "" (random)
+            steps=0, batch=32, length=256, checkpoint_every=200, dtype="bfloat16", vocab_size=2048,
+            model=dict(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384),
+            optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=100, weight_decay=0.05, b2=0.98),
+        )
+    )  # fmt: skip
+
+    c.extract = ConfigDict(dict(positions=16, min_position=24, max_tokens=256, shard_documents=500))
+    c.label = ConfigDict(dict(function="nla_jax.data.labels:label", splits=("av_sft", "ar_sft", "heldout")))
+    c.prompts = ConfigDict(
+        dict(
+            verbalizer_template="Explain this activation: {injection_char}",
+            reconstructor_template="<text>{explanation}</text><summary>",
+            marker="",  # "" finds one
+            injection_scale=0.0,  # 0 means the mean norm of the training activations
+            max_new_tokens=48,
+        )
+    )
+    c.sft = ConfigDict(
+        dict(
+            checkpoint_every=200,
+            av=dict(batch=64, steps=1000, optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)),
+            ar=dict(batch=64, steps=400, optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)),
+        )
+    )
+    c.rl = ConfigDict(
+        dict(
+            steps=100, activations=48, group=8, rollout_chunks=1, micro_batches=1,
+            temperature=1.0, top_k=None, top_p=None,
+            reward="nla_jax.losses:negative_mse",
+            advantage="nla_jax.losses:group_normalised",
+            kl_coefficient=0.01,
+            av_optimizer=dict(function=ADAMW, lr=1e-4, warmup=5),
+            ar_optimizer=dict(function=ADAMW, lr=3e-4, warmup=5),
+            checkpoint_every=20, heldout_every=20, heldout_rows=256,
+        )
+    )  # fmt: skip
+    c.evaluate = ConfigDict(dict(rows=2000, temperature=1.0, batch=128, examples=30))
+    c.report = ConfigDict(dict(title="Quickstart", command="nla quickstart --workdir runs/quickstart"))
+
+    if variant == "subject":
+        c.pretrain.update(init_from="", steps=1200)
+    return c

@@ -1,0 +1,175 @@
+"""The `nla` command."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from nla_jax.errors import InputError
+
+LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
+DEFAULT_CONFIG = "configs/quickstart.py"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit status: 0, or 1 after one sentence on standard error where an input is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments, config = parse(argv)
+        if arguments.verb == "explain":
+            explain(arguments)
+        else:
+            run_stages(arguments, config)
+        return 0
+    except (InputError, OSError) as error:
+        print(f"nla: {sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("nla: stopped; the same command continues from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def sentence(error: Exception) -> str:
+    """What a user reads of an error: an operating system's (full disk, no permission) names the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}."
+    return str(error)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict | None]:
+    """Flags and, for the verbs of the loop, the config with its `--config.field=value` overrides.
+
+    Raises InputError for an unknown field, a value of the wrong type, or a config file that cannot be read."""
+    parser = argparse.ArgumentParser(prog="nla", description="Natural language autoencoders in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    stage_help = {
+        "quickstart": "all of the following, in order",
+        "pretrain": "train (or measure) the subject",
+        "extract": "activations of the corpus",
+        "label": "explanations for the warm start",
+        "sft": "supervised warm start of AV and AR",
+        "rl": "joint training",
+        "evaluate": "held-out FVE and its controls",
+        "report": "summary.json and report.html",
+    }
+    for verb, text in stage_help.items():
+        sub = verbs.add_parser(verb, help=text, epilog="--config.field=value overrides any field of the config.")
+        sub.add_argument("--config", default=DEFAULT_CONFIG, help="config file, optionally file.py:variant")
+        sub.add_argument("--workdir", default=None, help="where everything of this run is written (default runs/NAME)")
+    sub = verbs.add_parser("explain", help="what activations of a text say")
+    sub.add_argument("--pair", required=True, help="folder with av/ and ar/")
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument("--text", help="the text (default: standard input)")
+    source.add_argument("--file", help="a file with the text")
+    sub.add_argument("--subject", help="the subject's folder or hub id (default: what the pair's sidecar names)")
+    sub.add_argument("--tokens", default="last", help="which tokens: last, all, or indices such as 3,-1")
+    sub.add_argument("--temperature", type=float, default=0.0)
+    sub.add_argument("--max-new-tokens", type=int, default=150)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.verb == "explain":
+        if overrides:
+            raise InputError(f"Unknown argument {overrides[0]!r}; see `nla explain --help`.")
+        return arguments, None
+    if unknown := [flag for flag in overrides if not flag.startswith("--config.")]:
+        raise InputError(f"Unknown argument {unknown[0]!r}; see `nla {arguments.verb} --help`.")
+    return arguments, load_config(arguments.config, overrides)
+
+
+def load_config(file: str, overrides: list[str]) -> ConfigDict:
+    """The config that `file.py[:variant]` gives, changed by `--config.field=value` overrides."""
+    path, colon, variant = file.partition(":")
+    if not Path(path).is_file():
+        beside = Path(__file__).parent.parent / path
+        if not beside.is_file():
+            raise InputError(f"There is no config file {path}.")
+        path = str(beside)
+    values = flags.FlagValues()
+    with contextlib.redirect_stderr(None):
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        try:
+            values(["nla", f"--config={path}{colon}{variant}", *overrides], known_only=False)
+            return values.config
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}") from None
+
+
+def run_stages(arguments: argparse.Namespace, config: ConfigDict) -> None:
+    """One stage of a run, or all of them."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from nla_jax.data.dataset import extract, label
+    from nla_jax.evaluate.evaluation import evaluate, report
+    from nla_jax.pretrain import pretrain
+    from nla_jax.run import Run
+    from nla_jax.train import rl, sft
+
+    functions = dict(zip(LOOP, (pretrain, extract, label, sft, rl, evaluate, report), strict=True))
+    workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
+    enable_compile_cache()
+    run = Run(config, workdir)
+    stages = LOOP if arguments.verb == "quickstart" else (arguments.verb,)
+    if arguments.verb == "quickstart" and config.subject.path:
+        stages = LOOP[1:]
+    for stage in stages:
+        known = run.result(stage) is not None
+        functions[stage](run)
+        result = run.result(stage)
+        print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
+    if stages[-1] == "report":
+        print_headline(run)
+
+
+def print_headline(run) -> None:
+    """The figures that everybody looks for first."""
+    s = json.loads((run.workdir / "summary.json").read_text())
+    low, high = s["fve_rl_ci95"]
+    print(
+        f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {low:.3f} to {high:.3f}) after RL, {s['fve_warm']:.3f} before; "
+        f"shuffled {s['fve_shuffled']:.3f}, no injection {s['fve_no_injection']:.3f}, empty {s['fve_empty']:.3f}.\n"
+        f"Report: {run.workdir / 'report.html'}   Pair: {run.workdir / 'pair'}"
+    )
+
+
+def enable_compile_cache() -> None:
+    """Compiled programs are kept between runs, so that a resumed run does not compile again."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def explain(arguments: argparse.Namespace) -> None:
+    """Prints, for each token asked for, the explanation and how much of the activation it carries."""
+    from nla_jax.explain import explain_text
+
+    if arguments.file:
+        try:
+            text = Path(arguments.file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{arguments.file} cannot be read as text ({error}).") from None
+    else:
+        text = arguments.text if arguments.text is not None else sys.stdin.read()
+    enable_compile_cache()
+    rows = explain_text(
+        text, arguments.pair, subject=arguments.subject, tokens=arguments.tokens, temperature=arguments.temperature,
+        max_new_tokens=arguments.max_new_tokens, seed=arguments.seed,
+    )  # fmt: skip
+    for row in rows:
+        if arguments.json:
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            fve = "FVE unknown" if row["fve"] is None else f"FVE {row['fve']:.2f}"
+            print(f"[{row['position']}] {row['token']!r}   {fve}, cosine {row['cosine']:.2f}")
+            print(f"    {row['explanation'] or '(no explanation within the length limit)'}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From documents to training batches: corpora, extraction, labels."""

@@ -1,0 +1,209 @@
+"""The default labeller of the warm start: what a text is like where it ends, in two short formulaic statements.
+
+An activation holds mostly the last words, the topic and what may come next, so that is what a label says:
+
+    Ends with "of the given array", late in a sentence. A parameter list about shape, axis and dtype.
+
+No model and no network: a run needs no API key, and a small verbalizer can learn to write such labels.
+"""
+
+import re
+from collections.abc import Sequence
+
+TAIL_CHARS = 28
+TAIL_WORDS = 5
+WINDOW = 2000  # characters before the end that a label may depend on
+HALF_LIFE = 400  # characters after which a mention counts half
+KEYWORDS = 3
+KEYWORD_CHARS = 26  # of all keywords together
+
+TAGS = re.compile(r"</?explanation>", re.IGNORECASE)
+WORD = re.compile(r"(?<!\w)[^\W\d]\w{2,19}(?!\w)")
+LAST_WORDS = re.compile(rf"(?:\S+ ){{0,{TAIL_WORDS - 1}}}\S+$")
+
+STOP_WORDS = frozenset(
+    """
+    about above according across actually after again against all allow allows along already also although always
+    among and another any anything are arg args argument arguments around attribute automatically available based
+    because been before being below between both but call called calls can cannot case cases class come contain
+    containing contains could current currently def default defaults depending depends described details did
+    different does doing done down due during each easily either else enough etc even every example examples except
+    exist exists expected false few first following follows for from full function functions further get gets give
+    given gives giving has have having here high how however http https ignored immediately implementation import
+    include included includes including indicates information input inside instance instead int into its itself just
+    keep kept know large last least less let like list made make makes many may means method might module more most
+    much must name named need needed needs never new next non none not note nothing now number object objects old
+    one ones only optional order other others otherwise our out output over own parameter parameters part particular
+    pass passed per please possible provide provided provides raise raised raises rather read real responsible
+    result results return returned returning returns run same see self set sets several shall should show shown
+    similar simple simply since single small some something specific specified specifies still str string such
+    support supported supports sure take taken takes than that the their them then there therefore these they thing
+    this those though through thus time times too true turn two type types under unless until upon use used useful
+    user uses using usually value values variable variables various very via want was way well were what when where
+    whether which while who whole whose why will with within without work works would www yes yet you your
+    """.split()
+)
+
+SECTIONS = {
+    "parameters": "A parameter list", "args": "A parameter list", "arguments": "A parameter list",
+    "other parameters": "A parameter list", "keyword arguments": "A parameter list", "attributes": "An attribute list",
+    "methods": "A method list", "returns": "A result description", "return": "A result description",
+    "yields": "A result description", "raises": "A list of errors", "warns": "A list of errors",
+    "notes": "Notes", "note": "A note", "warning": "A warning", "warnings": "A warning", "see also": "Cross-references",
+    "references": "A list of references", "examples": "An example section", "example": "An example section",
+    "usage": "An example section", "installation": "Installation notes", "changelog": "A list of changes",
+}  # fmt: skip
+SECTION = re.compile(
+    rf"^[ \t#*]*({'|'.join(sorted(SECTIONS, key=len, reverse=True))})(?:::?[ \t]*$|[ \t]*\n[ \t]*[-=~]{{3,}}|\s*$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+FIELDS = {
+    "param": "A parameter list", "type": "A parameter list", "return": "A result description",
+    "rtype": "A result description", "raise": "A list of errors",
+}  # fmt: skip
+FIELD = re.compile(rf"^\s*:({'|'.join(FIELDS)})")
+PARAMETER = re.compile(r"^\s*[`*]*\w+[`*]* ?(\(.*\)|: \w|--? )", re.MULTILINE)
+
+LINE_KINDS = [  # what the last line shows by itself, most telling first
+    (re.compile(r"^\s*(>>>|\.\.\. |In \[\d+\]:)"), "An interactive session"),
+    (re.compile(r"^\s*(\$|pip |git |cd |sudo )\s*\S"), "A shell command"),
+    (re.compile(r"^\s*(@\w|(async )?def \w|class \w+[(:]|import \w+( as \w+)?$|from [\w.]+ import)"), "Code"),
+    (re.compile(r"^\s*[\w.\[\]]+(, [\w.]+)* = \S|[{}]\s*$|\);$|^\s*[\w.]+\([^)]*\)?$"), "Code"),
+    (re.compile(r"^\s*#{1,6} "), "A heading"),
+    (re.compile(r"^\s*\.\. *(versionadded|versionchanged|deprecated)"), "A version note"),
+    (re.compile(r"^\s*\.\. |^\s*:\w+:"), "A markup directive"),
+    (re.compile(r"\|.*\||^\s*[+|][-=+]{3,}|^\s*={3,} +=|\S\t+\S"), "A table"),
+    (re.compile(r"https?://\S*$"), "A link"),
+    (re.compile(r"^\s*[-*•+] "), "A list item"),
+    (re.compile(r"^\s*\(?(\d+|[a-z])[.)] "), "A numbered item"),
+    (re.compile(r"\\(frac|sum|int|mathbb|alpha|beta|left|cdot|sqrt)|\$[^$]*$"), "A formula"),
+]  # fmt: skip
+CODE = {"A code block", "Code", "An interactive session", "A shell command"}
+LICENSE = re.compile(r"copyright|licen[sc]e|warrant|liab|redistribut", re.IGNORECASE)
+
+PUNCTUATION = {
+    ",": "after a comma", ";": "after a semicolon", ":": "after a colon", "(": "after an opening bracket",
+    "[": "after an opening bracket", "{": "after an opening bracket", ")": "after a closing bracket",
+    "]": "after a closing bracket", "}": "after a closing bracket", "=": "after an equals sign",
+    "-": "after a hyphen", "_": "after an underscore", "/": "after a slash", "`": "at a code quote",
+    '"': "at a quotation mark", "'": "at a quotation mark",
+}  # fmt: skip
+
+
+def label(texts: Sequence[str]) -> list[str]:
+    """One label for each text, which is a document up to a token and may end within a word.
+
+    A pure function of each text alone: the last words verbatim, what stands there grammatically, the kind of passage
+    and its topics; about 100 characters, one line, without control characters or explanation tags.
+    """
+    return [label_one(text) for text in texts]
+
+
+def label_one(text: str) -> str:
+    """The label of one text."""
+    fenced = text.count("```") % 2 == 1
+    opening = len(text) <= WINDOW
+    text = TAGS.sub(" ", text[-WINDOW:])
+    tail = last_words(text)
+    if not tail:
+        return "Nothing stands before this place. A blank start."
+    passage = "A code block" if fenced else kind(text, opening)
+    topics = keywords(text, tail)
+    about = f" about {join(topics)}" if topics else ""
+    return f'Ends with "{tail}", {position(text, passage in CODE)}. {passage}{about}.'
+
+
+def last_words(text: str) -> str:
+    """The last words of the text on one line, cut at a word's start; of an endless word, its end."""
+    line = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text.rstrip()[-4 * TAIL_CHARS :])
+    line = " ".join(line.replace('"', "'").split())[-TAIL_CHARS - 1 :]
+    whole = line if len(line) <= TAIL_CHARS else line.partition(" ")[2] or line[1:]
+    found = LAST_WORDS.search(whole)
+    return found[0] if found else ""
+
+
+def keywords(text: str, tail: str) -> list[str]:
+    """The topics: words said often, lately, and long or shaped like identifiers; not those the tail shows anyway."""
+    shown = {word.lower() for word in WORD.findall(tail)}
+    weights, forms = {}, {}
+    for match in WORD.finditer(text):
+        word = match[0]
+        key = word.lower().rstrip("s") if len(word) > 4 else word.lower()
+        if word.lower() in STOP_WORDS or word.lower() in shown or match.end() == len(text):
+            continue
+        shape = 1.5 if "_" in word or word[1:].lower() != word[1:] else 1.0
+        recency = 0.5 ** ((len(text) - match.end()) / HALF_LIFE)
+        weights[key] = weights.get(key, 0.0) + recency * shape * min(len(word), 9)
+        forms[key] = word
+    chosen, room = [], KEYWORD_CHARS
+    for key in sorted(weights, key=lambda key: (-weights[key], key)):
+        if len(forms[key]) <= room and len(chosen) < KEYWORDS:
+            chosen.append(forms[key])
+            room -= len(forms[key])
+    return chosen
+
+
+def kind(text: str, opening: bool) -> str:
+    """What kind of passage the text ends in; `opening` says that the text begins with its document."""
+    line = text.rstrip("\n").rpartition("\n")[2]
+    if field := FIELD.match(line):
+        return FIELDS[field[1]]
+    for pattern, name in LINE_KINDS:
+        if pattern.search(line):
+            return name
+    if len({word.lower() for word in LICENSE.findall(text[-500:])}) >= 2:
+        return "License text"
+    if section := open_section(text, line):
+        return SECTIONS[section]
+    if line.startswith(("    ", "\t")):
+        return "A parameter list" if PARAMETER.search("\n".join(text.splitlines()[-4:])) else "An indented passage"
+    if opening and "\n\n" not in text.strip():
+        return "An opening" if len(text) < 200 else "An introduction"
+    return "Prose"
+
+
+def open_section(text: str, line: str) -> str | None:
+    """The name of the section that `line`, the last one, stands in; `Args:` reaches as far as its indented lines."""
+    headings = list(SECTION.finditer(text))
+    if not headings:
+        return None
+    heading = headings[-1]
+    by_indent = heading[0].rstrip().endswith(":") and "\n" in text[heading.end() :].rstrip()
+    return None if by_indent and indent(line) <= indent(heading[0]) else heading[1].lower()
+
+
+def indent(line: str) -> int:
+    """How many blanks begin the line."""
+    return len(line) - len(line.lstrip())
+
+
+def position(text: str, code: bool) -> str:
+    """What stands at the end grammatically, in `code` or else in prose: a hint at what comes next."""
+    text = text.rstrip(" \t")
+    if text.endswith("\n"):
+        return "at a paragraph break" if text.endswith("\n\n") else "at a line break"
+    line = text.rpartition("\n" if code else "\n\n")[2][-300:]
+    last = line[-1:]
+    if last in PUNCTUATION:
+        return PUNCTUATION[last]
+    if last.isdigit():
+        return "after a number"
+    if last in ".!?":
+        return "after a dot" if code else "at a sentence end"
+    if line.count('"') % 2:
+        return "inside a quotation"
+    if line.count("`") % 2:
+        return "inside quoted code"
+    if line.count("(") > line.count(")"):
+        return "inside brackets"
+    if not last.isalpha():
+        return "after a symbol"
+    if code:
+        return "early in a line" if len(line.split()) <= 3 else "late in a line"
+    words = len(re.split(r"[.!?:]\s|\n\s*[-*]\s", line)[-1].split())
+    return "starting a sentence" if words <= 2 else "early in a sentence" if words <= 8 else "late in a sentence"
+
+
+def join(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -1,0 +1,178 @@
+"""The `evaluate` and `report` stages: held-out FVE with its controls, the figures of a run, and the page."""
+
+import datetime
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+
+from nla_jax.data.dataset import Rows, load_rows
+from nla_jax.data.extraction import read_table, write_table
+from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
+from nla_jax.metrics import Progress, read_metrics, write_atomically
+from nla_jax.pair import Pair, load_pair
+from nla_jax.report.page import render
+from nla_jax.run import Run
+
+
+def evaluate(run: Run) -> None:
+    """Scores the pairs of a run on held-out documents and writes `{workdir}/evaluation.json`.
+
+    Texts: the AV's before and after RL (sampled as configured), the labels ("gold text"), the AV's texts dealt to other
+    activations ("shuffled"), no text ("empty"), and the AV's texts with nothing injected. Each goes through the AR of the pair
+    after RL, the warm texts through the warm AR. A response without an explanation counts as an empty text."""
+    c = run.config.evaluate
+    with run.stage("evaluate") as result:
+        if result is None:
+            return
+        run.require("rl")
+        rows = some_rows(load_rows(run.workdir, "heldout"), c.rows)
+        warm, pair = load_pair(run.workdir / "pair_warm"), load_pair(run.workdir / "pair")
+        curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
+        progress = Progress("evaluate", 7 + len(curve))
+
+        def texts(name: str, write: Callable[[], list[str]]) -> list[str]:
+            """The texts of one condition, kept on disk so that a restart does not sample them again."""
+            path = run.workdir / "evaluation" / f"{name}.parquet"
+            if not path.exists():
+                write_table(pa.table({"explanation": pa.array(write(), pa.string())}), path)
+            progress.update()
+            return read_table(path, ["explanation"]).column(0).to_pylist()
+
+        sample = lambda pair, **kw: pair.verbalize(
+            rows.vectors, run.config.prompts.max_new_tokens, c.temperature, run.config.seed, batch=c.batch, **kw
+        )
+        warm_texts = texts("warm", lambda: sample(warm))
+        rl_texts = texts("rl", lambda: sample(pair))
+        silent_texts = texts("no_injection", lambda: sample(pair, inject=False))
+
+        def scores(texts: list[str], pair: Pair = pair) -> np.ndarray:
+            recon = pair.reconstruct(texts, batch=c.batch)
+            progress.update()
+            return row_fve(recon, rows.vectors)
+
+        recon = pair.reconstruct(rl_texts, batch=c.batch)
+        rl_scores, warm_scores = row_fve(recon, rows.vectors), scores(warm_texts, warm)
+        gold_scores = scores(rows.labels)
+        shuffled_scores = scores([rl_texts[i] for i in derangement(rows.doc_ids, run.config.seed)])
+        silent_scores = scores(silent_texts)
+        empty = float(row_fve(pair.reconstruct([""] * 2)[[0] * len(rows)], rows.vectors).mean())
+        prefixes = [float(scores(cut(pair, rl_texts, n)).mean()) for n in curve]
+        progress.close()
+
+        lengths = [len(ids) for ids in pair.prompts.tokenizer(rl_texts, add_special_tokens=False).input_ids]
+        cosine = pair_cosine(recon, rows.vectors)
+        interval = lambda s: list(clustered_interval(s, rows.doc_ids))
+        result["summary"] = {
+            "fve_warm": float(warm_scores.mean()),
+            "fve_warm_ci95": interval(warm_scores),
+            "fve_rl": float(rl_scores.mean()),
+            "fve_rl_ci95": interval(rl_scores),
+            "fve_rl_median": float(np.median(rl_scores)),
+            "fve_rl_meannorm": fve(recon, rows.vectors, "meannorm"),
+            "fve_gold_text": float(gold_scores.mean()),
+            "fve_gold_text_warm": float(scores(rows.labels, warm).mean()),
+            "fve_shuffled": float(shuffled_scores.mean()),
+            "fve_empty": empty,
+            "fve_no_injection": float(silent_scores.mean()),
+            "cos_rl": float(cosine.mean()),
+            "extraction_rate": float(np.mean([text != "" for text in rl_texts])),
+            "extraction_rate_warm": float(np.mean([text != "" for text in warm_texts])),
+            "mean_length": float(np.mean(lengths)),
+            "heldout_documents": len(set(rows.doc_ids)),
+            "heldout_rows": len(rows),
+        }
+        picked = example_rows(rows.doc_ids, c.examples)
+        page = {
+            "prefix_curve": {"tokens": curve, "fve": prefixes},
+            "row_fve": {"warm": warm_scores.tolist(), "rl": rl_scores.tolist(), "shuffled": shuffled_scores.tolist()},
+            "lengths": lengths,
+            "examples": [
+                {
+                    "document": rows.doc_ids[i],
+                    "context": rows.texts[i].removesuffix(rows.tokens[i]),
+                    "token": rows.tokens[i],
+                    "after": rows.following[i],
+                    "label": rows.labels[i],
+                    "warm": warm_texts[i],
+                    "rl": rl_texts[i],
+                    "fve_warm": float(warm_scores[i]),
+                    "fve_rl": float(rl_scores[i]),
+                    "cos_rl": float(cosine[i]),
+                }
+                for i in picked
+            ],
+        }
+        write_atomically(run.workdir / "evaluation.json", json.dumps(page))
+
+
+def some_rows(rows: Rows, count: int) -> Rows:
+    """`count` rows spread evenly over all documents."""
+    if len(rows) <= count:
+        return rows
+    at = np.linspace(0, len(rows) - 1, count).astype(int)
+    pick = lambda values: [values[i] for i in at]
+    return Rows(
+        rows.vectors[at], pick(rows.doc_ids), pick(rows.texts), pick(rows.tokens), pick(rows.following), pick(rows.labels)
+    )
+
+
+def derangement(doc_ids: list[str], seed: int) -> np.ndarray:
+    """A permutation that gives every row another row's place, and wherever it can, another document's."""
+    order = np.random.default_rng(seed).permutation(len(doc_ids))
+    order = order[np.argsort(np.asarray(doc_ids)[order], kind="stable")]  # documents in blocks
+    most = np.unique(np.asarray(doc_ids), return_counts=True)[1].max()
+    target = np.empty(len(order), int)
+    target[order] = np.roll(order, most)  # a shift by the largest block leaves every block
+    return target
+
+
+def cut(pair: Pair, texts: list[str], tokens: int) -> list[str]:
+    """Each text's first `tokens` tokens."""
+    tokenizer = pair.prompts.tokenizer
+    return [tokenizer.decode(ids[:tokens]) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def pair_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each row of `a` with its row of `b`."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+
+
+def example_rows(doc_ids: list[str], count: int) -> list[int]:
+    """Rows to show: one a document, documents evenly spaced, without a look at any score."""
+    first = sorted({id: i for i, id in reversed(list(enumerate(doc_ids)))}.values())
+    return [first[i] for i in np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
+
+
+def report(run: Run) -> None:
+    """Writes `{workdir}/summary.json` with every headline figure and `{workdir}/report.html`."""
+    with run.stage("report") as result:
+        if result is None:
+            return
+        summary = dict(run.require("evaluate")["summary"])
+        rl = run.require("rl")
+        summary |= {"logprob_gap_max": rl["logprob_gap_max"], "skipped_steps": rl["skipped"]}
+        if pretrained := run.result("pretrain"):
+            summary |= {name: pretrained[name] for name in ("subject_loss", "bigram_loss", "unigram_loss")}
+        else:
+            summary |= dict.fromkeys(("subject_loss", "bigram_loss", "unigram_loss"))
+        summary["injection_scale"] = run.require("sft")["injection_scale"]
+        summary["seconds_by_stage"] = {
+            stage: run.result(stage)["seconds"]
+            for stage in ("pretrain", "extract", "label", "sft", "rl", "evaluate")
+            if run.result(stage)
+        }
+        data = json.loads((run.workdir / "evaluation.json").read_text()) | {
+            "title": run.config.report.title,
+            "subject": str(run.subject_folder),
+            "layer": run.config.subject.layer,
+            "created": datetime.datetime.now().isoformat(" ", "minutes"),
+            "command": run.config.report.command,
+            "summary": summary,
+            "history": read_metrics(run.workdir / "train/rl/metrics.jsonl"),
+        }
+        write_atomically(run.workdir / "report.html", render(data))
+        write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        result["page"] = "report.html"

@@ -1,0 +1,84 @@
+"""Rewards, advantages and the per-token quantities of the policy: everything the joint step differentiates or scores.
+
+A reward is a function `reward(mse [B], length [B]) -> [B]`, an advantage `advantage(rewards [A, G]) -> [A, G]`; configs
+name one by value or import path, so that a new one edits no file of this package.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from nla_jax.models.transformer import Transformer
+
+FAILED_REWARD = -2.0  # truncated or unparsable responses: below every good reconstruction, and trained on
+
+
+def negative_mse(mse: Float[Array, "B"], length: Int[Array, "B"]) -> Float[Array, "B"]:
+    """-mse = -2(1 - cos): the paper's reward."""
+    return -mse
+
+
+def negative_log_mse(mse: Float[Array, "B"], length: Int[Array, "B"]) -> Float[Array, "B"]:
+    """-log mse: converges faster, writes worse, may collapse at small batches."""
+    return -jnp.log(mse + 1e-6)
+
+
+def group_normalised(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
+    """GRPO: (r - mean_G r) / (std_G r + eps)."""
+    centred = rewards - rewards.mean(1, keepdims=True)
+    return centred / (rewards.std(1, keepdims=True) + 1e-4)
+
+
+def group_centred(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
+    """r - mean_G r, scaled once by the batch's mean spread: a group whose samples hardly differ stays quiet."""
+    return (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1).mean() + 1e-4)
+
+
+@struct.dataclass
+class TokenStatistics:
+    """Per token: log π(token), the entropy of π, and KL(π ‖ reference) over the whole vocabulary (0 without one)."""
+
+    logprob: Float[Array, "*B"]
+    entropy: Float[Array, "*B"]
+    kl: Float[Array, "*B"]
+
+
+def token_statistics(
+    model: Transformer,
+    params: dict,
+    hidden: Float[Array, "B R D"],
+    targets: Int[Array, "B R"],
+    *,
+    temperature: float = 1.0,
+    reference: tuple[dict, Float[Array, "B R D"]] | None = None,
+    chunk: int = 2048,
+) -> TokenStatistics:
+    """Statistics of `targets` under softmax(logits(hidden) / temperature); `reference` is another model's parameters and
+    its states at the same tokens. Works through `chunk` tokens at a time and recomputes logits in the backward pass:
+    never `[B·R, V]` at once. The KL is exact (a sum over the vocabulary), so its gradient has no sampling noise and
+    nothing in it can overflow as the k3 estimator does."""
+
+    def log_softmax(params, hidden):
+        return jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits") / temperature)
+
+    @jax.checkpoint
+    def of_chunk(hidden, target, reference_hidden):
+        logp = log_softmax(params, hidden)
+        p = jnp.exp(logp)
+        kl = jnp.zeros(logp.shape[:-1])
+        if reference is not None:
+            kl = jnp.sum(p * (logp - log_softmax(reference[0], reference_hidden)), -1)
+        chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
+        return TokenStatistics(chosen, -jnp.sum(p * logp, -1), kl)
+
+    shape, N = targets.shape, targets.size
+    chunk = min(chunk, N)
+    rows = lambda x: jnp.pad(x.reshape(N, -1), ((0, -N % chunk), (0, 0))).reshape(-1, chunk, x.size // N)
+    inputs = rows(hidden), rows(targets)[..., 0], rows(hidden if reference is None else reference[1])
+    statistics = jax.lax.map(lambda x: of_chunk(*x), inputs)
+    return jax.tree.map(lambda x: x.reshape(-1)[:N].reshape(shape), statistics)
+
+
+def masked_mean(x: Float[Array, "*B"], mask: Bool[Array, "*B"]) -> Float[Array, ""]:
+    return jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(mask.sum(), 1)

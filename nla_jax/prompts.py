@@ -1,0 +1,134 @@
+"""Text and token ids on the host: the AV's prompt, explanation tags, and the AR's template."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from nla_jax.data.batches import pad_tokens
+from nla_jax.errors import InputError
+
+VERBALIZER_TEMPLATE = (
+    "You are a meticulous AI researcher conducting an important investigation into activation vectors from a language "
+    "model. Your overall task is to describe the semantic content of that activation vector.\n\nHere is the vector: "
+    "<concept>{injection_char}</concept>\n\nPlease provide an explanation within <explanation> tags."
+)
+RECONSTRUCTOR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
+MARKERS = "㈎㈜㎡㊙㋿™~§¤¬|^"  # rare characters, tried in this order where no marker is named
+EXPLANATION = re.compile(r"\s*<explanation>\s*(.*?)\s*</explanation>\s*", re.DOTALL)
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, content: str, answer: str | None = None) -> str:
+    """The text of a conversation up to the model's turn (or with its `answer`), by the tokenizer's chat template; a
+    tokenizer without one gets its BOS, the content and a line break."""
+    if tokenizer.chat_template is None:
+        return (tokenizer.bos_token or "") + content + "\n" + ("" if answer is None else answer + tokenizer.eos_token)
+    messages = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=answer is None, enable_thinking=False
+    )
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of finished texts, nothing added."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant's turn: the first one after its words in the chat template."""
+    text = chat_text(tokenizer, "question", "answer")
+    tail = plain_ids(tokenizer, [text[text.rindex("answer") + len("answer") :]])[0]
+    return tail[0] if tail and tokenizer.chat_template is not None else tokenizer.eos_token_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Marker:
+    """The placeholder of the activation in a prompt, as `nla_meta.yaml` records it."""
+
+    char: str
+    id: int
+    left: int
+    right: int
+
+
+def find_marker(tokenizer: PreTrainedTokenizerBase, template: str, char: str = "") -> Marker:
+    """The marker `char` (or the first of `MARKERS` that works) with its neighbours in the prompt.
+
+    Raises `InputError` where the character is not exactly one token there, or stands there more than once."""
+    reasons = []
+    for candidate in [char] if char else MARKERS:
+        ids = plain_ids(tokenizer, [chat_text(tokenizer, template.format(injection_char=candidate))])[0]
+        places = [i for i, token in enumerate(ids) if candidate in tokenizer.decode([token])]
+        if len(places) == 1 and tokenizer.decode([ids[places[0]]]).strip() == candidate and 0 < places[0] < len(ids) - 1:
+            at = places[0]
+            return Marker(candidate, ids[at], ids[at - 1], ids[at + 1])
+        problem = "stands there several times" if len(places) > 1 else "is not one token of its own there"
+        reasons.append(f"{candidate!r} {problem}")
+    raise InputError(f"The AV's prompt has no usable injection marker: {'; '.join(reasons)}; set prompts.marker to a rare single-token character.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The templates of one pair with its live tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    marker: Marker
+    verbalizer_template: str = VERBALIZER_TEMPLATE
+    reconstructor_template: str = RECONSTRUCTOR_TEMPLATE
+
+    def verbalizer_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`(prefix, suffix)`: the ids before the marker, and those from the marker to the response. The marker is matched
+        with both neighbours and must stand exactly once. Raises `InputError` where it does not."""
+        content = self.verbalizer_template.format(injection_char=self.marker.char)
+        ids = plain_ids(self.tokenizer, [chat_text(self.tokenizer, content)])[0]
+        m = self.marker
+        places = [i for i in range(1, len(ids) - 1) if (ids[i - 1], ids[i], ids[i + 1]) == (m.left, m.id, m.right)]
+        if len(places) != 1:
+            raise InputError(
+                f"The marker {m.char!r} (token {m.id} between {m.left} and {m.right}) stands {len(places)} times in the "
+                f"AV's prompt under this tokenizer; it must stand once. The sidecar belongs to another tokenizer or prompt."
+            )
+        return tuple(ids[: places[0]]), tuple(ids[places[0] :])
+
+    def response_ids(self, explanations: Sequence[str]) -> list[list[int]]:
+        """What the AV is to write: each explanation in its tags, ended."""
+        end = end_of_turn(self.tokenizer)
+        texts = [f"<explanation>\n{text}\n</explanation>" for text in explanations]
+        return [ids + [end] for ids in plain_ids(self.tokenizer, texts)]
+
+    def read_responses(self, tokens: np.ndarray, mask: np.ndarray, finished: np.ndarray) -> list[str | None]:
+        """The explanation in each sampled response `[B, R]`; None where it was cut or is not in its tags."""
+        rows = [row[real].tolist() for row, real in zip(tokens, mask)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        matches = [EXPLANATION.fullmatch(text) if done else None for text, done in zip(texts, finished)]
+        return [match and match[1] for match in matches]
+
+    def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one. Where the
+        ids outnumber `limit`, the explanation loses its last tokens; the template stays whole."""
+        template, tokenizer = self.reconstructor_template, self.tokenizer
+        finished = lambda texts: tokenizer([template.format(explanation=t) for t in texts], verbose=False).input_ids
+        rows = finished(explanations) if explanations else []
+        for i, row in enumerate(rows if limit else []):
+            text = explanations[i]
+            while len(row) > limit:
+                ids = tokenizer(text, add_special_tokens=False).input_ids
+                if not ids:
+                    raise InputError(f"The AR's template alone has {len(row)} tokens, more than the limit of {limit}.")
+                text = tokenizer.decode(ids[: -max(len(row) - limit, 1)])
+                row = finished([text])[0]
+            rows[i] = row
+        return rows
+
+    def reconstructor_batch(self, explanations: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those ids as `[B, length]` with their lengths."""
+        return pad_tokens(self.reconstructor_ids(explanations, length), length)
+
+    def suffix_ids(self) -> list[int]:
+        """The template's suffix without its first token, which merges with the explanation's last character: what the AR's
+        sidecar records so that a reader can check its own tokenisation."""
+        return plain_ids(self.tokenizer, [self.reconstructor_template.split("{explanation}")[1]])[0][1:]

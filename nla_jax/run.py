@@ -1,0 +1,128 @@
+"""A run: one config and one working folder, cut into stages that remember what they were made from."""
+
+import contextlib
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from nla_jax.data.corpus import Document, load_corpus, split_of
+from nla_jax.errors import InputError
+from nla_jax.metrics import write_atomically
+
+# What each stage reads of the config, and the stage whose result it starts from.
+STAGES = {
+    "pretrain": (None, ("seed", "corpus", "split", "pretrain")),
+    "extract": ("pretrain", ("seed", "corpus", "split", "subject", "extract")),
+    "label": ("extract", ("label",)),
+    "sft": ("label", ("mesh", "prompts", "sft")),
+    "rl": ("sft", ("mesh", "rl")),
+    "evaluate": ("rl", ("evaluate",)),
+    "report": ("evaluate", ("report",)),
+}
+
+
+class Run:
+    """Working folder and config of one experiment."""
+
+    def __init__(self, config: ConfigDict, workdir: str | Path):
+        self.config, self.workdir = config, Path(workdir)
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"The working folder {workdir} cannot be written ({error.strerror}).") from None
+
+    def basis(self, stage: str) -> dict:
+        """The part of the config that determines a stage's result, with that of the stages before it."""
+        before, fields = STAGES[stage]
+        own = {field: json.loads(self.config[field].to_json_best_effort()) if isinstance(self.config[field], ConfigDict)
+               else self.config[field] for field in fields}  # fmt: skip
+        if before == "pretrain" and self.config.subject.path:
+            before = None  # the subject was made elsewhere
+        return (self.basis(before) if before else {}) | own
+
+    def result(self, stage: str) -> dict | None:
+        """What a finished stage reported (with its `seconds`); None before it has finished."""
+        record = self._record(stage)
+        return record["result"] | {"seconds": record["seconds"]} if record and "result" in record else None
+
+    def require(self, stage: str) -> dict:
+        """`result`, or an `InputError` that says which verb to run first."""
+        if (result := self.result(stage)) is None:
+            raise InputError(f"{self.workdir} holds no finished {stage!r} stage; run `nla {stage}` with the same flags first.")
+        self._check(stage)
+        return result
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict | None]:
+        """Runs a stage once: yields None where it has finished before, else a dict to fill with its result.
+
+        Raises `InputError` where the folder holds this stage made from other settings, naming the first that differs."""
+        if self.result(name) is not None:
+            self._check(name)
+            yield None
+            return
+        previous, start = self._record(name), time.monotonic()
+        if previous:
+            self._check(name)
+        spent = previous["seconds"] if previous else 0.0
+        record = {"basis": self.basis(name), "seconds": spent}
+        self._write(name, record)
+        result = {}
+        try:
+            yield result
+            record["result"] = result
+        finally:
+            record["seconds"] = round(spent + time.monotonic() - start, 2)
+            self._write(name, record)
+
+    def _file(self, stage: str) -> Path:
+        return self.workdir / "stages" / f"{stage}.json"
+
+    def _record(self, stage: str) -> dict | None:
+        return json.loads(self._file(stage).read_text()) if self._file(stage).exists() else None
+
+    def _write(self, stage: str, record: dict) -> None:
+        self._file(stage).parent.mkdir(exist_ok=True)
+        write_atomically(self._file(stage), json.dumps(record, indent=1) + "\n")
+
+    def _check(self, stage: str) -> None:
+        made, now = (_flat(x) for x in (self._record(stage)["basis"], json.loads(json.dumps(self.basis(stage)))))
+        for field in sorted(made.keys() | now.keys()):
+            if made.get(field) != now.get(field):
+                raise InputError(
+                    f"{self.workdir} holds stage {stage!r} made with {field} = {made.get(field)!r}, but the config now says "
+                    f"{now.get(field)!r}; use another --workdir, or delete {self._file(stage)} and what the stage wrote."
+                )
+
+    # What several stages read.
+
+    def documents(self) -> list[Document]:
+        """The corpus of the config."""
+        return list(load_corpus(data_dir=self.workdir / "corpus", **self.config.corpus))
+
+    def split(self, document: Document) -> str:
+        return split_of(document, self.config.split, self.config.seed)
+
+    @property
+    def subject_folder(self) -> str | Path:
+        return self.config.subject.path or self.workdir / "subject"
+
+
+def _flat(tree, path: str = "") -> dict:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}" if path else name).items()}
+
+
+def resolve(name: str) -> Callable:
+    """The function that a config names as `package.module:function`."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{name!r} names no function that can be imported as `package.module:function` ({error}).") from None

@@ -1,0 +1,142 @@
+"""The frozen subject: a language model cut after block K, and its activations at token positions."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from nla_jax.autoencoder import residual
+from nla_jax.data.batches import pad_tokens
+from nla_jax.errors import InputError
+from nla_jax.models.pretrained import fingerprint, load_params, load_tokenizer, locate, read_config
+from nla_jax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Blocks 0..K of a frozen model; `model` ends with the residual stream after block `layer`."""
+
+    name: str
+    folder: Path
+    layer: int
+    model: Transformer
+    params: dict
+    tokenizer: PreTrainedTokenizerBase
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the checkpoint's config and weights."""
+        return fingerprint(self.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Activations at token positions: `vectors [n, d]` float32 (raw), and for each row its token, the text up to and with
+    that token, the text that follows, its index in the document (from 0) and the document's id."""
+
+    vectors: np.ndarray
+    tokens: list[str]
+    texts: list[str]
+    following: list[str]
+    positions: np.ndarray
+    doc_ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+def load_subject(name: str | Path, layer: int, dtype=jnp.float32) -> Subject:
+    """Loads blocks 0..`layer` of a model folder or hub id. Raises `InputError` for a layer that the model does not have."""
+    folder = locate(name)
+    config = read_config(folder, dtype)
+    if not 0 <= layer < config.layers:
+        raise InputError(f"Layer {layer} does not exist: {name} has blocks 0 to {config.layers - 1}; set subject.layer.")
+    config = config.truncated(layer + 1)
+    params = load_params(folder, config, truncated=True)
+    return Subject(str(name), folder, layer, Transformer(config), jax.device_put(params), load_tokenizer(folder))
+
+
+def extract(
+    subject: Subject,
+    texts: Sequence[str],
+    positions: str | int | Sequence[int] = "last",
+    *,
+    max_tokens: int = 2048,
+    doc_ids: Sequence[str] | None = None,
+) -> Activations:
+    """Activations of `texts` at "last", "all", one index, or several indices of each text's tokens (negative from the end).
+
+    Special tokens are left out of "all". Raises `InputError` for an index that a text does not have."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise InputError("There is no text to extract activations from.")
+    rows = [ids[:max_tokens] for ids in subject.tokenizer(texts, verbose=False).input_ids]
+    special = set(subject.tokenizer.all_special_ids)
+    wanted = []
+    for row in rows:
+        if not row:
+            raise InputError("A text has no tokens; it is empty.")
+        ordinary = [i for i, token in enumerate(row) if token not in special]
+        if positions == "all":
+            chosen = ordinary
+        elif positions == "last":
+            chosen = [len(row) - 1]
+        else:
+            chosen = [positions] if isinstance(positions, int) else list(positions)
+            if bad := [i for i in chosen if not -len(row) <= i < len(row)]:
+                raise InputError(f"Position {bad[0]} does not exist in a text of {len(row)} tokens.")
+            chosen = [i % len(row) for i in chosen]
+        wanted.append(chosen)
+    doc_ids = doc_ids or [str(i) for i in range(len(rows))]
+    return activations_at(subject, rows, wanted, doc_ids)
+
+
+def activations_at(
+    subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], doc_ids: Sequence[str]
+) -> Activations:
+    """Activations of token rows at the given indices of each, in the order of the rows."""
+    decode = lambda ids: subject.tokenizer.decode(ids, skip_special_tokens=True)
+    vectors = list(residual_rows(subject, rows, positions))
+    where = [(row, i, id) for row, chosen, id in zip(rows, positions, doc_ids, strict=True) for i in chosen]
+    return Activations(
+        vectors=np.concatenate(vectors) if vectors else np.zeros((0, subject.model.config.width), np.float32),
+        tokens=[subject.tokenizer.decode([row[i]]) for row, i, _ in where],
+        texts=[decode(row[: i + 1]) for row, i, _ in where],
+        following=[decode(row[i + 1 : i + 17]) for row, i, _ in where],
+        positions=np.array([i for _, i, _ in where], np.int32),
+        doc_ids=[id for _, _, id in where],
+    )
+
+
+def residual_rows(
+    subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], batch: int = 16
+) -> Iterator[np.ndarray]:
+    """For each row the vectors `[len(positions), d]`, batched by length so that shapes are few and padding is small."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found: dict[int, np.ndarray] = {}
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        tokens, _ = pad_tokens([rows[i] for i in part] + [[0]] * (batch - len(part)), multiple=64)
+        hidden = _residual(subject.model, subject.params, tokens)
+        most = max(len(positions[i]) for i in part)
+        index = np.zeros((batch, max(most, 1)), np.int32)
+        for j, i in enumerate(part):
+            index[j, : len(positions[i])] = positions[i]
+        chosen = np.asarray(_gather(hidden, index))
+        for j, i in enumerate(part):
+            found[i] = chosen[j, : len(positions[i])]
+    for i in range(len(rows)):
+        yield found[i]
+
+
+_residual = jax.jit(residual, static_argnums=0)
+
+
+@jax.jit
+def _gather(hidden, index):
+    return jnp.take_along_axis(hidden, index[..., None], axis=1)

@@ -1,0 +1,198 @@
+"""The training loops: the supervised warm start, then reinforcement learning. Read top to bottom."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax.checkpoint import Checkpoints
+from nla_jax.data.batches import pad_tokens, rows_of_step
+from nla_jax.data.dataset import load_rows
+from nla_jax.errors import InputError
+from nla_jax.evaluate.fve import fve, normalised
+from nla_jax.fit import fit, make_optimizer
+from nla_jax.metrics import MetricLog, Progress
+from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_config
+from nla_jax.pair import Pair, load_pair, new_pair
+from nla_jax.prompts import Prompts, find_marker
+from nla_jax.run import Run, resolve
+from nla_jax.sampling import rollout
+from nla_jax.sharding import make_mesh, place_batch, relayout, shardings
+from nla_jax.sidecar import Sidecar
+from nla_jax.train_step import (
+    JointBatch, JointStep, SupervisedStep, TextBatch, reconstructor_loss, verbalizer_loss,
+)  # fmt: skip
+
+
+def sft(run: Run) -> None:
+    """The warm start: the AV learns to write the labels from the activations, the AR to rebuild the activations from the
+    labels. Writes the pair to `{workdir}/pair_warm`."""
+    c = run.config.sft
+    with run.stage("sft") as result:
+        if result is None:
+            return
+        run.require("label")
+        av_rows, ar_rows = (load_rows(run.workdir, split) for split in ("av_sft", "ar_sft"))
+        pair = new_pair(describe_pair(run, av_rows.vectors), locate(run.subject_folder))
+        result["injection_scale"] = pair.sidecar.injection_scale
+
+        tokens, lengths, kept = fixed_width(pair.prompts.response_ids(av_rows.labels), run.config.prompts.max_new_tokens)
+        vectors = av_rows.vectors[kept]
+        result["labels_too_long"] = 1 - len(kept) / len(av_rows)
+        av_batch = lambda step: text_batch(tokens, lengths, vectors, step, c.av.batch, run.config.seed)
+        step = SupervisedStep(verbalizer_loss(pair.verbalizer), make_optimizer(c.av.optimizer, c.av.steps))
+        av = fit(run.workdir / "train/sft_av", "sft av", step, pair.verbalizer_params, av_batch, c.av.steps, c.checkpoint_every)
+
+        width = reconstructor_width(pair.prompts, run.config.prompts.max_new_tokens)
+        ar_tokens, ar_lengths = pair.prompts.reconstructor_batch(ar_rows.labels, width)
+        ar_batch = lambda step: text_batch(ar_tokens, ar_lengths, ar_rows.vectors, step, c.ar.batch, run.config.seed)
+        step = SupervisedStep(reconstructor_loss(pair.reconstructor), make_optimizer(c.ar.optimizer, c.ar.steps))
+        ar = fit(run.workdir / "train/sft_ar", "sft ar", step, pair.reconstructor_params, ar_batch, c.ar.steps, c.checkpoint_every)
+
+        Pair(pair.sidecar, pair.prompts, pair.verbalizer, pair.reconstructor, av, ar).save(run.workdir / "pair_warm")
+
+
+def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
+    """The sidecar of the pair that a run is about to train; `vectors` are its training activations, whose mean norm is the
+    injection scale where the config sets none, and whose variance makes an FVE of a single activation meaningful."""
+    c, folder = run.config.prompts, locate(run.subject_folder)
+    tokenizer = load_tokenizer(folder)
+    marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
+    prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
+    return Sidecar(
+        base_checkpoint=str(run.subject_folder),
+        d_model=read_config(folder).width,
+        layer=run.config.subject.layer,
+        injection_scale=c.injection_scale or float(np.linalg.norm(vectors, axis=1).mean()),
+        marker=marker,
+        verbalizer_template=c.verbalizer_template,
+        reconstructor_template=c.reconstructor_template,
+        suffix_ids=tuple(prompts.suffix_ids()),
+        provenance={
+            "base_hash": fingerprint(folder),
+            "activation_variance": float(normalised(vectors).var(0).mean()),
+        },
+    )
+
+
+def fixed_width(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of at most `width` ids, padded to one shape, with their lengths and which rows they are; longer ones, which the
+    AV could never finish, are left out. Raises `InputError` where that is most of them."""
+    kept = np.array([i for i, row in enumerate(rows) if len(row) <= width], np.int64)
+    if 2 * len(kept) < len(rows):
+        raise InputError(
+            f"{len(rows) - len(kept)} of {len(rows)} labels need more than prompts.max_new_tokens = {width} tokens; raise it, or "
+            f"write shorter labels."
+        )
+    tokens, lengths = pad_tokens([rows[i] for i in kept], None)
+    return tokens[:, :width], lengths, kept
+
+
+def text_batch(tokens, lengths, vectors, step: int, batch: int, seed: int) -> TextBatch:
+    rows = rows_of_step(len(tokens), batch, step, seed)
+    return TextBatch(tokens[rows], lengths[rows], vectors[rows])
+
+
+def reconstructor_width(prompts: Prompts, max_new_tokens: int) -> int:
+    """The length of AR inputs: the template around a text of as many tokens as the AV may write, a multiple of 8."""
+    return -(-(len(prompts.reconstructor_ids([""])[0]) + max_new_tokens) // 8) * 8
+
+
+def rl(run: Run) -> None:
+    """Joint training of the warm-started pair: each step samples explanations, reads them on the host, and makes one
+    optimiser step on both models. Writes the pair to `{workdir}/pair`."""
+    c, limit = run.config.rl, run.config.prompts.max_new_tokens
+    with run.stage("rl") as result:
+        if result is None:
+            return
+        run.require("sft")
+        data = load_rows(run.workdir, "rl", labelled=False)
+        heldout = load_rows(run.workdir, "heldout", labelled=False).vectors[: c.heldout_rows]
+        pair = load_pair(run.workdir / "pair_warm")
+        width = reconstructor_width(pair.prompts, limit)
+
+        # The step, and where its state lives: shardings come from shapes, before any array exists.
+        mesh = make_mesh(**run.config.mesh)
+        joint = JointStep(
+            pair.verbalizer,
+            pair.reconstructor,
+            make_optimizer(c.av_optimizer, c.steps),
+            make_optimizer(c.ar_optimizer, c.steps),
+            reward=resolve(c.reward),
+            advantage=resolve(c.advantage),
+            kl_coefficient=c.kl_coefficient,
+            temperature=c.temperature,
+            micro_batches=c.micro_batches,
+        )
+        boxed = pair.verbalizer.abstract_params(), pair.reconstructor.abstract_params()
+        layout = shardings(mesh, jax.eval_shape(joint.init, jax.random.key(0), *boxed))
+        with jax.set_mesh(mesh):
+            init = jax.jit(joint.init, out_shardings=layout)
+            state = init(jax.random.key(run.config.seed), pair.verbalizer_params, pair.reconstructor_params)
+            reference = jax.device_put(pair.verbalizer_params, shardings(mesh, boxed[0]))
+            train = jax.jit(joint, donate_argnums=0)
+            decoding = relayout(mesh, boxed[0], pair.verbalizer.model.config.dtype)
+
+            # Resume where the newest checkpoint stands.
+            checkpoints = Checkpoints(run.workdir / "train/rl/checkpoints", c.checkpoint_every)
+            start, state = checkpoints.restore(state)
+            log, progress = MetricLog(run.workdir / "train/rl", start), Progress("rl", c.steps, start)
+
+            for i in range(start, c.steps):
+                rows = rows_of_step(len(data), c.activations, i, run.config.seed)
+                vectors = place_batch(mesh, data.vectors[rows])
+
+                clock = [time.monotonic()]
+                sampler, key = decoding(state.verbalizer), jax.random.fold_in(state.rng, i)
+                pieces = [
+                    rollout(
+                        pair.verbalizer, sampler, part, key, j * len(part) * c.group,
+                        group=c.group, max_new_tokens=limit, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                    )
+                    for j, part in enumerate(jnp.split(vectors, c.rollout_chunks))
+                ]  # fmt: skip
+                sampled = [jax.device_get(piece) for piece in pieces]
+                clock.append(time.monotonic())
+
+                texts = [t for s in sampled for t in pair.prompts.read_responses(s.tokens, s.mask, s.finished)]
+                tokens, lengths = pair.prompts.reconstructor_batch([text or "" for text in texts], width)
+                whole = jax.tree.map(lambda *x: np.concatenate(x), *sampled)
+                batch = JointBatch(
+                    vectors=data.vectors[rows], responses=whole.tokens, response_mask=whole.mask,
+                    sampler_logprobs=whole.logprobs, texts=tokens, text_lengths=lengths,
+                    valid=np.array([text is not None for text in texts]),
+                )  # fmt: skip
+                clock.append(time.monotonic())
+
+                state, metrics = train(state, reference, place_batch(mesh, batch))
+                metrics = jax.device_get(metrics)
+                clock.append(time.monotonic())
+
+                phases = dict(zip(("seconds_rollout", "seconds_host", "seconds_train"), np.diff(clock).tolist()))
+                speed = {"samples_per_second": len(texts) / (clock[-1] - clock[0])}
+                if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
+                    metrics["heldout_fve"] = heldout_fve(pair, state, heldout, limit)
+                log.write(i + 1, metrics | phases | speed)
+                progress.update(fve=float(metrics["fve"]), reward=float(metrics["reward"]))
+                checkpoints.save(i + 1, state, force=i + 1 == c.steps)
+            checkpoints.close()
+            progress.close()
+            log.close()
+        trained(pair, state).save(run.workdir / "pair")
+        result["steps"] = c.steps
+        result["skipped"] = sum(bool(record["skipped"]) for record in log.records)
+        result["logprob_gap_max"] = max((record["logprob_gap_max"] for record in log.records), default=None)
+
+
+def trained(pair: Pair, state) -> Pair:
+    """The pair with the parameters of a training state."""
+    return Pair(
+        pair.sidecar, pair.prompts, pair.verbalizer, pair.reconstructor, state.verbalizer, state.reconstructor
+    )  # fmt: skip
+
+
+def heldout_fve(pair: Pair, state, vectors: np.ndarray, max_new_tokens: int) -> float:
+    """FVE of sampled explanations on held-out activations, under the state's parameters."""
+    now = trained(pair, state)
+    return fve(now.reconstruct(now.verbalize(vectors, max_new_tokens)), vectors)

@@ -1,0 +1,231 @@
+"""The joint training step, the supervised steps, and their states. Each is one pure function, jitted by its caller.
+
+`joint_step` takes one rollout and makes one optimiser step on each model:
+
+    reconstructor   L_AR = mean_i mse_i                      mse_i = |p̂_i - ĝ_i|² / d = 2(1 - cos)
+    reward          r_i = reward(mse_i), or -2 where the response was cut or holds no explanation
+    advantage       a_i = (r_i - mean_group r) / std_group r
+    verbalizer      L_AV = -mean_tokens a_i log π(y_it) + β mean_tokens KL(π ‖ π_warm)
+
+The AR's forward pass gives both its own loss and the AV's reward. There is exactly one optimiser step per rollout, so the
+data is on-policy and no pass for old log-probabilities is needed; the difference between the sampler's log-probabilities
+and this step's is measured instead. Deviation from the paper's reference: the KL is exact, not a sampled estimate.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from nla_jax.autoencoder import Reconstructor, Verbalizer, normalise, normalised_mse
+from nla_jax.losses import FAILED_REWARD, group_normalised, masked_mean, negative_mse, token_statistics
+
+
+@struct.dataclass
+class TrainState:
+    """All that joint training changes. Frozen weights (the KL reference) are separate arguments, never checkpointed."""
+
+    step: Int[Array, ""]
+    rng: Array
+    verbalizer: dict
+    reconstructor: dict
+    verbalizer_opt: Any
+    reconstructor_opt: Any
+
+
+@struct.dataclass
+class ModelState:
+    """One model under supervised training."""
+
+    step: Int[Array, ""]
+    params: dict
+    opt: Any
+
+
+@struct.dataclass
+class JointBatch:
+    """One rollout after the host has read it. B = A·G; an activation's G samples stand in a row."""
+
+    vectors: Float[Array, "A D"]
+    responses: Int[Array, "B R"]
+    response_mask: Bool[Array, "B R"]
+    sampler_logprobs: Float[Array, "B R"]
+    texts: Int[Array, "B T"]  # the extracted explanations in the AR's template, re-tokenised, right-padded
+    text_lengths: Int[Array, "B"]
+    valid: Bool[Array, "B"]  # the response ended in time and holds an explanation
+
+
+@dataclasses.dataclass(frozen=True)
+class JointStep:
+    """What one joint step is made of; every function can be replaced without editing this package."""
+
+    verbalizer: Verbalizer
+    reconstructor: Reconstructor
+    verbalizer_tx: optax.GradientTransformation
+    reconstructor_tx: optax.GradientTransformation
+    reward: Callable = negative_mse
+    advantage: Callable = group_normalised
+    kl_coefficient: float = 0.01
+    temperature: float = 1.0
+    micro_batches: int = 1
+
+    def init(self, rng: Array, verbalizer: dict, reconstructor: dict) -> TrainState:
+        """The state before the first step."""
+        opts = self.verbalizer_tx.init(verbalizer), self.reconstructor_tx.init(reconstructor)
+        return TrainState(jnp.int32(0), rng, verbalizer, reconstructor, *opts)
+
+    def __call__(self, state: TrainState, reference: dict, batch: JointBatch) -> tuple[TrainState, dict]:
+        """One optimiser step on each model. `reference`: parameters of the warm-started AV. Returns the new state and
+        scalar metrics; a step with a non-finite gradient changes nothing but `step`, and says so in `skipped`."""
+        totals = {"tokens": batch.response_mask.sum(), "texts": jnp.maximum(batch.valid.sum(), 1)}
+        grads, samples = self._accumulate(state, reference, batch, totals)
+
+        norms = [optax.global_norm(grad) for grad in grads]
+        finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        def update(tx, grad, opt, params):
+            updates, new_opt = tx.update(grad, opt, params)
+            return keep(optax.apply_updates(params, updates), params), keep(new_opt, opt)
+
+        verbalizer, verbalizer_opt = update(self.verbalizer_tx, grads[0], state.verbalizer_opt, state.verbalizer)
+        reconstructor, reconstructor_opt = update(
+            self.reconstructor_tx, grads[1], state.reconstructor_opt, state.reconstructor
+        )
+        new = state.replace(
+            step=state.step + 1, verbalizer=verbalizer, verbalizer_opt=verbalizer_opt,
+            reconstructor=reconstructor, reconstructor_opt=reconstructor_opt,
+        )  # fmt: skip
+        metrics = self._metrics(batch, samples)
+        return new, metrics | {"av_grad_norm": norms[0], "ar_grad_norm": norms[1], "skipped": ~finite}
+
+    def _accumulate(self, state, reference, batch, totals):
+        """Gradients `(AV, AR)` and per-sample results, summed over micro-batches that keep groups whole."""
+        n = self.micro_batches
+        split = jax.tree.map(lambda x: x.reshape(n, len(x) // n, *x.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, (state.verbalizer, state.reconstructor))
+
+        def one(total, part):
+            grads, samples = self._gradients(state, reference, part, totals)
+            return jax.tree.map(jnp.add, total, grads), samples
+
+        if n == 1:
+            return self._gradients(state, reference, batch, totals)
+        grads, samples = jax.lax.scan(one, zeros, split)
+        return grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+
+    def _gradients(self, state: TrainState, reference: dict, batch: JointBatch, totals: dict):
+        A, B = len(batch.vectors), len(batch.responses)
+        gold = jnp.repeat(batch.vectors, B // A, axis=0)
+
+        def reconstruction_loss(params):
+            prediction = self.reconstructor.reconstruct(params, batch.texts, batch.text_lengths)
+            mse = normalised_mse(prediction, gold)
+            return jnp.sum(jnp.where(batch.valid, mse, 0)) / totals["texts"], mse
+
+        ar_grads, mse = jax.grad(reconstruction_loss, has_aux=True)(state.reconstructor)
+
+        reward = jnp.where(batch.valid, self.reward(mse, batch.response_mask.sum(1)), FAILED_REWARD)
+        advantage = self.advantage(reward.reshape(A, B // A)).reshape(B)
+
+        anchor = None
+        if self.kl_coefficient:
+            anchor = reference, self.verbalizer.read_responses(reference, batch.vectors, batch.responses)
+
+        def policy_loss(params):
+            hidden = self.verbalizer.read_responses(params, batch.vectors, batch.responses)
+            tokens = token_statistics(
+                self.verbalizer.model, params, hidden, batch.responses, temperature=self.temperature, reference=anchor
+            )
+            objective = -advantage[:, None] * tokens.logprob + self.kl_coefficient * tokens.kl
+            return jnp.sum(jnp.where(batch.response_mask, objective, 0)) / totals["tokens"], tokens
+
+        av_grads, tokens = jax.grad(policy_loss, has_aux=True)(state.verbalizer)
+        return (av_grads, ar_grads), {"mse": mse, "reward": reward, "tokens": tokens}
+
+    def _metrics(self, batch: JointBatch, samples: dict) -> dict:
+        gold = normalise(batch.vectors)
+        variance = jnp.mean((gold - gold.mean(0)) ** 2)
+        gap = jnp.abs(samples["tokens"].logprob - batch.sampler_logprobs)
+        return {
+            "reward": samples["reward"].mean(),
+            "fve": 1 - samples["mse"].mean() / variance,
+            "mse": samples["mse"].mean(),
+            "kl": masked_mean(samples["tokens"].kl, batch.response_mask),
+            "entropy": masked_mean(samples["tokens"].entropy, batch.response_mask),
+            "length": batch.response_mask.sum(1).mean(),
+            "extraction_rate": batch.valid.mean(),
+            "logprob_gap_mean": masked_mean(gap, batch.response_mask),
+            "logprob_gap_max": jnp.max(jnp.where(batch.response_mask, gap, 0)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedStep:
+    """One optimiser step on `loss(params, batch) -> (scalar, metrics)`: pretraining and both warm starts."""
+
+    loss: Callable
+    tx: optax.GradientTransformation
+
+    def init(self, params: dict) -> ModelState:
+        return ModelState(jnp.int32(0), params, self.tx.init(params))
+
+    def __call__(self, state: ModelState, batch: Any) -> tuple[ModelState, dict]:
+        (loss, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        updates, opt = self.tx.update(grads, state.opt, state.params)
+        new = state.replace(params=optax.apply_updates(state.params, updates), opt=opt)
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+        return kept.replace(step=state.step + 1), metrics | {"loss": loss, "grad_norm": norm, "skipped": ~finite}
+
+
+@struct.dataclass
+class TextBatch:
+    """Right-padded rows of token ids; `lengths` counts the real tokens. `vectors` belong to the rows (where any)."""
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    vectors: Float[Array, "B D"] | None = None
+
+    @property
+    def mask(self) -> Bool[Array, "B T"]:
+        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+
+
+def language_model_loss(model):
+    """Mean cross-entropy in nats per token of a plain language model on `TextBatch` rows."""
+
+    def loss(params, batch: TextBatch):
+        hidden, _ = model.apply({"params": params}, model.apply({"params": params}, batch.tokens, method="embed"))
+        logprob = token_statistics(model, params, hidden[:, :-1], batch.tokens[:, 1:]).logprob
+        return -masked_mean(logprob, batch.mask[:, 1:]), {}
+
+    return loss
+
+
+def verbalizer_loss(verbalizer: Verbalizer):
+    """Mean cross-entropy in nats per token of the labels' text, given the activations."""
+
+    def loss(params, batch: TextBatch):
+        hidden = verbalizer.read_responses(params, batch.vectors, batch.tokens)
+        logprob = token_statistics(verbalizer.model, params, hidden, batch.tokens).logprob
+        return -masked_mean(logprob, batch.mask), {}
+
+    return loss
+
+
+def reconstructor_loss(reconstructor: Reconstructor):
+    """Mean normalised mse of the activations rebuilt from the labels' text."""
+
+    def loss(params, batch: TextBatch):
+        mse = normalised_mse(reconstructor.reconstruct(params, batch.tokens, batch.lengths), batch.vectors)
+        gold = normalise(batch.vectors)
+        return mse.mean(), {"fve": 1 - mse.mean() / jnp.mean((gold - gold.mean(0)) ** 2)}
+
+    return loss

@@ -1,0 +1,97 @@
+"""The default labeller: what a label says, and what it never says."""
+
+import re
+import time
+
+import pytest
+
+from nla_jax.data.labels import WINDOW, label
+
+NUMPY_DOC = """Return the norm of a matrix or vector.
+
+This function is able to return one of eight different matrix norms, depending on the order.
+
+Parameters
+----------
+x : array_like
+    Input array. If axis is None, the matrix must be 1-D or 2-D.
+axis : int
+    The axis of the given array"""
+
+
+def test_a_whole_label():
+    assert label([NUMPY_DOC]) == [
+        'Ends with "axis of the given array", early in a sentence. A parameter list about matrix, array_like and norms.'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "where", "passage"),
+    [
+        ("The cat sat on the mat, and the dog sle", "mat, and the dog sle", "late in a sentence", "An opening"),
+        ("A first paragraph.\n\nThe house is old.", "The house is old.", "at a sentence end", "Prose"),
+        (">>> import json\n>>> json.dumps(", ">>> import json >>> json.dumps(", "after an opening bracket", "session"),
+        ("Use it:\n\n```python\nvalue = compute\n", "```python value = compute", "at a line break", "A code block"),
+        ("Things:\n\n- one apple\n- two pears", "- two pears", "starting a sentence", "A list item"),
+        ("Do it.\n\nRaises:\n  ValueError: when it is wron", "when it is wron", "early in", "A list of errors"),
+        ("Do it.\n\nRaises:\n  ValueError: no.\n\nThen it", "Then it", "starting a sentence", "Prose"),
+        ("Do.\n\nReturns\n-------\nout : array of (at most", "of (at most", "inside brackets", "A result description"),
+        ("Do.\n\n:param x: the number,", "the number,", "after a comma", "A parameter list"),
+        ("Intro.\n\n## Getting star", "## Getting star", "early in", "A heading"),
+        ("A table\n\n| name | size |\n|---|---|\n| a | 3", "| a | 3", "after a number", "A table"),
+        ("See https://example.org/page", "https://example.org/page", "late in|early in|starting", "A link"),
+    ],
+)
+def test_what_stands_there(text, words, where, passage):
+    found = label([text])[0]
+    quoted = re.match(r'Ends with "(.*)", ', found)[1]
+    assert words.endswith(quoted) or quoted.endswith(words)
+    assert re.search(where, found) and passage in found
+
+
+def test_topics_are_repeated_and_recent_words():
+    text = "The sharding of arrays. " * 3 + "Each sharding is over one mesh. " * 3 + "\n\nIt is what one then"
+    about = label([text])[0].split(" about ")[1]
+    assert "sharding" in about and "mesh" in about and "the" not in about.lower().split()
+
+
+def test_the_last_words_are_never_cut_at_their_start():
+    text = "Some extraordinarily longwinded words concatenated improbably"
+    assert 'Ends with "concatenated improbably"' in label([text])[0]
+    assert f'Ends with "{"x" * 28}"' in label(["x" * 500])[0]
+
+
+HOSTILE = [
+    "", " \n\t ", "\n\n", "a", '"', "\\", "<explanation>", "text </explanation>", "x <EXPLANATION> y",
+    "<expl<explanation>anation>", "bell \x07 and \x00 nul \x1b[31m", "broken \ud800 half", "a\ufffd", "\u202eabc\u200b",
+    "日本語の文章がここにあります" * 40, "🙂" * 300, "==== ====\n", "{}" * 2000, "a" * 100_000, "(" * 3000, "\r\n\r\n x\r",
+    ":param", "Args:", "```", "word " * 5000, "$" * 50, "|" * 50, "Args:\n" * 500,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_any_text_gives_one_clean_short_line(text):
+    found = label([text])[0]
+    assert 20 <= len(found) <= 140
+    assert found.isprintable() and "\ufffd" not in found
+    assert not re.search("</?explanation>", found, re.IGNORECASE)
+    assert found.endswith(".") and found.count('"') in (0, 2)
+
+
+def test_a_label_depends_on_its_text_alone():
+    texts = [NUMPY_DOC[:end] for end in range(40, len(NUMPY_DOC), 7)]
+    together = label(texts)
+    assert together == [label([text])[0] for text in texts] == label(texts[::-1])[::-1]
+    assert len(set(together)) == len(texts)
+
+
+def test_long_documents_are_labelled_by_their_end():
+    end = "The mesh axes are named. " * (WINDOW // 25 + 1)
+    assert label(["Unrelated beginning. " * 500 + end]) == label(["Another beginning. " * 900 + end])
+
+
+def test_fast():
+    texts = [(NUMPY_DOC + "\n") * 8 + NUMPY_DOC[:end] for end in range(1, 400)]
+    start = time.perf_counter()
+    label(texts)
+    assert (time.perf_counter() - start) / len(texts) < 60 / 20_000
