@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     )  # fmt: skip
     c.evaluate = ConfigDict(dict(rows=2000, temperature=1.0, batch=128, examples=30))
-    c.report = ConfigDict(dict(title="Quickstart", command="nla quickstart --workdir runs/quickstart"))
+    c.report = ConfigDict(dict(title="Quickstart"))
 
     if variant == "subject":
         c.pretrain.update(init_from="", steps=1200)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.verb == "explain":
             explain(arguments)
         else:
-            run_stages(arguments, config)
+            run_stages(arguments, config, shlex.join(["nla", *argv]))
         return 0
     except (InputError, OSError) as error:
         print(f"nla: {sentence(error)}", file=sys.stderr)
@@ -101,7 +102,7 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
             raise InputError(f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}") from None
 
 
-def run_stages(arguments: argparse.Namespace, config: ConfigDict) -> None:
+def run_stages(arguments: argparse.Namespace, config: ConfigDict, command: str) -> None:
     """One stage of a run, or all of them."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from nla_jax.data.dataset import extract, label
@@ -113,7 +114,7 @@ def run_stages(arguments: argparse.Namespace, config: ConfigDict) -> None:
     functions = dict(zip(LOOP, (pretrain, extract, label, sft, rl, evaluate, report), strict=True))
     workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     enable_compile_cache()
-    run = Run(config, workdir)
+    run = Run(config, workdir, command)
     stages = LOOP if arguments.verb == "quickstart" else (arguments.verb,)
     if arguments.verb == "quickstart" and config.subject.path:
         stages = LOOP[1:]

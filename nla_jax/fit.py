@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nla_jax.checkpoint import Checkpoints
 from nla_jax.metrics import MetricLog, Progress
 from nla_jax.run import resolve
+from nla_jax.sharding import place_batch, shardings
 from nla_jax.train_step import SupervisedStep
 
 
@@ -26,30 +27,35 @@ def fit(
     name: str,
     step_fn: SupervisedStep,
     params: dict,
+    abstract: dict,
+    mesh: Mesh,
     batch_of_step: Callable,
     steps: int,
     checkpoint_every: int,
     log_every: int = 20,
 ) -> dict:
-    """Trains `params` for `steps` steps and returns them; continues from the newest checkpoint under `folder`.
+    """Trains `params` for `steps` steps and returns them on the host; continues from the newest checkpoint under `folder`.
 
-    `batch_of_step(step)` is a pure function, so that a resumed run sees the batches it would have seen."""
-    checkpoints = Checkpoints(folder / "checkpoints", checkpoint_every)
-    start, state = checkpoints.restore(jax.jit(step_fn.init)(params))
-    train = jax.jit(step_fn, donate_argnums=0)
-    log, progress = MetricLog(folder, start), Progress(name, steps, start)
-    clock = time.monotonic()
-    for i in range(start, steps):
-        state, metrics = train(state, batch_of_step(i))
-        shown = {}
-        if (i + 1) % log_every == 0 or i + 1 == steps:
-            values = {key: np.asarray(value) for key, value in metrics.items()}
-            now = time.monotonic()
-            log.write(i + 1, values | {"seconds": now - clock})
-            clock, shown = now, {"loss": float(values["loss"])}
-        progress.update(**shown)
-        checkpoints.save(i + 1, state, force=i + 1 == steps)
-    progress.close()
-    log.close()
-    checkpoints.close()
-    return jax.tree.map(np.asarray, state.params)
+    `abstract`: the shapes of `params` with their logical axis names. `batch_of_step(step)` is a pure function, so that a
+    resumed run sees the batches it would have seen."""
+    layout = shardings(mesh, jax.eval_shape(step_fn.init, abstract))
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(folder / "checkpoints", checkpoint_every)
+        start, state = checkpoints.restore(jax.jit(step_fn.init, out_shardings=layout)(params))
+        train = jax.jit(step_fn, donate_argnums=0)
+        log, progress = MetricLog(folder, start), Progress(name, steps, start)
+        clock = time.monotonic()
+        for i in range(start, steps):
+            state, metrics = train(state, place_batch(mesh, batch_of_step(i)))
+            shown = {}
+            if (i + 1) % log_every == 0 or i + 1 == steps:
+                values = jax.device_get(metrics)
+                now = time.monotonic()
+                log.write(i + 1, values | {"seconds": now - clock})
+                clock, shown = now, {"loss": float(values["loss"])}
+            progress.update(**shown)
+            checkpoints.save(i + 1, state, force=i + 1 == steps)
+        progress.close()
+        log.close()
+        checkpoints.close()
+    return jax.device_get(state.params)

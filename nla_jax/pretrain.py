@@ -11,7 +11,7 @@ from nla_jax.data.tokenizer import train_tokenizer
 from nla_jax.errors import InputError
 from nla_jax.fit import fit, make_optimizer
 from nla_jax.models.pretrained import load_params, load_tokenizer, locate, read_config, save_model
-from nla_jax.models.transformer import Transformer, TransformerConfig, init_params
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, init_params
 from nla_jax.run import Run
 from nla_jax.train_step import SupervisedStep, TextBatch, language_model_loss
 
@@ -45,7 +45,10 @@ def pretrain(run: Run) -> None:
         train, heldout = (token_stream(tokenizer, texts[held]) for held in (False, True))
         step = SupervisedStep(language_model_loss(model), make_optimizer(c.optimizer, c.steps))
         batch = lambda step: text_windows(train, step, c.batch, c.length, run.config.seed)
-        params = fit(run.workdir / "train" / "pretrain", "pretrain", step, params, batch, c.steps, c.checkpoint_every)
+        params = fit(
+            run.workdir / "train/pretrain", "pretrain", step, params, abstract_params(model.config), run.mesh, batch,
+            c.steps, c.checkpoint_every,
+        )  # fmt: skip
 
         result["subject_loss"] = heldout_loss(model, params, heldout, c.length)
         result["unigram_loss"], result["bigram_loss"] = ngram_losses(train, heldout, model.config.vocab_size)

@@ -1,17 +1,20 @@
 """A run: one config and one working folder, cut into stages that remember what they were made from."""
 
 import contextlib
+import functools
 import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.errors import InputError
 from nla_jax.metrics import write_atomically
+from nla_jax.sharding import make_mesh
 
 # What each stage reads of the config, and the stage whose result it starts from.
 STAGES = {
@@ -26,10 +29,10 @@ STAGES = {
 
 
 class Run:
-    """Working folder and config of one experiment."""
+    """Working folder and config of one experiment; `command` is what the user typed."""
 
-    def __init__(self, config: ConfigDict, workdir: str | Path):
-        self.config, self.workdir = config, Path(workdir)
+    def __init__(self, config: ConfigDict, workdir: str | Path, command: str = ""):
+        self.config, self.workdir, self.command = config, Path(workdir), command
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
@@ -107,6 +110,11 @@ class Run:
 
     def split(self, document: Document) -> str:
         return split_of(document, self.config.split, self.config.seed)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The device mesh of the config."""
+        return make_mesh(**self.config.mesh)
 
     @property
     def subject_folder(self) -> str | Path:

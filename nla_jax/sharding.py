@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nla_jax.errors import InputError
+
 AXES = ("data", "fsdp", "tensor")
 TRAIN = (
     ("layers", None), ("embed", "fsdp"), ("embed_out", None), ("vocab", "tensor"), ("heads", "tensor"),
@@ -23,29 +25,29 @@ DECODE = tuple((name, None if axis == "fsdp" else axis) for name, axis in TRAIN)
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of the given sizes over the first devices; one size may be -1 (whatever is left).
 
-    Raises ValueError where the sizes do not fit the devices there are."""
+    Raises InputError where the sizes do not fit the devices there are."""
     sizes, devices = [data, fsdp, tensor], jax.devices()
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh sizes {dict(zip(AXES, sizes))} must be positive, and at most one of them -1.")
+        raise InputError(f"mesh sizes {dict(zip(AXES, sizes))} must be positive, and at most one of them -1.")
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // -int(np.prod(sizes))
     count = int(np.prod(sizes))
     if not 0 < count <= len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
+        raise InputError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
     return Mesh(np.array(devices[:count]).reshape(sizes), AXES)
 
 
 def shardings(mesh: Mesh, abstract: Any, rules=TRAIN) -> Any:
     """The sharding of each array of a tree of (boxed) shapes; what carries no axis names is replicated.
 
-    Raises ValueError naming the parameter and axis whose size the mesh does not divide."""
+    Raises InputError naming the parameter and axis whose size the mesh does not divide."""
     specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def checked(path, shape, sharding):
         for size, axis in zip(shape.shape, sharding.spec):
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path)
-                raise ValueError(f"{name} has {size} entries, which mesh axis {axis}={mesh.shape[axis]} does not divide.")
+                raise InputError(f"{name} has {size} entries, which mesh axis {axis}={mesh.shape[axis]} does not divide.")
         return sharding
 
     return jax.tree_util.tree_map_with_path(checked, nn.unbox(abstract), specs)

@@ -18,7 +18,7 @@ from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.run import Run, resolve
 from nla_jax.sampling import rollout
-from nla_jax.sharding import make_mesh, place_batch, relayout, shardings
+from nla_jax.sharding import place_batch, relayout, shardings
 from nla_jax.sidecar import Sidecar
 from nla_jax.train_step import (
     JointBatch, JointStep, SupervisedStep, TextBatch, reconstructor_loss, verbalizer_loss,
@@ -40,15 +40,21 @@ def sft(run: Run) -> None:
         tokens, lengths, kept = fixed_width(pair.prompts.response_ids(av_rows.labels), run.config.prompts.max_new_tokens)
         vectors = av_rows.vectors[kept]
         result["labels_too_long"] = 1 - len(kept) / len(av_rows)
-        av_batch = lambda step: text_batch(tokens, lengths, vectors, step, c.av.batch, run.config.seed)
         step = SupervisedStep(verbalizer_loss(pair.verbalizer), make_optimizer(c.av.optimizer, c.av.steps))
-        av = fit(run.workdir / "train/sft_av", "sft av", step, pair.verbalizer_params, av_batch, c.av.steps, c.checkpoint_every)
+        av = fit(
+            run.workdir / "train/sft_av", "sft av", step, pair.verbalizer_params, pair.verbalizer.abstract_params(), run.mesh,
+            lambda step: text_batch(tokens, lengths, vectors, step, c.av.batch, run.config.seed),
+            c.av.steps, c.checkpoint_every,
+        )  # fmt: skip
 
         width = reconstructor_width(pair.prompts, run.config.prompts.max_new_tokens)
         ar_tokens, ar_lengths = pair.prompts.reconstructor_batch(ar_rows.labels, width)
-        ar_batch = lambda step: text_batch(ar_tokens, ar_lengths, ar_rows.vectors, step, c.ar.batch, run.config.seed)
         step = SupervisedStep(reconstructor_loss(pair.reconstructor), make_optimizer(c.ar.optimizer, c.ar.steps))
-        ar = fit(run.workdir / "train/sft_ar", "sft ar", step, pair.reconstructor_params, ar_batch, c.ar.steps, c.checkpoint_every)
+        ar = fit(
+            run.workdir / "train/sft_ar", "sft ar", step, pair.reconstructor_params, pair.reconstructor.abstract_params(),
+            run.mesh, lambda step: text_batch(ar_tokens, ar_lengths, ar_rows.vectors, step, c.ar.batch, run.config.seed),
+            c.ar.steps, c.checkpoint_every,
+        )  # fmt: skip
 
         Pair(pair.sidecar, pair.prompts, pair.verbalizer, pair.reconstructor, av, ar).save(run.workdir / "pair_warm")
 
@@ -113,7 +119,7 @@ def rl(run: Run) -> None:
         width = reconstructor_width(pair.prompts, limit)
 
         # The step, and where its state lives: shardings come from shapes, before any array exists.
-        mesh = make_mesh(**run.config.mesh)
+        mesh = run.mesh
         joint = JointStep(
             pair.verbalizer,
             pair.reconstructor,

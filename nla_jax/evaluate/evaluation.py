@@ -169,7 +169,7 @@ def report(run: Run) -> None:
             "subject": str(run.subject_folder),
             "layer": run.config.subject.layer,
             "created": datetime.datetime.now().isoformat(" ", "minutes"),
-            "command": run.config.report.command,
+            "command": run.command,
             "summary": summary,
             "history": read_metrics(run.workdir / "train/rl/metrics.jsonl"),
         }

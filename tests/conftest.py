@@ -1,0 +1,168 @@
+"""Shared fixtures: a tiny tokenizer, tiny random models, and a tiny pair. Eight CPU devices stand in for a pod."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # Compiling is most of the run time: these make it five times shorter.
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import contextlib
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import torch
+
+from nla_jax.autoencoder import Reconstructor, Verbalizer
+from nla_jax.data.tokenizer import train_tokenizer
+from nla_jax.models.pretrained import save_model
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
+from nla_jax.pair import Pair, new_pair
+from nla_jax.prompts import Prompts, find_marker
+from nla_jax.sidecar import Sidecar
+
+torch.set_num_threads(1)
+
+SENTENCES = [
+    "The river turns north at the old mill and runs through three villages before it reaches the sea.",
+    "Every function in this module returns a new list and leaves its argument as it was.",
+    "In the morning the market opens; by noon the fish are gone and only bread is left.",
+    "She measured the length of the shadow twice and wrote both numbers in the margin.",
+]
+VERBALIZER_TEMPLATE = "Explain this: {injection_char}"
+RECONSTRUCTOR_TEMPLATE = "<text>{explanation}</text><summary>"
+TINY = TransformerConfig(
+    vocab_size=320, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied_head=False
+)
+
+
+def random_params(config: TransformerConfig, seed: int = 0) -> dict:
+    """Parameters of a lively random model: every tensor (norms and biases too) differs from its initial value."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        name = jax.tree_util.keystr(path)
+        spread = 0.5 if "embedding" in name or "head" in name else 0.2
+        return (rng.normal(size=shape.shape) * spread + ("scale" in name)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(config)))
+
+
+def close(actual, expected, tolerance: float) -> None:
+    """Two trees of arrays agree within `tolerance`, each leaf relative to its largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        bound = tolerance * max(1e-3, np.abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+@contextlib.contextmanager
+def counted_compiles():
+    """Yields a list that grows by one with every program that XLA compiles inside."""
+    compiled = []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def one_sentence(error) -> None:
+    """What a user reads: one line that ends."""
+    message = str(error.value)
+    assert "\n" not in message and message.endswith((".", "?")), message
+
+
+def talkative(params: dict, tokenizer) -> dict:
+    """An untied model's parameters, changed so that it writes `<explanation>`, some words, `</explanation>` and the end.
+
+    Three dimensions of the embedding flag the turn's start, the opening and the closing tag; a fourth the ordinary tokens.
+    The head reads them: each flag forces or forbids what may follow. The words still depend on the random blocks."""
+    start, opening, closing = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<explanation>", "</explanation>"])
+    params = jax.tree.map(np.copy, params)
+    embedding, head = params["embedding"], params["head"]
+    for name in ("o", "down"):
+        params["blocks"][name]["kernel"][..., :4] = 0  # no block writes to the flags
+    embedding[:, :4] = 0, 0, 0, 4
+    for i, token in enumerate((start, opening, closing)):
+        embedding[token, :4] = 0
+        embedding[token, i] = 30
+    markup = [*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids(["<text>", "</text>"]), opening, closing]
+    head[:4] = 0
+    head[1, markup] = head[3, markup] = -10
+    head[3, closing] = 2
+    head[0, opening] = head[2, tokenizer.eos_token_id] = 10
+    params["final_norm"]["scale"][:4] = 1
+    return params
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(SENTENCES * 3, TINY.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def model() -> Transformer:
+    return Transformer(TINY)
+
+
+@pytest.fixture(scope="session")
+def params() -> dict:
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def subject_folder(tokenizer, params, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("subject") / "subject"
+    save_model(folder, params, TINY, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sidecar(tokenizer) -> Sidecar:
+    marker = find_marker(tokenizer, VERBALIZER_TEMPLATE)
+    prompts = Prompts(tokenizer, marker, VERBALIZER_TEMPLATE, RECONSTRUCTOR_TEMPLATE)
+    return Sidecar(
+        base_checkpoint="tiny", d_model=TINY.width, layer=1, injection_scale=20.0, marker=marker,
+        verbalizer_template=VERBALIZER_TEMPLATE, reconstructor_template=RECONSTRUCTOR_TEMPLATE,
+        suffix_ids=tuple(prompts.suffix_ids()), provenance={"note": "made by the tests"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pair(subject_folder, sidecar, tokenizer) -> Pair:
+    """A pair whose AV writes explanations in their tags, and whose AR's head is not the identity."""
+    new = new_pair(sidecar, subject_folder)
+    head = np.random.default_rng(1).normal(size=(TINY.width, TINY.width)).astype(np.float32)
+    return dataclasses.replace(
+        new,
+        verbalizer_params=talkative(new.verbalizer_params, tokenizer),
+        reconstructor_params=new.reconstructor_params | {"head": head},
+    )
+
+
+@pytest.fixture(scope="session")
+def verbalizer(pair) -> Verbalizer:
+    return pair.verbalizer
+
+
+@pytest.fixture(scope="session")
+def reconstructor(pair) -> Reconstructor:
+    return pair.reconstructor
+
+
+@pytest.fixture(scope="session")
+def vectors() -> np.ndarray:
+    return np.random.default_rng(2).normal(size=(4, TINY.width)).astype(np.float32)

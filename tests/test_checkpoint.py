@@ -1,0 +1,178 @@
+"""Checkpoints, metric logs, and a training loop that is interrupted."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from conftest import one_sentence
+from nla_jax.checkpoint import Checkpoints
+from nla_jax.errors import InputError
+from nla_jax.fit import fit
+from nla_jax.metrics import MetricLog, read_metrics, write_atomically
+from nla_jax.sharding import make_mesh, place_batch
+from nla_jax.train_step import SupervisedStep
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    rng: jax.Array
+    weights: dict
+    opt: tuple
+
+
+def make_state(seed: int) -> State:
+    draw = lambda *shape: jax.random.normal(jax.random.key(seed), shape)
+    weights = {"a": draw(8, 4), "b": draw(3).astype(jnp.bfloat16)}
+    return State(jnp.int32(seed), jax.random.key(seed), weights, optax.adam(1e-3).init(weights))
+
+
+def bits(state) -> list:
+    """Every array of a state as bytes, PRNG keys included."""
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return [(str(x.dtype), np.asarray(raw(x)).tobytes()) for x in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Checkpoints after steps 2, 4, 6, written by a loop that saves every second step."""
+    folder = tmp_path_factory.mktemp("written")
+    checkpoints = Checkpoints(folder, every=2)
+    for step in range(2, 8):
+        checkpoints.save(step, make_state(step))
+    checkpoints.save(6, make_state(6), force=True)  # again, at the end: already there
+    checkpoints.close()
+    return folder
+
+
+def test_newest_checkpoint_returns_bit_for_bit(written, tmp_path):
+    step, state = Checkpoints(written, every=2).restore(make_state(0))
+    assert step == 6 and bits(state) == bits(make_state(6))
+    assert isinstance(state, State) and jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key)
+    step, state = Checkpoints(tmp_path, every=2).restore(make_state(1))
+    assert step == 0 and bits(state) == bits(make_state(1))
+
+
+def test_only_the_newest_two_are_kept(written):
+    assert sorted(path.name for path in written.iterdir()) == ["4", "6"]
+
+
+def test_restored_onto_another_mesh(written):
+    mesh = make_mesh(2, 2, 1)
+    state = make_state(0)
+    state = state.replace(weights=place_batch(mesh, state.weights))
+    _, restored = Checkpoints(written, every=2).restore(state)
+    assert bits(restored) == bits(make_state(6))
+    assert restored.weights["a"].sharding == state.weights["a"].sharding
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, every=1)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step))
+    checkpoints.close()
+    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=f"{tmp_path}/2 cannot be restored") as error:
+        Checkpoints(tmp_path, every=1).restore(make_state(0))
+    assert "\n" not in str(error.value)
+
+
+def test_another_structure_is_refused(written):
+    state = make_state(0)
+    with pytest.raises(InputError, match="cannot be restored"):
+        Checkpoints(written, every=2).restore(state.replace(weights={"a": state.weights["a"]}, opt=()))
+
+
+# Metrics
+
+
+def test_a_resumed_log_reads_as_if_it_had_never_stopped(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in range(1, 6):
+        log.write(step, {"loss": np.float32(step), "skipped": np.bool_(False), "worst": float("nan")})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 6, "lo')  # a kill in the midst of a line
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+    log = MetricLog(tmp_path, 3)
+    log.write(4, {"loss": jnp.float32(40), "skipped": jnp.bool_(True), "worst": jnp.float32(jnp.inf)})
+    log.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == log.records == [
+        {"step": 1, "loss": 1.0, "skipped": False, "worst": None},
+        {"step": 2, "loss": 2.0, "skipped": False, "worst": None},
+        {"step": 3, "loss": 3.0, "skipped": False, "worst": None},
+        {"step": 4, "loss": 40.0, "skipped": True, "worst": None},
+    ]  # fmt: skip
+
+
+def test_atomic_writes_leave_no_part(tmp_path):
+    write_atomically(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "a", "new \ud800")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+# The supervised loop
+
+ABSTRACT = {"w": jax.ShapeDtypeStruct((5, 3), np.float32)}
+
+
+def regression(params, batch):
+    return jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2), {"size": jnp.abs(params["w"]).max()}
+
+
+def batch_of_step(step):
+    rng = np.random.default_rng(step)
+    return rng.normal(size=(8, 5)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    step_fn = SupervisedStep(regression, optax.adam(optax.linear_schedule(0.1, 0.0, 9)))
+    params = {"w": np.ones((5, 3), np.float32)}
+
+    def train(folder, batches=batch_of_step):
+        return fit(
+            tmp_path / folder, "test", step_fn, params, ABSTRACT, make_mesh(2), batches, 9, checkpoint_every=3, log_every=2
+        )
+
+    def interrupted(step):
+        if step == 7:
+            while not (tmp_path / "cut/checkpoints/6").exists():  # saves are asynchronous
+                pass
+            raise KeyboardInterrupt
+        return batch_of_step(step)
+
+    def resumed(step):
+        assert step >= 6, "steps before the checkpoint must not be repeated"
+        return batch_of_step(step)
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", interrupted)
+    assert bits(train("cut", resumed)) == bits(whole)
+    values = lambda folder: [
+        {k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(tmp_path / folder / "metrics.jsonl")
+    ]
+    assert values("cut") == values("whole") and [record["step"] for record in values("whole")] == [2, 4, 6, 8, 9]
+    assert bits(train("whole", lambda step: pytest.fail("a finished loop runs no step"))) == bits(whole)
+
+
+def test_a_nan_step_is_skipped_and_said(tmp_path):
+    broken = lambda step: (np.full((8, 5), np.nan, np.float32), batch_of_step(step)[1]) if step == 1 else batch_of_step(step)
+    step_fn = SupervisedStep(regression, optax.sgd(0.1))
+    params = {"w": np.ones((5, 3), np.float32)}
+    train = lambda steps: fit(
+        tmp_path / str(steps), "test", step_fn, params, ABSTRACT, make_mesh(), broken, steps, checkpoint_every=10, log_every=1
+    )
+    assert bits(train(2)) == bits(train(1))
+    first, second = read_metrics(tmp_path / "2" / "metrics.jsonl")
+    assert (first["skipped"], second["skipped"], second["loss"]) == (False, True, None)

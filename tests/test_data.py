@@ -1,0 +1,249 @@
+"""Batches, positions, activations on disk, and the scores made from them."""
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+
+from conftest import SENTENCES, TINY, close, one_sentence
+from nla_jax.data.batches import pad_tokens, rows_of_step, text_windows
+from nla_jax.data.corpus import Document
+from nla_jax.data.extraction import (
+    activation_table, extract_documents, read_column_vectors, read_table, sample_positions, shards_of, write_table,
+)  # fmt: skip
+from nla_jax.errors import InputError
+from nla_jax.evaluate.evaluation import derangement
+from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
+from nla_jax.subject import extract, load_subject
+
+LAYER = 1
+
+# Batches
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (5, 12), (9, 3)])
+def test_every_epoch_covers_every_row_once(n, batch):
+    steps = 3 * n  # whole epochs, whatever the batch
+    rows = np.concatenate([rows_of_step(n, batch, step, seed=1) for step in range(steps)])
+    assert rows.size == steps * batch
+    for epoch in rows.reshape(-1, n):
+        assert sorted(epoch) == list(range(n))
+    assert any((rows.reshape(-1, n)[0] != epoch).any() for epoch in rows.reshape(-1, n))
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    later = rows_of_step(100, 8, 5, 0)
+    rows_of_step(100, 8, 0, 3)
+    assert np.array_equal(rows_of_step(100, 8, 5, 0), later)
+    assert not np.array_equal(rows_of_step(100, 8, 5, 1), later)
+    stream = np.arange(1000)
+    window = text_windows(stream, 3, 4, 10, seed=0)
+    assert np.array_equal(text_windows(stream, 3, 4, 10, seed=0).tokens, window.tokens)
+    assert not np.array_equal(text_windows(stream, 4, 4, 10, seed=0).tokens, window.tokens)
+    assert (np.diff(window.tokens, axis=1) == 1).all() and window.tokens.shape == (4, 10)
+    assert text_windows(stream[:10], 0, 2, 10, seed=0).tokens.tolist() == [list(range(10))] * 2  # the only place there is
+
+
+def test_pad_tokens():
+    tokens, lengths = pad_tokens([[1, 2, 3], [], [4]])
+    assert tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [0] * 8, [4] + [0] * 7] and lengths.tolist() == [3, 0, 1]
+    assert pad_tokens([[1, 2, 3]], 3)[0].tolist() == [[1, 2, 3]]
+    assert pad_tokens([[1] * 9])[0].shape == (1, 16)
+
+
+# Positions and extraction
+
+
+@pytest.fixture(scope="module")
+def subject(subject_folder):
+    return load_subject(subject_folder, LAYER)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [Document(f"d{i}", " ".join(SENTENCES[: i + 1])) for i in range(3)] + [Document("short", "One.")]
+
+
+OPTIONS = dict(positions=4, min_position=5, max_tokens=60, seed=0)
+
+
+@pytest.fixture(scope="module")
+def activations(subject, documents):
+    return extract_documents(subject, documents, **OPTIONS)
+
+
+def test_sampled_positions_depend_on_seed_and_document_alone():
+    candidates = list(range(5, 50))
+    first = sample_positions("a", candidates, 6, 0)
+    assert first == sorted(set(first)) and len(first) == 6 and set(first) <= set(candidates)
+    assert sample_positions("a", candidates, 6, 0) == first
+    assert sample_positions("b", candidates, 6, 0) != first and sample_positions("a", candidates, 6, 1) != first
+    assert sample_positions("a", candidates[:3], 6, 0) == candidates[:3] and sample_positions("a", [], 6, 0) == []
+
+
+def test_extraction_does_not_depend_on_order_or_sharding(subject, documents, activations):
+    for part in (documents[::-1], documents[1:2]):
+        again = extract_documents(subject, part, **OPTIONS)
+        for i, (id, position) in enumerate(zip(again.doc_ids, again.positions)):
+            (j,) = [
+                j for j in range(len(activations)) if (activations.doc_ids[j], activations.positions[j]) == (id, position)
+            ]
+            close(again.vectors[i], activations.vectors[j], 1e-5)
+            assert (again.texts[i], again.tokens[i]) == (activations.texts[j], activations.tokens[j])
+    assert again.doc_ids == ["d1"] * 4
+
+
+def test_vectors_are_the_hidden_states_of_transformers(subject_folder, documents, activations):
+    """Block K's output is `hidden_states[K + 1]`; text and token stand at the same place."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(subject_folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(subject_folder)
+    assert activations.vectors.dtype == np.float32 and activations.doc_ids == [f"d{i}" for i in range(3) for _ in range(4)]
+    text_of = {document.id: document.text for document in documents}
+    for id in ("d0", "d2"):
+        ids = tokenizer(text_of[id]).input_ids
+        with torch.no_grad():
+            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0].numpy()
+        for i in (i for i, other in enumerate(activations.doc_ids) if other == id):
+            at = activations.positions[i]
+            close(activations.vectors[i], states[at], 1e-4)
+            assert activations.texts[i] == tokenizer.decode(ids[1 : at + 1]) and activations.tokens[i] == tokenizer.decode([ids[at]])
+            assert text_of[id].startswith(activations.texts[i] + activations.following[i])
+
+
+def test_positions_respect_their_bounds_and_skip_special_tokens(subject):
+    text = "<|user|>".join(["word"] * 12)
+    found = extract_documents(subject, [Document("s", text)], positions=99, min_position=3, max_tokens=20, seed=0)
+    assert found.positions.min() >= 3 and found.positions.max() < 20 and len(found) > 3
+    ids = subject.tokenizer(text).input_ids
+    assert not {ids[i] for i in found.positions} & set(subject.tokenizer.all_special_ids)
+    assert set(found.positions) == {i for i in range(3, 20) if ids[i] not in subject.tokenizer.all_special_ids}
+
+
+def test_extract_by_position(subject):
+    everything, last = extract(subject, SENTENCES[:2], "all"), extract(subject, SENTENCES[:2])
+    assert everything.positions.min() == 1  # BOS is left out
+    for i, id in enumerate(("0", "1")):
+        j = max(j for j, other in enumerate(everything.doc_ids) if other == id)
+        close(last.vectors[i], everything.vectors[j], 1e-5)
+        assert last.texts[i] == SENTENCES[i] and last.following[i] == ""
+    close(extract(subject, SENTENCES[0], [2, -1]).vectors[1], last.vectors[0], 1e-5)
+    for bad, message in [(500, "Position 500 does not exist"), ([0, -900], "Position -900 does not exist")]:
+        with pytest.raises(InputError, match=message) as error:
+            extract(subject, SENTENCES[0], bad)
+        one_sentence(error)
+    with pytest.raises(InputError, match="no text"):
+        extract(subject, [])
+
+
+@pytest.mark.parametrize("layer", [-1, TINY.layers])
+def test_a_layer_that_does_not_exist(subject_folder, layer):
+    with pytest.raises(InputError, match=f"Layer {layer} does not exist: .* blocks 0 to 2") as error:
+        load_subject(subject_folder, layer)
+    one_sentence(error)
+
+
+# Parquet
+
+
+def test_vectors_are_fixed_size_float32_lists(activations, tmp_path):
+    table = activation_table(activations, LAYER)
+    write_table(table, tmp_path / "rl-00000-of-00001.parquet", {"kind": "nla_dataset"})
+    read = read_table(tmp_path / "rl-00000-of-00001.parquet")
+    assert pq.read_schema(tmp_path / "rl-00000-of-00001.parquet").field("activation_vector").type == pa.list_(pa.float32(), 32)
+    assert np.array_equal(read_column_vectors(read), activations.vectors)
+    assert np.array_equal(read_column_vectors(read.slice(2, 3)), activations.vectors[2:5])
+    assert np.array_equal(read_column_vectors(pa.concat_tables([read, read]))[12:], activations.vectors)
+    assert read.column("n_raw_tokens").to_pylist() == (activations.positions + 1).tolist()
+    assert read.column("doc_id").to_pylist() == activations.doc_ids
+    assert (tmp_path / "rl-00000-of-00001.parquet.nla_meta.yaml").read_text() == "kind: nla_dataset\n"
+
+
+def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
+    def interrupt(table, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "av_sft-00000-of-00001.parquet"
+    monkeypatch.setattr(pq, "write_table", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_table(pa.table({"a": [1]}), path)
+    assert not path.exists()
+    with pytest.raises(InputError, match="holds no av_sft data"):
+        shards_of(tmp_path, "av_sft")
+
+
+def test_missing_and_damaged_shards_are_named(tmp_path):
+    for i in (0, 2):
+        write_table(pa.table({"a": [i]}), tmp_path / f"rl-0000{i}-of-00003.parquet")
+    with pytest.raises(InputError, match="2 of 3 rl shards") as error:
+        shards_of(tmp_path, "rl")
+    one_sentence(error)
+    file = tmp_path / "rl-00000-of-00003.parquet"
+    with pytest.raises(InputError, match="rl-00000-of-00003"):
+        read_table(file, ["other"])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(InputError, match="rl-00000-of-00003.*cannot be read"):
+        read_table(file)
+
+
+# Scores
+
+
+@pytest.fixture(scope="module")
+def golds():
+    return np.random.default_rng(0).normal(1, 1, (60, 32)).astype(np.float32)
+
+
+def test_fve_closed_forms(golds):
+    unit = golds / np.linalg.norm(golds, axis=1, keepdims=True)
+    mean = unit.mean(0)
+    assert fve(7 * golds, golds) == pytest.approx(1)  # lengths do not count
+    # The mean of the golds, read at length sqrt(d) as every prediction is, against the mean that is not.
+    spread = ((unit - mean) ** 2).sum(1).mean()
+    assert spread == pytest.approx(1 - (mean**2).sum(), rel=1e-5)
+    constant = np.broadcast_to(mean, golds.shape)
+    norm = np.linalg.norm(mean)
+    assert fve(constant, golds) == pytest.approx(1 - (2 - 2 * norm) / (1 - norm**2), rel=1e-5)
+    assert fve(constant, golds, "meannorm") == pytest.approx(0, abs=1e-6)
+    noisy = golds + np.random.default_rng(1).normal(0, 1, golds.shape)
+    cosine = (noisy * golds).sum(1) / np.linalg.norm(noisy, axis=1) / np.linalg.norm(golds, axis=1)
+    assert fve(noisy, golds) == pytest.approx(1 - (2 - 2 * cosine).mean() / (1 - norm**2), rel=1e-5)
+    assert fve(noisy, golds, "meannorm") == pytest.approx(1 - (2 - 2 * cosine).mean() / (2 - 2 * norm), rel=1e-5)
+    assert fve(noisy, golds, "meannorm") > fve(noisy, golds)
+    assert row_fve(noisy, golds).mean() == pytest.approx(fve(noisy, golds))
+    for bad in ((golds[:1], golds[:1]), (golds[:5], golds[:6]), (golds[0], golds[0])):
+        with pytest.raises(InputError, match="FVE needs") as error:
+            fve(*bad)
+        one_sentence(error)
+    with pytest.raises(InputError, match="baseline"):
+        fve(golds, golds, "median")
+
+
+def test_intervals_respect_clusters():
+    rng = np.random.default_rng(0)
+    documents = np.repeat([f"d{i}" for i in range(40)], 25)
+    clustered = np.repeat(rng.normal(size=40), 25) + 0.1 * rng.normal(size=1000)
+    low, high = clustered_interval(clustered, documents)
+    iid_low, iid_high = clustered_interval(clustered, [str(i) for i in range(1000)])
+    assert low < clustered.mean() < high
+    assert 3 < (high - low) / (iid_high - iid_low) < 8  # sqrt(25) = 5 with fully dependent rows
+    assert high - low == pytest.approx(2 * 1.96 * clustered.reshape(40, 25).mean(1).std() / np.sqrt(40), rel=0.15)
+    assert clustered_interval(clustered, documents) == (low, high)
+    narrow = clustered_interval(clustered, documents, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (1, 1), (5, 2, 2, 1), (4, 4), (1, 2, 3, 4, 5), (7, 1), (6,)])
+def test_shuffled_rows_come_from_other_documents(sizes):
+    ids = list(itertools.chain.from_iterable([f"d{i}"] * size for i, size in enumerate(sizes)))
+    ids = [ids[i] for i in np.random.default_rng(0).permutation(len(ids))]
+    for seed in range(5):
+        target = derangement(ids, seed)
+        assert sorted(target) == list(range(len(ids)))
+        assert all(target[i] != i for i in range(len(ids)))
+        same = sum(ids[i] == ids[target[i]] for i in range(len(ids)))
+        assert same == max(0, 2 * max(sizes) - len(ids))  # the fewest that any permutation has

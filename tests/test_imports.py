@@ -1,0 +1,80 @@
+"""Imports point one way. A module may import its own layer's and lower layers' modules, never a higher one's."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import nla_jax
+
+ROOT = Path(nla_jax.__file__).parent
+LAYERS = [  # lowest first; a name covers the modules beneath it
+    ["errors", "models.attention"],
+    ["sharding"],
+    ["models.transformer"],
+    ["models.pretrained"],
+    ["autoencoder"],
+    ["losses", "optimizer", "sampling"],
+    ["train_step"],
+    ["data.batches", "data.corpus", "data.labels", "data.python_docs", "data.tokenizer"],
+    ["prompts", "metrics", "checkpoint", "report"],
+    ["sidecar", "subject"],
+    ["pair", "data.extraction"],
+    ["evaluate.fve", "explain", "run"],
+    ["fit", "data.dataset"],
+    ["pretrain", "train", "evaluate.evaluation"],
+    ["cli"],
+]
+ALONE = {"errors": set(), "models.attention": set(), "sharding": {"errors"}}  # what these import of ours at most
+CONFIG_READERS = {"run", "fit", "train", "pretrain", "cli"}  # may know ml_collections
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}
+MODULES = {name: file for name, file in MODULES.items() if not name.endswith("__init__")}
+
+
+def layer(module: str) -> int:
+    """The layer of a module, by the longest name that covers it."""
+    covers = [(len(name), i) for i, names in enumerate(LAYERS) for name in names if f"{module}.".startswith(f"{name}.")]
+    assert covers, f"nla_jax/{module}.py stands in no layer of this table"
+    return max(covers)[1]
+
+
+def imported(module: str) -> set[str]:
+    """Every module (dotted, absolute) that a file imports, at its top or inside a function."""
+    names, package = set(), ["nla_jax", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            inner = {f"{source}.{alias.name}" for alias in node.names}
+            names |= {name for name in inner if name.removeprefix("nla_jax.") in MODULES} or {source}
+    return names
+
+
+def ours(module: str) -> set[str]:
+    names = {name.removeprefix("nla_jax.") for name in imported(module) if name.split(".")[0] == "nla_jax"}
+    assert names <= MODULES.keys(), f"nla_jax/{module}.py imports {names - MODULES.keys()} through a package, not a module"
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    above = {name for name in ours(module) if layer(name) > layer(module)}
+    assert not above, f"nla_jax/{module}.py imports {sorted(above)}, of a higher layer"
+    assert "cli" not in ours(module), f"nla_jax/{module}.py imports cli"
+    more = ours(module) - ALONE.get(module, ours(module))
+    assert not more, f"nla_jax/{module}.py must import next to nothing of ours, but imports {sorted(more)}"
+
+
+@pytest.mark.parametrize("package", ["ml_collections", "absl"])
+def test_only_the_loops_know_configs_and_flags(package):
+    readers = {name for name in MODULES if package in {source.split(".")[0] for source in imported(name)}}
+    allowed = CONFIG_READERS if package == "ml_collections" else {"cli"}
+    assert readers <= allowed, f"{sorted(readers - allowed)} import {package}"
+    assert readers
+
+
+def test_the_table_lists_only_what_exists():
+    for name in sum(LAYERS, []):
+        assert any(f"{module}.".startswith(f"{name}.") for module in MODULES), f"there is no nla_jax/{name}"

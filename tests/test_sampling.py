@@ -1,0 +1,165 @@
+"""The rollout: what is drawn, with which log-probability, where rows end."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import close, counted_compiles
+from nla_jax.losses import token_statistics
+from nla_jax.sampling import rollout, sample_token
+from test_transformer import full_states
+
+G, R = 6, 7
+
+
+@pytest.fixture(scope="module")
+def draw(verbalizer, params, vectors):
+    """Samples from a model that rarely ends, with one program for each set of static options."""
+
+    def draw(vectors=vectors[:2], seed=0, first_row=0, params=params, verbalizer=verbalizer, group=G, **options):
+        options = dict(group=group, max_new_tokens=R, temperature=1.0) | options
+        return jax.device_get(rollout(verbalizer, params, vectors, jax.random.key(seed), first_row, **options))
+
+    return draw
+
+
+def states_then_statistics(verbalizer, params, vectors, tokens, temperature):
+    hidden = verbalizer.read_responses(params, vectors, tokens)
+    return token_statistics(verbalizer.model, params, hidden, tokens, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree_on_logprobs(draw, verbalizer, params, vectors, temperature):
+    sampled = draw(temperature=temperature)
+    statistics = jax.jit(functools.partial(states_then_statistics, verbalizer), static_argnums=3)
+    trainer = statistics(params, vectors[:2], sampled.tokens, temperature).logprob
+    close(np.where(sampled.mask, trainer, 0), sampled.logprobs, 1e-5)
+    assert sampled.mask.sum() > G * R
+
+
+def test_first_tokens_differ_within_a_group(draw):
+    first = draw().tokens[:, 0].reshape(2, G)
+    assert all(len(set(group)) > G // 2 for group in first)
+
+
+def test_the_seed_determines_the_text(draw):
+    assert np.array_equal(draw().tokens, draw().tokens)
+    assert not np.array_equal(draw().tokens, draw(seed=1).tokens)
+
+
+def test_text_does_not_depend_on_how_the_batch_is_cut(draw, vectors):
+    whole = draw(vectors)
+    for i in (0, 2):
+        part = draw(vectors[i : i + 2], first_row=i * G)
+        close(part, jax.tree.map(lambda x: x[i * G : (i + 2) * G], whole), 1e-5)
+
+
+def test_equal_activations_get_different_texts(draw, vectors):
+    same = draw(np.repeat(vectors[:1], 2, 0)).tokens
+    assert not np.array_equal(same[:G], same[G:])
+
+
+def test_greedy_is_the_argmax_of_a_full_forward(draw, verbalizer, params, vectors):
+    sampled = draw(vectors[:2], temperature=0.0, group=1)
+
+    @jax.jit
+    def best(params, vectors, tokens):
+        hidden = full_states(verbalizer, params, vectors, tokens)
+        return jnp.argmax(verbalizer.model.apply({"params": params}, hidden, method="logits"), -1)
+
+    expected = best(params, vectors[:2], sampled.tokens)
+    assert sampled.mask.sum() > R
+    assert np.array_equal(sampled.tokens[sampled.mask], np.asarray(expected)[sampled.mask])
+
+
+def test_rows_end_at_the_end_token(draw, pair, verbalizer):
+    """A model that ends often: the mask covers the end token, padding follows it, and log-probs stop there."""
+    sampled = draw(params=pair.verbalizer_params)
+    for tokens, mask, logprobs, finished in zip(sampled.tokens, sampled.mask, sampled.logprobs, sampled.finished):
+        ends = np.flatnonzero(tokens == verbalizer.end)
+        length = ends[0] + 1 if len(ends) else R
+        assert mask.tolist() == [True] * length + [False] * (R - length)
+        assert finished == bool(len(ends))
+        assert (tokens[length:] == verbalizer.end).all() and (logprobs[length:] == 0).all()
+        assert (logprobs[:length] <= 0).all() and logprobs[:length].min() < -1
+    assert 0 < sampled.finished.sum() < len(sampled.finished)
+
+
+def test_one_token_is_enough(draw):
+    """The shortest response: the first token of a longer one."""
+    assert np.array_equal(draw(max_new_tokens=1).tokens, draw().tokens[:, :1])
+
+
+def test_a_marker_in_a_response_injects_nothing(verbalizer, params, vectors):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, 320, (4, 5))
+    prompt = verbalizer.prompt_length
+    tokens[:, 1:4] = (verbalizer.suffix * 3)[:3]  # the marker with what follows it in the prompt
+    tokens[1, 0] = verbalizer.prefix[-1]  # and once with both its neighbours
+    assert prompt > 5
+    hidden = jax.jit(verbalizer.read_responses)(params, vectors[:2], tokens)
+    close(hidden, jax.jit(functools.partial(full_states, verbalizer))(params, vectors[:2], tokens), 1e-5)
+
+
+def test_rollout_compiles_once(draw, verbalizer, params, vectors):
+    with counted_compiles() as compiled:
+        draw(vectors, group=4)
+        assert compiled
+        compiled.clear()
+        for seed in range(3):
+            draw(vectors + np.float32(seed), group=4, seed=seed, first_row=4 * seed)
+        draw(vectors, group=4, verbalizer=dataclasses.replace(verbalizer))  # equal, though another object
+    assert not compiled
+
+
+# One token
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return 2 * np.random.default_rng(1).normal(size=40).astype(np.float32)
+
+
+def softmax(x, temperature=1.0):
+    e = np.exp((x - x.max()).astype(np.float64) / temperature)
+    return e / e.sum()
+
+
+def nucleus(p, top_p):
+    """The fewest likeliest tokens whose mass reaches `top_p`."""
+    order = np.argsort(-p)
+    return set(order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, None, None), (0.6, None, None), (1.0, 5, None), (1.0, None, 0.8), (0.8, 6, 0.7)]
+)
+def test_draws_follow_the_restricted_softmax(logits, temperature, top_k, top_p):
+    n = 20_000
+    draw = lambda key: sample_token(key, logits, temperature, top_k, top_p)
+    tokens, logprobs = jax.device_get(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), n)))
+    p = softmax(logits, temperature)
+    np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)  # of the policy, not of the restricted softmax
+
+    allowed = set(range(40))
+    if top_k:
+        allowed &= set(np.argsort(-p)[:top_k].tolist())
+    if top_p:
+        allowed &= nucleus(p, top_p)
+    assert set(tokens.tolist()) <= allowed
+    p = np.where([i in allowed for i in range(40)], p, 0)
+    p /= p.sum()
+    share = np.bincount(tokens, minlength=40) / n
+    assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n) + 1e-4).all()
+
+
+def test_temperature_zero_is_greedy_and_tiny_mass_is_safe(logits):
+    token, logprob = sample_token(jax.random.key(0), logits, 0, None, None)
+    assert token == logits.argmax() and abs(logprob - np.log(softmax(logits).max())) < 1e-5
+    certain = np.where(np.arange(40) == 17, 1e4, -1e4).astype(np.float32)
+    draw = lambda key: sample_token(key, certain, 1.0, None, 0.5)[0]
+    assert set(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 1000)).tolist()) == {17}

@@ -1,0 +1,134 @@
+"""Every mesh computes the same, and the decode loop gathers no weights."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import TINY, close, counted_compiles, random_params
+from nla_jax.optimizer import adamw
+from nla_jax.sampling import rollout
+from nla_jax.sharding import DECODE, TRAIN, make_mesh, place_batch, relayout, shardings
+from nla_jax.train_step import JointBatch, JointStep
+
+A, G, R, T = 8, 2, 4, 8
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def joint(verbalizer, reconstructor) -> JointStep:
+    return JointStep(verbalizer, reconstructor, adamw(STEPS, 1e-3, warmup=1), adamw(STEPS, 1e-3), kl_coefficient=0.1)
+
+
+@pytest.fixture(scope="module")
+def train(joint, params, pair):
+    """Three steps of rollout and joint step on a mesh, as `nla_jax/train.py` makes them: tokens, metrics, state, compiles."""
+
+    @functools.cache
+    def train(*sizes):
+        mesh = make_mesh(*sizes)
+        boxed = joint.verbalizer.abstract_params(), joint.reconstructor.abstract_params()
+        layout = shardings(mesh, jax.eval_shape(joint.init, jax.random.key(0), *boxed))
+        rng, history = np.random.default_rng(0), []
+        with jax.set_mesh(mesh):
+            state = jax.jit(joint.init, out_shardings=layout)(jax.random.key(0), params, pair.reconstructor_params)
+            for name, array in (("q", state.verbalizer["blocks"]["q"]["kernel"]), ("mu", state.verbalizer_opt)):
+                array = array if name == "q" else array[1][0].mu["blocks"]["q"]["kernel"]
+                assert array.sharding.shard_shape(array.shape) == (3, 32 // sizes[1], 4 // sizes[2], 8)
+            reference = jax.device_put(random_params(TINY, 7), shardings(mesh, boxed[0]))
+            decoding, step = relayout(mesh, boxed[0], TINY.dtype), jax.jit(joint, donate_argnums=0)
+            compiles = []
+            for i in range(STEPS):
+                vectors = rng.normal(size=(A, TINY.width)).astype(np.float32)
+                sampled = jax.device_get(
+                    rollout(
+                        joint.verbalizer, decoding(state.verbalizer), place_batch(mesh, vectors),
+                        jax.random.fold_in(state.rng, i), group=G, max_new_tokens=R,
+                    )
+                )  # fmt: skip
+                batch = JointBatch(
+                    vectors=vectors, responses=sampled.tokens, response_mask=sampled.mask,
+                    sampler_logprobs=sampled.logprobs, texts=rng.integers(4, TINY.vocab_size, (A * G, T)).astype(np.int32),
+                    text_lengths=rng.integers(1, T + 1, A * G).astype(np.int32), valid=rng.random(A * G) < 0.8,
+                )  # fmt: skip
+                placed = place_batch(mesh, batch)
+                with counted_compiles() as compiled:
+                    state, metrics = step(state, reference, placed)
+                compiles.append(len(compiled))
+                history.append((sampled.tokens, jax.device_get(metrics)))
+            return history, jax.device_get((state.verbalizer, state.reconstructor)), compiles
+
+    return train
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_meshes_agree(train, sizes):
+    expected, params, _ = train(1, 1, 1)
+    history, found, compiles = train(*sizes)
+    for (tokens, metrics), (expected_tokens, expected_metrics) in zip(history, expected, strict=True):
+        assert np.array_equal(tokens, expected_tokens)
+        close({k: v for k, v in metrics.items() if "gap" not in k}, {k: expected_metrics[k] for k in metrics if "gap" not in k}, 2e-5)
+        assert metrics["logprob_gap_max"] < 1e-4
+    close(found, params, 1e-4)
+    assert compiles == [1, 0, 0]
+
+
+def while_bodies(text: str) -> str:
+    """The HLO of all loop bodies and of every computation that they call."""
+    computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    todo, seen = re.findall(r"body=%?([\w.\-]+)", text), set()
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += re.findall(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)", computations[name])
+    assert seen
+    return "\n".join(computations[name] for name in seen)
+
+
+@pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
+def test_the_decode_loop_communicates_nothing(verbalizer, params, vectors, rules):
+    """Under the decoding layout. Under the training layout (the control) every token waits for other devices."""
+    mesh = make_mesh(1, 8, 1)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(mesh, verbalizer.abstract_params(), rules))
+        batch = place_batch(mesh, np.repeat(vectors, 2, 0))
+        program = rollout.lower(verbalizer, placed, batch, jax.random.key(0), group=G, max_new_tokens=R).compile()
+    found = re.findall("all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute", while_bodies(program.as_text()))
+    assert bool(found) == (rules is TRAIN), found
+
+
+def test_sizes_that_do_not_divide_are_refused(verbalizer):
+    with pytest.raises(ValueError, match=r"kv_heads|\['k'\].*has 2 entries.*tensor=4"):
+        shardings(make_mesh(1, 1, 4), verbalizer.abstract_params())
+    with pytest.raises(ValueError, match=r"has 32 entries.*fsdp=5"):
+        shardings(make_mesh(1, 5, 1), verbalizer.abstract_params())
+
+
+def test_mesh_sizes():
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh(1, 1, 1).size == 1
+    for sizes in ((3, 3, 1), (-1, -1, 1), (0, 1, 1), (-1, 16, 1)):
+        with pytest.raises(ValueError, match="mesh"):
+            make_mesh(*sizes)
+
+
+def test_relayout_casts_and_replicates_over_fsdp(verbalizer, params):
+    mesh = make_mesh(1, 4, 2)
+    boxed = verbalizer.abstract_params()
+    placed = jax.device_put(params, shardings(mesh, boxed))
+    out = relayout(mesh, boxed, np.dtype("bfloat16"))(placed)
+    shape = lambda x: x.sharding.shard_shape(x.shape)
+    assert shape(placed["blocks"]["up"]["kernel"]) == (3, 8, 24)
+    assert shape(out["blocks"]["up"]["kernel"]) == (3, 32, 24)
+    assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype("bfloat16")}
+
+
+def test_batches_that_do_not_divide_are_replicated():
+    mesh = make_mesh(2, 2, 2)
+    placed = place_batch(mesh, {"even": np.arange(8), "odd": np.arange(7), "scalar": np.float32(1)})
+    shape = lambda x: x.sharding.shard_shape(x.shape)
+    assert (shape(placed["even"]), shape(placed["odd"]), shape(placed["scalar"])) == ((2,), (7,), ())
+    assert np.array_equal(placed["even"], np.arange(8))

@@ -1,0 +1,137 @@
+"""The transformer: attention, segments, the key/value cache, truncation, rematerialisation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import TINY, close
+from nla_jax.models.attention import Segment, attend
+from nla_jax.models.transformer import Transformer, truncate
+
+G = 3
+
+
+def naive_attention(q, segments, scale):
+    """Softmax over all segments' keys, row by row and head by head."""
+    B, T, M, _ = q.shape
+    keys, values, masks = [], [], []
+    for s in segments:
+        spread = lambda x: jnp.repeat(jnp.repeat(x, B // len(x), 0), M // x.shape[2], 2)
+        keys.append(spread(s.k))
+        values.append(spread(s.v))
+        mask = jnp.broadcast_to(s.mask, (len(s.k) if len(s.mask) > 1 else 1, T, s.k.shape[1]))
+        masks.append(jnp.repeat(mask, B // len(mask), 0))
+    k, v, mask = jnp.concatenate(keys, 1), jnp.concatenate(values, 1), jnp.concatenate(masks, 2)
+    scores = jnp.einsum("btmh,bsmh->bmts", q, k) * scale
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+    return jnp.einsum("bmts,bsmh->btmh", weights, v)
+
+
+def test_attention_equals_naive_softmax():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    B, T, M, N, H = 6, 4, 4, 2, 8
+    shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T))]
+    segments = [Segment(draw(b, S, N, H), draw(b, S, N, H), rng.random((*m, S)) < 0.6) for b, S, m in shapes]
+    hidden = dataclasses.replace(segments[2], mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
+    causal = dataclasses.replace(segments[3], mask=np.tril(np.ones((1, T, T), bool)))
+    segments, q = [segments[0], segments[1], hidden, causal], draw(B, T, M, H)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attention, q, segments):
+        def loss(q, kv):
+            out = attention(q, [Segment(k, v, s.mask) for (k, v), s in zip(kv, segments)], 0.7)
+            return jnp.sum(jnp.sin(3 * out)), out
+
+        return jax.grad(loss, (0, 1), has_aux=True)(q, [(s.k, s.v) for s in segments])
+
+    expected = run(naive_attention, q, segments)
+    close(run(attend, q, segments), expected, 1e-5)
+    assert all(np.abs(gradient).max() > 1e-3 for i in (0, 1, 3) for gradient in expected[0][1][i])
+
+
+def full_states(verbalizer, params, vectors, responses):
+    """The oracle: each sample's prompt and response in one plain sequence, then the states that predict the response."""
+    group = len(responses) // len(vectors)
+    slot = verbalizer.inject(None, jnp.repeat(vectors, group, 0), verbalizer.injection_scale)
+    prompt = jnp.broadcast_to(jnp.asarray(verbalizer.prefix + verbalizer.suffix), (len(responses), verbalizer.prompt_length))
+    x = verbalizer.embed(params, jnp.concatenate([prompt, responses], 1)).at[:, len(verbalizer.prefix)].set(slot)
+    hidden, _ = verbalizer.model.apply({"params": params}, x)
+    return hidden[:, verbalizer.prompt_length - 1 : -1]
+
+
+@pytest.fixture(scope="module")
+def responses():
+    return np.random.default_rng(3).integers(4, TINY.vocab_size, (2 * G, 5))
+
+
+def test_segmented_forward_equals_full_sequence(verbalizer, params, vectors, responses):
+    weight = np.random.default_rng(4).normal(size=(2 * G, 5, TINY.width))
+
+    def run(states):
+        def loss(params, vectors):
+            hidden = states(params, vectors)
+            return jnp.sum(weight * jnp.sin(hidden)), hidden
+
+        (_, hidden), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, vectors[:2])
+        return hidden, gradients
+
+    segmented = run(lambda params, vectors: verbalizer.read_responses(params, vectors, responses))
+    full = run(lambda params, vectors: full_states(verbalizer, params, vectors, responses))
+    close(segmented, full, 1e-5)
+    assert np.abs(full[1][1]).max() > 1e-3, "the responses must depend on the vectors"
+
+
+def test_decoding_equals_full_forward(verbalizer, params, vectors, responses):
+    model = verbalizer.model
+
+    @jax.jit
+    def decoded(params, vectors):
+        past, first = verbalizer.read_prompt(params, vectors)
+        cache = (jnp.zeros((TINY.layers, 2 * G, 5, TINY.kv_heads, TINY.head_dim)),) * 2
+
+        def step(cache, t):
+            x = verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(responses, t, 1, 1))
+            hidden, cache = model.apply({"params": params}, x, past, cache, verbalizer.prompt_length, t, method="decode")
+            return cache, hidden[:, 0]
+
+        _, rest = jax.lax.scan(step, cache, jnp.arange(4))
+        return jnp.concatenate([jnp.repeat(first, G, 0)[None], rest]).transpose(1, 0, 2)
+
+    expected = jax.jit(functools.partial(full_states, verbalizer))(params, vectors[:2], responses)
+    close(decoded(params, vectors[:2]), expected, 1e-5)
+
+
+def test_truncation_is_the_residual_stream(model, params, responses):
+    """The first block's output, sent through the other blocks, is the whole model's."""
+    rest = {"embedding": params["embedding"], "blocks": jax.tree.map(lambda x: x[1:], params["blocks"])}
+
+    @jax.jit
+    def both(x):
+        first = Transformer(TINY.truncated(1)).apply({"params": truncate(params, 1)}, x)[0]
+        last = Transformer(TINY.truncated(TINY.layers - 1)).apply({"params": rest}, first)[0]
+        return last, model.apply({"params": params}, x)[0]
+
+    close(*both(params["embedding"][responses]), 1e-5)
+    assert set(truncate(params, 1)) == {"embedding", "blocks"}
+
+
+def test_rematerialisation_changes_no_gradient(params, responses):
+    def gradients(remat):
+        model = Transformer(dataclasses.replace(TINY, remat=remat))
+        loss = lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, responses, method="next_token_logits")))
+        return jax.jit(jax.grad(loss))(params)
+
+    close(gradients("nothing_saveable"), gradients(None), 1e-5)
+
+
+def test_only_distances_between_positions_count(model, params, responses):
+    """Rotary positions: moving all tokens changes nothing, swapping two of them changes the states after them."""
+    states = jax.jit(lambda x, start: model.apply({"params": params}, x, (), start)[0])
+    x = params["embedding"][responses]
+    close(states(x, 7), states(x, 0), 1e-4)
+    assert np.abs(states(x[:, [1, 0, 2, 3, 4]], 0) - states(x, 0))[:, -1].max() > 1e-2
