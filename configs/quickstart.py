@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
             checkpoint_every=20, heldout_every=20, heldout_rows=256,
         )
     )  # fmt: skip
-    c.evaluate = ConfigDict(dict(rows=2000, temperature=1.0, batch=128, examples=30))
+    c.evaluate = ConfigDict(dict(rows=2000, temperature=0.0, batch=128, examples=30))
     c.report = ConfigDict(dict(title="Quickstart"))
 
     if variant == "subject":

@@ -152,6 +152,8 @@ def load_pair(av: str | Path, ar: str | Path | None = None, dtype=jnp.float32) -
         raise InputError(f"{ar / HEAD} is missing or damaged ({error}).") from None
     if head.shape != (sidecar.d_model,) * 2:
         raise InputError(f"{ar / HEAD}: weight has shape {head.shape}, expected {(sidecar.d_model,) * 2}.")
+    if not np.isfinite(head.astype(np.float32)).all():
+        raise InputError(f"{ar / HEAD}: weight holds NaN or infinite values.")
     verbalizer, reconstructor, prompts = _models(sidecar, config, truncated, av)
     backbone = load_params(ar, truncated, truncated=True)
     ar_params = {"backbone": backbone, "head": np.ascontiguousarray(head.T.astype(np.float32))}

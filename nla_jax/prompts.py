@@ -61,7 +61,7 @@ def find_marker(tokenizer: PreTrainedTokenizerBase, template: str, char: str = "
     Raises `InputError` where the character is not exactly one token there, or stands there more than once."""
     reasons = []
     for candidate in [char] if char else MARKERS:
-        ids = plain_ids(tokenizer, [chat_text(tokenizer, template.format(injection_char=candidate))])[0]
+        ids = plain_ids(tokenizer, [chat_text(tokenizer, template.replace("{injection_char}", candidate))])[0]
         places = [i for i, token in enumerate(ids) if candidate in tokenizer.decode([token])]
         if len(places) == 1 and tokenizer.decode([ids[places[0]]]).strip() == candidate and 0 < places[0] < len(ids) - 1:
             at = places[0]
@@ -83,7 +83,7 @@ class Prompts:
     def verbalizer_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`(prefix, suffix)`: the ids before the marker, and those from the marker to the response. The marker is matched
         with both neighbours and must stand exactly once. Raises `InputError` where it does not."""
-        content = self.verbalizer_template.format(injection_char=self.marker.char)
+        content = self.verbalizer_template.replace("{injection_char}", self.marker.char)
         ids = plain_ids(self.tokenizer, [chat_text(self.tokenizer, content)])[0]
         m = self.marker
         places = [i for i in range(1, len(ids) - 1) if (ids[i - 1], ids[i], ids[i + 1]) == (m.left, m.id, m.right)]
@@ -109,17 +109,17 @@ class Prompts:
 
     def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one. Where the
-        ids outnumber `limit`, the explanation loses its last tokens; the template stays whole."""
+        ids outnumber `limit`, the explanation loses its last characters; the template stays whole."""
         template, tokenizer = self.reconstructor_template, self.tokenizer
-        finished = lambda texts: tokenizer([template.format(explanation=t) for t in texts], verbose=False).input_ids
+        finished = lambda texts: tokenizer([template.replace("{explanation}", t) for t in texts], verbose=False).input_ids
         rows = finished(explanations) if explanations else []
         for i, row in enumerate(rows if limit else []):
             text = explanations[i]
             while len(row) > limit:
-                ids = tokenizer(text, add_special_tokens=False).input_ids
-                if not ids:
+                if not text:
                     raise InputError(f"The AR's template alone has {len(row)} tokens, more than the limit of {limit}.")
-                text = tokenizer.decode(ids[: -max(len(row) - limit, 1)])
+                # By characters, not by ids: half a character decodes to a replacement that may need more ids than it had.
+                text = text[: -(len(row) - limit)]
                 row = finished([text])[0]
             rows[i] = row
         return rows

@@ -95,6 +95,6 @@ def rollout(
         jnp.full((B, R), verbalizer.end, jnp.int32), jnp.zeros((B, R)), jnp.zeros((B, R), bool), jnp.zeros(B, bool)
     )
     state = write(empty, 0, *sample(0, jnp.repeat(first, group, axis=0)))
-    cache = (jnp.zeros((c.layers, B, R - 1, c.kv_heads, c.head_dim), c.dtype),) * 2
+    cache = (jnp.zeros((c.layers, B, max(R - 1, 1), c.kv_heads, c.head_dim), c.dtype),) * 2
     running = lambda carry: (carry[0] < R) & ~jnp.all(carry[1].finished)
     return jax.lax.while_loop(running, step, (jnp.int32(1), state, cache))[1]

@@ -8,7 +8,7 @@ import numpy as np
 
 from nla_jax.checkpoint import Checkpoints
 from nla_jax.data.batches import pad_tokens, rows_of_step
-from nla_jax.data.dataset import load_rows
+from nla_jax.data.dataset import load_rows, spread
 from nla_jax.errors import InputError
 from nla_jax.evaluate.fve import fve, normalised
 from nla_jax.fit import fit, make_optimizer
@@ -114,7 +114,7 @@ def rl(run: Run) -> None:
             return
         run.require("sft")
         data = load_rows(run.workdir, "rl", labelled=False)
-        heldout = load_rows(run.workdir, "heldout", labelled=False).vectors[: c.heldout_rows]
+        heldout = spread(load_rows(run.workdir, "heldout", labelled=False), c.heldout_rows).vectors
         pair = load_pair(run.workdir / "pair_warm")
         width = reconstructor_width(pair.prompts, limit)
 
@@ -178,7 +178,7 @@ def rl(run: Run) -> None:
                 phases = dict(zip(("seconds_rollout", "seconds_host", "seconds_train"), np.diff(clock).tolist()))
                 speed = {"samples_per_second": len(texts) / (clock[-1] - clock[0])}
                 if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
-                    metrics["heldout_fve"] = heldout_fve(pair, state, heldout, limit)
+                    metrics["heldout_fve"] = heldout_fve(pair, state, heldout, limit, run.config.evaluate.temperature)
                 log.write(i + 1, metrics | phases | speed)
                 progress.update(fve=float(metrics["fve"]), reward=float(metrics["reward"]))
                 checkpoints.save(i + 1, state, force=i + 1 == c.steps)
@@ -186,9 +186,10 @@ def rl(run: Run) -> None:
             progress.close()
             log.close()
         trained(pair, state).save(run.workdir / "pair")
+        gaps = [record["logprob_gap_max"] for record in log.records if record["logprob_gap_max"] is not None]
         result["steps"] = c.steps
         result["skipped"] = sum(bool(record["skipped"]) for record in log.records)
-        result["logprob_gap_max"] = max((record["logprob_gap_max"] for record in log.records), default=None)
+        result["logprob_gap_max"] = max(gaps, default=None)
 
 
 def trained(pair: Pair, state) -> Pair:
@@ -198,7 +199,7 @@ def trained(pair: Pair, state) -> Pair:
     )  # fmt: skip
 
 
-def heldout_fve(pair: Pair, state, vectors: np.ndarray, max_new_tokens: int) -> float:
-    """FVE of sampled explanations on held-out activations, under the state's parameters."""
+def heldout_fve(pair: Pair, state, vectors: np.ndarray, max_new_tokens: int, temperature: float) -> float:
+    """FVE of the AV's explanations of held-out activations, under the state's parameters."""
     now = trained(pair, state)
-    return fve(now.reconstruct(now.verbalize(vectors, max_new_tokens)), vectors)
+    return fve(now.reconstruct(now.verbalize(vectors, max_new_tokens, temperature)), vectors)

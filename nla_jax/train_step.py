@@ -85,7 +85,7 @@ class JointStep:
         totals = {"tokens": batch.response_mask.sum(), "texts": jnp.maximum(batch.valid.sum(), 1)}
         grads, samples = self._accumulate(state, reference, batch, totals)
 
-        norms = [optax.global_norm(grad) for grad in grads]
+        norms = [optax.tree.norm(grad) for grad in grads]
         finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
@@ -177,7 +177,7 @@ class SupervisedStep:
 
     def __call__(self, state: ModelState, batch: Any) -> tuple[ModelState, dict]:
         (loss, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt = self.tx.update(grads, state.opt, state.params)
         new = state.replace(params=optax.apply_updates(state.params, updates), opt=opt)

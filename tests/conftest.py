@@ -86,10 +86,10 @@ def one_sentence(error) -> None:
 
 
 def talkative(params: dict, tokenizer) -> dict:
-    """An untied model's parameters, changed so that it writes `<explanation>`, some words, `</explanation>` and the end.
+    """An untied model's parameters, changed so that it writes `<explanation>`, words, `</explanation>` and the end.
 
-    Three dimensions of the embedding flag the turn's start, the opening and the closing tag; a fourth the ordinary tokens.
-    The head reads them: each flag forces or forbids what may follow. The words still depend on the random blocks."""
+    Three dimensions of the embedding flag the turn's start, the opening and the closing tag; a fourth the ordinary
+    tokens. The head reads them: each flag forces or forbids what may follow. The words depend on the random blocks."""
     start, opening, closing = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<explanation>", "</explanation>"])
     params = jax.tree.map(np.copy, params)
     embedding, head = params["embedding"], params["head"]

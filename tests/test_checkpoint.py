@@ -140,9 +140,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     params = {"w": np.ones((5, 3), np.float32)}
 
     def train(folder, batches=batch_of_step):
-        return fit(
-            tmp_path / folder, "test", step_fn, params, ABSTRACT, make_mesh(2), batches, 9, checkpoint_every=3, log_every=2
-        )
+        run = step_fn, params, ABSTRACT, make_mesh(2), batches, 9
+        return fit(tmp_path / folder, "test", *run, checkpoint_every=3, log_every=2)
 
     def interrupted(step):
         if step == 7:
@@ -159,20 +158,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train("cut", interrupted)
     assert bits(train("cut", resumed)) == bits(whole)
-    values = lambda folder: [
-        {k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(tmp_path / folder / "metrics.jsonl")
-    ]
+    records = lambda folder: read_metrics(tmp_path / folder / "metrics.jsonl")
+    values = lambda folder: [{k: v for k, v in record.items() if k != "seconds"} for record in records(folder)]
     assert values("cut") == values("whole") and [record["step"] for record in values("whole")] == [2, 4, 6, 8, 9]
     assert bits(train("whole", lambda step: pytest.fail("a finished loop runs no step"))) == bits(whole)
 
 
 def test_a_nan_step_is_skipped_and_said(tmp_path):
-    broken = lambda step: (np.full((8, 5), np.nan, np.float32), batch_of_step(step)[1]) if step == 1 else batch_of_step(step)
-    step_fn = SupervisedStep(regression, optax.sgd(0.1))
-    params = {"w": np.ones((5, 3), np.float32)}
-    train = lambda steps: fit(
-        tmp_path / str(steps), "test", step_fn, params, ABSTRACT, make_mesh(), broken, steps, checkpoint_every=10, log_every=1
-    )
+    def train(steps):
+        run = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}, ABSTRACT, make_mesh()
+        broken = lambda step: [np.where(step == 1, np.float32(np.nan), x) for x in batch_of_step(step)]
+        return fit(tmp_path / str(steps), "test", *run, broken, steps, checkpoint_every=10, log_every=1)
+
     assert bits(train(2)) == bits(train(1))
     first, second = read_metrics(tmp_path / "2" / "metrics.jsonl")
     assert (first["skipped"], second["skipped"], second["loss"]) == (False, True, None)

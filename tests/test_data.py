@@ -45,7 +45,8 @@ def test_batches_are_a_function_of_seed_and_step():
     assert np.array_equal(text_windows(stream, 3, 4, 10, seed=0).tokens, window.tokens)
     assert not np.array_equal(text_windows(stream, 4, 4, 10, seed=0).tokens, window.tokens)
     assert (np.diff(window.tokens, axis=1) == 1).all() and window.tokens.shape == (4, 10)
-    assert text_windows(stream[:10], 0, 2, 10, seed=0).tokens.tolist() == [list(range(10))] * 2  # the only place there is
+    # A stream of one window has one place.
+    assert text_windows(stream[:10], 0, 2, 10, seed=0).tokens.tolist() == [list(range(10))] * 2
 
 
 def test_pad_tokens():
@@ -89,9 +90,8 @@ def test_extraction_does_not_depend_on_order_or_sharding(subject, documents, act
     for part in (documents[::-1], documents[1:2]):
         again = extract_documents(subject, part, **OPTIONS)
         for i, (id, position) in enumerate(zip(again.doc_ids, again.positions)):
-            (j,) = [
-                j for j in range(len(activations)) if (activations.doc_ids[j], activations.positions[j]) == (id, position)
-            ]
+            places = zip(activations.doc_ids, activations.positions)
+            (j,) = [j for j, place in enumerate(places) if place == (id, position)]
             close(again.vectors[i], activations.vectors[j], 1e-5)
             assert (again.texts[i], again.tokens[i]) == (activations.texts[j], activations.tokens[j])
     assert again.doc_ids == ["d1"] * 4
@@ -101,7 +101,8 @@ def test_vectors_are_the_hidden_states_of_transformers(subject_folder, documents
     """Block K's output is `hidden_states[K + 1]`; text and token stand at the same place."""
     model = transformers.AutoModelForCausalLM.from_pretrained(subject_folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(subject_folder)
-    assert activations.vectors.dtype == np.float32 and activations.doc_ids == [f"d{i}" for i in range(3) for _ in range(4)]
+    assert activations.vectors.dtype == np.float32
+    assert activations.doc_ids == [f"d{i}" for i in range(3) for _ in range(4)]
     text_of = {document.id: document.text for document in documents}
     for id in ("d0", "d2"):
         ids = tokenizer(text_of[id]).input_ids
@@ -110,7 +111,8 @@ def test_vectors_are_the_hidden_states_of_transformers(subject_folder, documents
         for i in (i for i, other in enumerate(activations.doc_ids) if other == id):
             at = activations.positions[i]
             close(activations.vectors[i], states[at], 1e-4)
-            assert activations.texts[i] == tokenizer.decode(ids[1 : at + 1]) and activations.tokens[i] == tokenizer.decode([ids[at]])
+            assert activations.texts[i] == tokenizer.decode(ids[1 : at + 1])
+            assert activations.tokens[i] == tokenizer.decode([ids[at]])
             assert text_of[id].startswith(activations.texts[i] + activations.following[i])
 
 
@@ -150,16 +152,16 @@ def test_a_layer_that_does_not_exist(subject_folder, layer):
 
 
 def test_vectors_are_fixed_size_float32_lists(activations, tmp_path):
-    table = activation_table(activations, LAYER)
-    write_table(table, tmp_path / "rl-00000-of-00001.parquet", {"kind": "nla_dataset"})
-    read = read_table(tmp_path / "rl-00000-of-00001.parquet")
-    assert pq.read_schema(tmp_path / "rl-00000-of-00001.parquet").field("activation_vector").type == pa.list_(pa.float32(), 32)
+    file = tmp_path / "rl-00000-of-00001.parquet"
+    write_table(activation_table(activations, LAYER), file, {"kind": "nla_dataset"})
+    read = read_table(file)
+    assert pq.read_schema(file).field("activation_vector").type == pa.list_(pa.float32(), 32)
     assert np.array_equal(read_column_vectors(read), activations.vectors)
     assert np.array_equal(read_column_vectors(read.slice(2, 3)), activations.vectors[2:5])
     assert np.array_equal(read_column_vectors(pa.concat_tables([read, read]))[12:], activations.vectors)
     assert read.column("n_raw_tokens").to_pylist() == (activations.positions + 1).tolist()
     assert read.column("doc_id").to_pylist() == activations.doc_ids
-    assert (tmp_path / "rl-00000-of-00001.parquet.nla_meta.yaml").read_text() == "kind: nla_dataset\n"
+    assert file.with_name(file.name + ".nla_meta.yaml").read_text() == "kind: nla_dataset\n"
 
 
 def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):

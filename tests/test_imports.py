@@ -54,7 +54,7 @@ def imported(module: str) -> set[str]:
 
 def ours(module: str) -> set[str]:
     names = {name.removeprefix("nla_jax.") for name in imported(module) if name.split(".")[0] == "nla_jax"}
-    assert names <= MODULES.keys(), f"nla_jax/{module}.py imports {names - MODULES.keys()} through a package, not a module"
+    assert names <= MODULES.keys(), f"nla_jax/{module}.py imports {names - MODULES.keys()}, which is no module of ours"
     return names
 
 

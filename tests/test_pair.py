@@ -92,7 +92,8 @@ def test_reconstruct_equals_torch(pair, saved):
     head = torch.nn.Linear(TINY.width, TINY.width, bias=False)
     head.weight.data = torch.tensor(load_file(saved / "ar" / HEAD)["weight"])
     states = []
-    model.model.layers[-1].register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
+    last = model.model.layers[-1]
+    last.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
     expected = []
     for text in TEXTS:
         with torch.no_grad():
@@ -152,7 +153,8 @@ def test_wrong_folders(copy):
 
 
 def test_sidecars_of_different_pairs(copy, pair):
-    for change, message in [({"layer": 0}, "layer is 1 in one and 0"), ({"base_checkpoint": "x"}, "base_checkpoint is 'tiny'")]:
+    changes = [({"layer": 0}, "layer is 1 in one and 0"), ({"base_checkpoint": "x"}, "base_checkpoint is 'tiny'")]
+    for change, message in changes:
         dataclasses.replace(pair.sidecar, **change).write(copy / "ar" / "nla_meta.yaml", "ar")
         refused(message, copy)
 

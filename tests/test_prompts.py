@@ -105,7 +105,7 @@ def test_reconstructor_ids_are_the_filled_template_with_bos(prompts, tokenizer):
     assert tokenizer.decode(row) == "<|bos|><text>The river turns.</text><summary>"
 
 
-@pytest.mark.parametrize("text", ["The river turns north at the old mill and runs.", "é漢😀" * 6, "\ufffd" * 12, "x" * 40])
+@pytest.mark.parametrize("text", ["The river turns north at the old mill.", "é漢😀" * 6, "\ufffd" * 12, "x" * 40])
 def test_truncation_keeps_the_template_whole(prompts, tokenizer, text):
     """Whatever the last character's bytes: the explanation loses its end, and the template nothing."""
     whole = len(prompts.reconstructor_ids([text])[0])
@@ -155,8 +155,9 @@ def test_both_naming_generations_are_read(sidecar, tmp_path, role):
 
 def test_scale_by_name(sidecar, tmp_path):
     sidecar.write(tmp_path / FILE, "av")
-    text = (tmp_path / FILE).read_text(encoding="utf-8").replace("injection_scale: 20.0", "injection_scale: sqrt_d_model")
-    (tmp_path / FILE).write_text(text, encoding="utf-8")
+    text = (tmp_path / FILE).read_text(encoding="utf-8")
+    assert "injection_scale: 20.0" in text
+    (tmp_path / FILE).write_text(text.replace("scale: 20.0", "scale: sqrt_d_model"), encoding="utf-8")
     assert Sidecar.read(tmp_path, "av").injection_scale == sidecar.d_model**0.5
 
 
@@ -167,9 +168,9 @@ def test_scale_by_name(sidecar, tmp_path):
         ("d_model: 32", "d_model: wide", "d_model is 'wide'"),
         ("d_model: 32", "", "lacks the field d_model"),
         ("injection_token_id:", "other:", "lacks the field tokens.injection_token_id"),
-        ("injection_scale: 20.0", "injection_scale: big", "injection_scale is 'big', expected a number or 'sqrt_d_model'"),
+        ("injection_scale: 20.0", "injection_scale: big", "scale is 'big', expected a number or 'sqrt_d_model'"),
         ("layer_index: 1", "layer_index: true", "layer_index is True"),
-        ("base_checkpoint: tiny", "base_checkpoint: !!python/object/apply:os.system ['touch {marker}']", "not plain YAML"),
+        ("checkpoint: tiny", "checkpoint: !!python/object/apply:os.system ['touch {marker}']", "not plain YAML"),
         ("kind: nla_model", "kind: [", "not plain YAML"),
     ],
 )
@@ -207,4 +208,5 @@ def test_the_live_tokenizer_must_fit(sidecar, tokenizer):
 def test_braces_in_a_template_are_text(sidecar, tokenizer):
     """A template may show an example in braces: only its own placeholder is filled."""
     braces = dataclasses.replace(sidecar, reconstructor_template="{json} " + RECONSTRUCTOR_TEMPLATE)
-    assert tokenizer.decode(braces.prompts(tokenizer).reconstructor_ids(["a"])[0]).startswith("<|bos|>{json} <text>a</text>")
+    (row,) = braces.prompts(tokenizer).reconstructor_ids(["a {b}"])
+    assert tokenizer.decode(row) == "<|bos|>{json} <text>a {b}</text><summary>"

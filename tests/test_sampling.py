@@ -136,7 +136,8 @@ def nucleus(p, top_p):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, None, None), (0.6, None, None), (1.0, 5, None), (1.0, None, 0.8), (0.8, 6, 0.7)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, None, None), (0.6, None, None), (1.0, 5, None), (1.0, None, 0.8), (0.8, 6, 0.7)],
 )
 def test_draws_follow_the_restricted_softmax(logits, temperature, top_k, top_p):
     n = 20_000

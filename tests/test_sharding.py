@@ -24,7 +24,7 @@ def joint(verbalizer, reconstructor) -> JointStep:
 
 @pytest.fixture(scope="module")
 def train(joint, params, pair):
-    """Three steps of rollout and joint step on a mesh, as `nla_jax/train.py` makes them: tokens, metrics, state, compiles."""
+    """Three rollouts and joint steps on a mesh, as `nla_jax/train.py` makes them: `(history, params, compiles)`."""
 
     @functools.cache
     def train(*sizes):
@@ -50,8 +50,9 @@ def train(joint, params, pair):
                 )  # fmt: skip
                 batch = JointBatch(
                     vectors=vectors, responses=sampled.tokens, response_mask=sampled.mask,
-                    sampler_logprobs=sampled.logprobs, texts=rng.integers(4, TINY.vocab_size, (A * G, T)).astype(np.int32),
-                    text_lengths=rng.integers(1, T + 1, A * G).astype(np.int32), valid=rng.random(A * G) < 0.8,
+                    sampler_logprobs=sampled.logprobs, valid=rng.random(A * G) < 0.8,
+                    texts=rng.integers(4, TINY.vocab_size, (A * G, T)).astype(np.int32),
+                    text_lengths=rng.integers(1, T + 1, A * G).astype(np.int32),
                 )  # fmt: skip
                 placed = place_batch(mesh, batch)
                 with counted_compiles() as compiled:
@@ -69,8 +70,8 @@ def test_meshes_agree(train, sizes):
     history, found, compiles = train(*sizes)
     for (tokens, metrics), (expected_tokens, expected_metrics) in zip(history, expected, strict=True):
         assert np.array_equal(tokens, expected_tokens)
-        close({k: v for k, v in metrics.items() if "gap" not in k}, {k: expected_metrics[k] for k in metrics if "gap" not in k}, 2e-5)
-        assert metrics["logprob_gap_max"] < 1e-4
+        assert max(metrics.pop("logprob_gap_max"), metrics.pop("logprob_gap_mean")) < 1e-4
+        close(metrics, {name: expected_metrics[name] for name in metrics}, 2e-5)
     close(found, params, 1e-4)
     assert compiles == [1, 0, 0]
 
@@ -96,7 +97,8 @@ def test_the_decode_loop_communicates_nothing(verbalizer, params, vectors, rules
         placed = jax.device_put(params, shardings(mesh, verbalizer.abstract_params(), rules))
         batch = place_batch(mesh, np.repeat(vectors, 2, 0))
         program = rollout.lower(verbalizer, placed, batch, jax.random.key(0), group=G, max_new_tokens=R).compile()
-    found = re.findall("all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute", while_bodies(program.as_text()))
+    collectives = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(collectives, while_bodies(program.as_text()))
     assert bool(found) == (rules is TRAIN), found
 
 

@@ -55,10 +55,10 @@ def test_attention_equals_naive_softmax():
 
 
 def full_states(verbalizer, params, vectors, responses):
-    """The oracle: each sample's prompt and response in one plain sequence, then the states that predict the response."""
+    """The oracle: each sample's prompt and response in one plain sequence; the states that predict the response."""
     group = len(responses) // len(vectors)
     slot = verbalizer.inject(None, jnp.repeat(vectors, group, 0), verbalizer.injection_scale)
-    prompt = jnp.broadcast_to(jnp.asarray(verbalizer.prefix + verbalizer.suffix), (len(responses), verbalizer.prompt_length))
+    prompt = jnp.tile(jnp.asarray(verbalizer.prefix + verbalizer.suffix), (len(responses), 1))
     x = verbalizer.embed(params, jnp.concatenate([prompt, responses], 1)).at[:, len(verbalizer.prefix)].set(slot)
     hidden, _ = verbalizer.model.apply({"params": params}, x)
     return hidden[:, verbalizer.prompt_length - 1 : -1]
@@ -96,7 +96,8 @@ def test_decoding_equals_full_forward(verbalizer, params, vectors, responses):
 
         def step(cache, t):
             x = verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(responses, t, 1, 1))
-            hidden, cache = model.apply({"params": params}, x, past, cache, verbalizer.prompt_length, t, method="decode")
+            inputs = x, past, cache, verbalizer.prompt_length, t
+            hidden, cache = model.apply({"params": params}, *inputs, method="decode")
             return cache, hidden[:, 0]
 
         _, rest = jax.lax.scan(step, cache, jnp.arange(4))

@@ -115,3 +115,14 @@ def load_rows(workdir: Path, split: str, labelled: bool = True) -> Rows:
         read_column_vectors(table), column("doc_id"), column("detokenized_text_truncated"), column("token"),
         column("following"), labels,
     )  # fmt: skip
+
+
+def spread(rows: Rows, count: int) -> Rows:
+    """`count` of the rows, spread evenly over all documents (all of them where there are fewer)."""
+    if len(rows) <= count:
+        return rows
+    at = np.linspace(0, len(rows) - 1, count).astype(int)
+    pick = lambda values: values and [values[i] for i in at]
+    return Rows(
+        rows.vectors[at], pick(rows.doc_ids), pick(rows.texts), pick(rows.tokens), pick(rows.following), pick(rows.labels)
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from nla_jax.data.dataset import Rows, load_rows
+from nla_jax.data.dataset import load_rows, spread
 from nla_jax.data.extraction import read_table, write_table
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
 from nla_jax.metrics import Progress, read_metrics, write_atomically
@@ -27,10 +27,10 @@ def evaluate(run: Run) -> None:
         if result is None:
             return
         run.require("rl")
-        rows = some_rows(load_rows(run.workdir, "heldout"), c.rows)
+        rows = spread(load_rows(run.workdir, "heldout"), c.rows)
         warm, pair = load_pair(run.workdir / "pair_warm"), load_pair(run.workdir / "pair")
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
-        progress = Progress("evaluate", 7 + len(curve))
+        progress = Progress("evaluate", 10 + len(curve))
 
         def texts(name: str, write: Callable[[], list[str]]) -> list[str]:
             """The texts of one condition, kept on disk so that a restart does not sample them again."""
@@ -41,10 +41,12 @@ def evaluate(run: Run) -> None:
             return read_table(path, ["explanation"]).column(0).to_pylist()
 
         sample = lambda pair, **kw: pair.verbalize(
-            rows.vectors, run.config.prompts.max_new_tokens, c.temperature, run.config.seed, batch=c.batch, **kw
-        )
+            rows.vectors, run.config.prompts.max_new_tokens, seed=run.config.seed, batch=c.batch,
+            **{"temperature": c.temperature} | kw,
+        )  # fmt: skip
         warm_texts = texts("warm", lambda: sample(warm))
         rl_texts = texts("rl", lambda: sample(pair))
+        drawn_texts = texts("rl_temperature_1", lambda: sample(pair, temperature=1.0))
         silent_texts = texts("no_injection", lambda: sample(pair, inject=False))
 
         def scores(texts: list[str], pair: Pair = pair) -> np.ndarray:
@@ -70,6 +72,7 @@ def evaluate(run: Run) -> None:
             "fve_rl": float(rl_scores.mean()),
             "fve_rl_ci95": interval(rl_scores),
             "fve_rl_median": float(np.median(rl_scores)),
+            "fve_rl_temperature_1": float(scores(drawn_texts).mean()),
             "fve_rl_meannorm": fve(recon, rows.vectors, "meannorm"),
             "fve_gold_text": float(gold_scores.mean()),
             "fve_gold_text_warm": float(scores(rows.labels, warm).mean()),
@@ -107,24 +110,13 @@ def evaluate(run: Run) -> None:
         write_atomically(run.workdir / "evaluation.json", json.dumps(page))
 
 
-def some_rows(rows: Rows, count: int) -> Rows:
-    """`count` rows spread evenly over all documents."""
-    if len(rows) <= count:
-        return rows
-    at = np.linspace(0, len(rows) - 1, count).astype(int)
-    pick = lambda values: [values[i] for i in at]
-    return Rows(
-        rows.vectors[at], pick(rows.doc_ids), pick(rows.texts), pick(rows.tokens), pick(rows.following), pick(rows.labels)
-    )
-
-
 def derangement(doc_ids: list[str], seed: int) -> np.ndarray:
     """A permutation that gives every row another row's place, and wherever it can, another document's."""
     order = np.random.default_rng(seed).permutation(len(doc_ids))
     order = order[np.argsort(np.asarray(doc_ids)[order], kind="stable")]  # documents in blocks
     most = np.unique(np.asarray(doc_ids), return_counts=True)[1].max()
     target = np.empty(len(order), int)
-    target[order] = np.roll(order, most)  # a shift by the largest block leaves every block
+    target[order] = np.roll(order, most if most < len(order) else 1)  # a shift by the largest block leaves every block
     return target
 
 

@@ -151,7 +151,7 @@ def load_params(folder: str | os.PathLike, config: TransformerConfig, *, truncat
                     value = np.asarray(tensors.get_tensor(name))
                 except Exception as error:  # safetensors raises several kinds for a damaged file
                     raise InputError(f"{file}: tensor {name!r} cannot be read ({error}).") from None
-                stored = _hf_shape(path, slot.shape) if out_in else slot.shape
+                stored = _hf_shape(path, slot.shape) if out_in else (slot.size,) if name.endswith("bias") else slot.shape
                 if value.shape != stored:
                     raise InputError(f"{file}: tensor {name!r} has shape {value.shape}, expected {stored}.")
                 value = value.astype(dtype)
@@ -259,7 +259,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     settings = json.loads(file.read_text())
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    if isinstance(settings.get("extra_special_tokens"), list):  # version 5's name for what 4 calls
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    file.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:

@@ -76,6 +76,15 @@ def rotate(x: Float[Array, "B T N H"], rope: tuple[Array, Array]) -> Float[Array
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
+def batch_sharded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Keeps a batch cut over data and fsdp, where the mesh in use divides it: left alone, the compiler follows the weights'
+    cut along `fsdp` instead, replicates the batch and all-reduces every layer's result."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(("data", "fsdp")))
+
+
 class Block(nn.Module):
     """One pre-norm block. The carry is `(x, cache)`: the residual stream `[B, T, D]` and, when decoding, the keys and
     values `[L, B, R, N, H]` of all layers (as scan carry the cache is updated in place; as scan input and output it
@@ -87,6 +96,7 @@ class Block(nn.Module):
     def __call__(self, carry, past_kv, layer, past_masks, rope, own_mask, offset):
         c = self.config
         x, cache = carry
+        x = batch_sharded(x)
         dense = lambda name, shape, axes, **kw: nn.DenseGeneral(
             shape, use_bias=kw.pop("bias", False), dtype=c.dtype, kernel_init=_init(*axes),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]), name=name, **kw)  # fmt: skip
@@ -137,7 +147,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.final_norm = RMSNorm(c.norm_eps, "embed")
-        if not c.tied_head:
+        if not c.tied_head and (self.is_initializing() or self.has_variable("params", "head")):
             self.head = self.param("head", _init("embed", "vocab"), (c.width, c.vocab_size))
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
