@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     )  # fmt: skip
 
-    c.extract = ConfigDict(dict(positions=16, min_position=24, max_tokens=256, shard_documents=500))
+    c.extract = ConfigDict(dict(positions=20, min_position=24, max_tokens=256, shard_documents=500))
     c.label = ConfigDict(dict(function="nla_jax.data.labels:label", splits=("av_sft", "ar_sft", "heldout")))
     c.prompts = ConfigDict(
         dict(
@@ -40,26 +40,26 @@ def get_config(variant: str = "") -> ConfigDict:
             reconstructor_template="<text>{explanation}</text><summary>",
             marker="",  # "" finds one
             injection_scale=0.0,  # 0 means the mean norm of the training activations
-            max_new_tokens=48,
+            max_new_tokens=42,
         )
     )
     c.sft = ConfigDict(
         dict(
             checkpoint_every=200,
-            av=dict(batch=64, steps=1000, optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)),
-            ar=dict(batch=64, steps=400, optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)),
+            av=dict(batch=64, steps=1100, optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=50)),
+            ar=dict(batch=64, steps=300, optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)),
         )
     )
     c.rl = ConfigDict(
         dict(
-            steps=100, activations=48, group=8, rollout_chunks=1, micro_batches=1,
+            steps=60, activations=48, group=8, rollout_chunks=1, micro_batches=1,
             temperature=1.0, top_k=None, top_p=None,
             reward="nla_jax.losses:negative_mse",
             advantage="nla_jax.losses:group_normalised",
             kl_coefficient=0.01,
-            av_optimizer=dict(function=ADAMW, lr=1e-4, warmup=5),
+            av_optimizer=dict(function=ADAMW, lr=4e-4, warmup=5),
             ar_optimizer=dict(function=ADAMW, lr=3e-4, warmup=5),
-            checkpoint_every=20, heldout_every=20, heldout_rows=256,
+            checkpoint_every=20, heldout_every=10, heldout_rows=256,
         )
     )  # fmt: skip
     c.evaluate = ConfigDict(dict(rows=2000, temperature=0.0, batch=128, examples=30))
