@@ -13,6 +13,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """Variants: "" (start from the shipped subject), "subject" (train the subject from scratch), "tiny" (a test's size)."""
     c = ConfigDict()
     c.seed = 0
+    c.compute = ConfigDict(dict(dtype="float32", remat=""))  # on TPU and GPU: bfloat16, and a jax.checkpoint_policies name
     c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
 
     # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
@@ -67,4 +68,19 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "subject":
         c.pretrain.update(init_from="", steps=1200)
+    elif variant == "tiny":
+        c.corpus.max_documents = 60
+        c.pretrain.update(init_from="", steps=6, batch=4, length=64, vocab_size=400)
+        c.pretrain.model.update(width=32, layers=3, heads=2, kv_heads=1, head_dim=16, mlp_width=48)
+        c.subject.layer = 1
+        c.split = ConfigDict(dict(av_sft=0.4, ar_sft=0.2, rl=0.2, heldout=0.2))
+        c.extract.update(positions=4, max_tokens=128, shard_documents=10)
+        c.prompts.max_new_tokens = 64
+        c.sft.checkpoint_every = 2
+        c.sft.av.update(batch=8, steps=6)
+        c.sft.ar.update(batch=8, steps=6)
+        c.rl.update(steps=4, activations=4, group=4, checkpoint_every=1, heldout_every=2, heldout_rows=8)
+        c.evaluate.update(rows=16, batch=16, examples=4)
+    elif variant:
+        raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are subject and tiny.")
     return c

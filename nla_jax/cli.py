@@ -91,11 +91,11 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
         if not beside.is_file():
             raise InputError(f"There is no config file {path}.")
         path = str(beside)
-    values = flags.FlagValues()
+    values, command = flags.FlagValues(), ["nla", f"--config={path}{colon}{variant}", *overrides]
     with contextlib.redirect_stderr(None):
-        config_flags.DEFINE_config_file("config", flag_values=values)
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
         try:
-            values(["nla", f"--config={path}{colon}{variant}", *overrides], known_only=False)
+            values(command, known_only=False)
             return values.config
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())

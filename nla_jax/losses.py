@@ -30,11 +30,6 @@ def group_normalised(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
     return centred / (rewards.std(1, keepdims=True) + 1e-4)
 
 
-def group_centred(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
-    """r - mean_G r, scaled once by the batch's mean spread: a group whose samples hardly differ stays quiet."""
-    return (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1).mean() + 1e-4)
-
-
 @struct.dataclass
 class TokenStatistics:
     """Per token: log π(token), the entropy of π, and KL(π ‖ reference) over the whole vocabulary (0 without one)."""

@@ -50,7 +50,7 @@ def _number(value: Any) -> float | int | None:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -61,7 +61,7 @@ def read_metrics(path: Path) -> list[dict]:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small text file so that `path` holds the old content or the new, never a part."""
     scratch = path.with_name(path.name + ".incomplete")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,17 +116,20 @@ def keep_embedding(marker, vectors, scale):
 _reconstruct = jax.jit(lambda reconstructor, *args: reconstructor.reconstruct(*args), static_argnums=0)
 
 
-def new_pair(sidecar: Sidecar, folder: Path, dtype=jnp.float32, remat: str | None = None) -> Pair:
+def new_pair(sidecar: Sidecar, folder: Path, dtype: Any = jnp.float32, remat: str | None = None) -> Pair:
     """An untrained pair: AV and AR start from the subject in `folder`, the AR's head is the identity."""
-    config = dataclasses.replace(read_config(folder, dtype), remat=remat)
+    config = dataclasses.replace(read_config(folder, dtype), remat=remat or None)
     params = load_params(folder, config)
     backbone = {"embedding": params["embedding"], "blocks": jax.tree.map(lambda x: x[: sidecar.layer + 1], params["blocks"])}
     verbalizer, reconstructor, prompts = _models(sidecar, config, config.truncated(sidecar.layer + 1), folder)
     return Pair(sidecar, prompts, verbalizer, reconstructor, params, reconstructor.init_params(backbone))
 
 
-def load_pair(av: str | Path, ar: str | Path | None = None, dtype=jnp.float32) -> Pair:
+def load_pair(
+    av: str | Path, ar: str | Path | None = None, dtype: Any = jnp.float32, remat: str | None = None
+) -> Pair:
     """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`, `ar`.
+    Parameters are float32; `dtype` is what they compute in, `remat` the name of a `jax.checkpoint_policies` policy.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     if ar is None:
@@ -140,7 +144,7 @@ def load_pair(av: str | Path, ar: str | Path | None = None, dtype=jnp.float32) -
                 f"{av} and {ar} are not a pair: {field} is {getattr(sidecar, field)!r} in one and {getattr(other, field)!r} in "
                 f"the other."
             )
-    config, truncated = read_config(av, dtype), read_config(ar, dtype)
+    config, truncated = (dataclasses.replace(read_config(part, dtype), remat=remat or None) for part in (av, ar))
     if (config.width, truncated.width, truncated.layers) != (sidecar.d_model, sidecar.d_model, sidecar.layer + 1):
         raise InputError(
             f"The sidecar of {ar} says d_model {sidecar.d_model} and layer {sidecar.layer} ({sidecar.layer + 1} blocks), but "

@@ -17,7 +17,7 @@ VERBALIZER_TEMPLATE = (
 )
 RECONSTRUCTOR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
 MARKERS = "㈎㈜㎡㊙㋿™~§¤¬|^"  # rare characters, tried in this order where no marker is named
-EXPLANATION = re.compile(r"\s*<explanation>\s*(.*?)\s*</explanation>\s*", re.DOTALL)
+EXPLANATION = re.compile(r"\s*<explanation>\s*((?:(?!</?explanation>).)*?)\s*</explanation>\s*", re.DOTALL)
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, content: str, answer: str | None = None) -> str:
@@ -101,11 +101,12 @@ class Prompts:
         return [ids + [end] for ids in plain_ids(self.tokenizer, texts)]
 
     def read_responses(self, tokens: np.ndarray, mask: np.ndarray, finished: np.ndarray) -> list[str | None]:
-        """The explanation in each sampled response `[B, R]`; None where it was cut or is not in its tags."""
+        """The explanation in each sampled response `[B, R]`; None where it was cut, is
+        empty, or is not alone in its tags."""
         rows = [row[real].tolist() for row, real in zip(tokens, mask)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         matches = [EXPLANATION.fullmatch(text) if done else None for text, done in zip(texts, finished)]
-        return [match and match[1] for match in matches]
+        return [match[1] or None if match else None for match in matches]
 
     def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one. Where the

@@ -19,7 +19,7 @@ from nla_jax.sharding import make_mesh
 # What each stage reads of the config, and the stage whose result it starts from.
 STAGES = {
     "pretrain": (None, ("seed", "corpus", "split", "pretrain")),
-    "extract": ("pretrain", ("seed", "corpus", "split", "subject", "extract")),
+    "extract": ("pretrain", ("seed", "compute", "corpus", "split", "subject", "extract")),
     "label": ("extract", ("label",)),
     "sft": ("label", ("mesh", "prompts", "sft")),
     "rl": ("sft", ("mesh", "rl")),

@@ -64,7 +64,8 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def relayout(mesh: Mesh, abstract: Any, dtype: Any):
-    """A jitted function that casts parameters to `dtype` and lays them out for decoding."""
+def relayout(mesh: Mesh, abstract: Any, dtype: Any, rules: Any):
+    """A jitted function that casts parameters to `dtype` and lays them out by `rules`: frozen weights for training, and
+    once per rollout the verbalizer's for decoding."""
     cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
-    return jax.jit(cast, out_shardings=shardings(mesh, abstract, DECODE))
+    return jax.jit(cast, out_shardings=shardings(mesh, abstract, rules))

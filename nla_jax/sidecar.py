@@ -52,7 +52,7 @@ class Sidecar:
         }
         if role == "ar":
             content["ar"] = {"extraction_layer_index": self.layer}
-        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path, role: str) -> "Sidecar":
@@ -63,7 +63,7 @@ class Sidecar:
         if not file.is_file():
             raise InputError(f"{folder} has no {FILE}: it is not an NLA model folder.")
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{file} is not plain YAML ({str(error).splitlines()[0]}).") from None
 

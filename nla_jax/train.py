@@ -18,7 +18,7 @@ from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.run import Run, resolve
 from nla_jax.sampling import rollout
-from nla_jax.sharding import place_batch, relayout, shardings
+from nla_jax.sharding import DECODE, TRAIN, place_batch, relayout, shardings
 from nla_jax.sidecar import Sidecar
 from nla_jax.train_step import (
     JointBatch, JointStep, SupervisedStep, TextBatch, reconstructor_loss, verbalizer_loss,
@@ -34,7 +34,7 @@ def sft(run: Run) -> None:
             return
         run.require("label")
         av_rows, ar_rows = (load_rows(run.workdir, split) for split in ("av_sft", "ar_sft"))
-        pair = new_pair(describe_pair(run, av_rows.vectors), locate(run.subject_folder))
+        pair = new_pair(describe_pair(run, av_rows.vectors), locate(run.subject_folder), **run.config.compute)
         result["injection_scale"] = pair.sidecar.injection_scale
 
         tokens, lengths, kept = fixed_width(pair.prompts.response_ids(av_rows.labels), run.config.prompts.max_new_tokens)
@@ -115,7 +115,7 @@ def rl(run: Run) -> None:
         run.require("sft")
         data = load_rows(run.workdir, "rl", labelled=False)
         heldout = spread(load_rows(run.workdir, "heldout", labelled=False), c.heldout_rows).vectors
-        pair = load_pair(run.workdir / "pair_warm")
+        pair = load_pair(run.workdir / "pair_warm", **run.config.compute)
         width = reconstructor_width(pair.prompts, limit)
 
         # The step, and where its state lives: shardings come from shapes, before any array exists.
@@ -136,9 +136,9 @@ def rl(run: Run) -> None:
         with jax.set_mesh(mesh):
             init = jax.jit(joint.init, out_shardings=layout)
             state = init(jax.random.key(run.config.seed), pair.verbalizer_params, pair.reconstructor_params)
-            reference = jax.device_put(pair.verbalizer_params, shardings(mesh, boxed[0]))
+            reference = relayout(mesh, boxed[0], run.config.compute.dtype, TRAIN)(pair.verbalizer_params)
             train = jax.jit(joint, donate_argnums=0)
-            decoding = relayout(mesh, boxed[0], pair.verbalizer.model.config.dtype)
+            decoding = relayout(mesh, boxed[0], run.config.compute.dtype, DECODE)
 
             # Resume where the newest checkpoint stands.
             checkpoints = Checkpoints(run.workdir / "train/rl/checkpoints", c.checkpoint_every)

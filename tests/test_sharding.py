@@ -38,7 +38,7 @@ def train(joint, params, pair):
                 array = array if name == "q" else array[1][0].mu["blocks"]["q"]["kernel"]
                 assert array.sharding.shard_shape(array.shape) == (3, 32 // sizes[1], 4 // sizes[2], 8)
             reference = jax.device_put(random_params(TINY, 7), shardings(mesh, boxed[0]))
-            decoding, step = relayout(mesh, boxed[0], TINY.dtype), jax.jit(joint, donate_argnums=0)
+            decoding, step = relayout(mesh, boxed[0], TINY.dtype, DECODE), jax.jit(joint, donate_argnums=0)
             compiles = []
             for i in range(STEPS):
                 vectors = rng.normal(size=(A, TINY.width)).astype(np.float32)
@@ -121,7 +121,7 @@ def test_relayout_casts_and_replicates_over_fsdp(verbalizer, params):
     mesh = make_mesh(1, 4, 2)
     boxed = verbalizer.abstract_params()
     placed = jax.device_put(params, shardings(mesh, boxed))
-    out = relayout(mesh, boxed, np.dtype("bfloat16"))(placed)
+    out = relayout(mesh, boxed, np.dtype("bfloat16"), DECODE)(placed)
     shape = lambda x: x.sharding.shard_shape(x.shape)
     assert shape(placed["blocks"]["up"]["kernel"]) == (3, 8, 24)
     assert shape(out["blocks"]["up"]["kernel"]) == (3, 32, 24)

@@ -21,7 +21,7 @@ def extract(run: Run) -> None:
     with run.stage("extract") as result:
         if result is None:
             return
-        subject = load_subject(run.subject_folder, run.config.subject.layer)
+        subject = load_subject(run.subject_folder, run.config.subject.layer, run.config.compute.dtype)
         by_split: dict[str, list] = {name: [] for name in run.config.split}
         for document in run.documents():
             by_split[run.split(document)].append(document)

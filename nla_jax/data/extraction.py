@@ -58,7 +58,9 @@ def write_table(table: pa.Table, path: Path, sidecar: dict | None = None) -> Non
     """Writes a Parquet file (its sidecar first), which appears under its name only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if sidecar is not None:
-        path.with_name(path.name + ".nla_meta.yaml").write_text(yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True))
+        path.with_name(path.name + ".nla_meta.yaml").write_text(
+            yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
     scratch = path.with_name(path.name + ".incomplete")
     pq.write_table(table, scratch)
     os.replace(scratch, path)

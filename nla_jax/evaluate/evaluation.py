@@ -28,7 +28,7 @@ def evaluate(run: Run) -> None:
             return
         run.require("rl")
         rows = spread(load_rows(run.workdir, "heldout"), c.rows)
-        warm, pair = load_pair(run.workdir / "pair_warm"), load_pair(run.workdir / "pair")
+        warm, pair = (load_pair(run.workdir / name, **run.config.compute) for name in ("pair_warm", "pair"))
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
         progress = Progress("evaluate", 10 + len(curve))
 

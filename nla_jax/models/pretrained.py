@@ -73,7 +73,7 @@ def read_config(folder: str | os.PathLike, dtype=jnp.float32) -> TransformerConf
     if not file.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
     try:
-        c = json.loads(file.read_text())
+        c = json.loads(file.read_text(encoding="utf-8"))
         family = c.get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(f"{file} is not valid JSON ({error}).") from None
@@ -100,7 +100,7 @@ def read_config(folder: str | os.PathLike, dtype=jnp.float32) -> TransformerConf
             rope_theta=float(rope.get("rope_theta") or c.get("rope_theta", 10_000.0)),
             norm_eps=c["rms_norm_eps"],
             tied_head=c.get("tie_word_embeddings", False),
-            dtype=dtype,
+            dtype=jnp.dtype(dtype),
             **FAMILIES[family](c),
         )
     except KeyError as error:
@@ -259,6 +259,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     settings = json.loads(file.read_text())
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # how this process loaded it is no property of the tokenizer
+        settings.pop(name, None)
     if isinstance(settings.get("extra_special_tokens"), list):  # version 5's name for what 4 calls
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     file.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
