@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from nla_jax.errors import InputError
@@ -104,7 +104,7 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
 
 def run_stages(arguments: argparse.Namespace, config: ConfigDict, command: str) -> None:
     """One stage of a run, or all of them."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax report routine steps as warnings
     from nla_jax.data.dataset import extract, label
     from nla_jax.evaluate.evaluation import evaluate, report
     from nla_jax.pretrain import pretrain
