@@ -41,13 +41,13 @@ def get_config(variant: str = "") -> ConfigDict:
             reconstructor_template="<text>{explanation}</text><summary>",
             marker="",  # "" finds one
             injection_scale=0.0,  # 0 means the mean norm of the training activations
-            max_new_tokens=42,
+            max_new_tokens=36,
         )
     )
     c.sft = ConfigDict(
         dict(
             checkpoint_every=200,
-            av=dict(batch=64, steps=1000, optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=50)),
+            av=dict(batch=64, steps=1100, optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=50)),
             ar=dict(batch=64, steps=300, optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)),
         )
     )
@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
             temperature=1.0, top_k=None, top_p=None,
             reward="nla_jax.losses:negative_mse",
             advantage="nla_jax.losses:group_normalised",
-            kl_coefficient=0.05,
+            kl_coefficient=0.03,
             av_optimizer=dict(function=ADAMW, lr=4e-4, warmup=5),
             ar_optimizer=dict(function=ADAMW, lr=3e-4, warmup=5),
             checkpoint_every=20, heldout_every=10, heldout_rows=256,

@@ -20,7 +20,7 @@ axis : int
 
 def test_a_whole_label():
     assert label([NUMPY_DOC]) == [
-        'A parameter list about matrix and array_like. It ends early in a sentence: "of the given array"'
+        'A parameter list about matrix. It ends early in a sentence: "of the given array"'
     ]
 
 
@@ -48,10 +48,10 @@ def test_what_stands_there(text, words, where, passage):
     assert re.search(where, found) and passage in found
 
 
-def test_topics_are_repeated_and_recent_words():
+def test_the_topic_is_a_repeated_word():
     text = "The sharding of arrays. " * 3 + "Each sharding is over one mesh. " * 3 + "\n\nIt is what one then"
     about = label([text])[0].split(" about ")[1].split(". It ends ")[0]
-    assert "sharding" in about and "arrays" in about and "the" not in about.lower().split()
+    assert about == "sharding"
 
 
 def test_the_last_words_are_never_cut_at_their_start():
