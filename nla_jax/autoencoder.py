@@ -115,9 +115,7 @@ class Reconstructor:
         head = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((d, d), jnp.float32), ("embed", "embed_out"))
         return {"backbone": abstract_params(self.model.config, truncated=True), "head": head}
 
-    def reconstruct(
-        self, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-    ) -> Float[Array, "B D"]:
+    def reconstruct(self, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
         """ĥ from right-padded token rows, read at index `length - 1`; raw (not normalised), float32."""
         hidden = residual(self.model, params["backbone"], tokens)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -15,7 +15,9 @@ class Checkpoints:
     A step appears under its name only when it is complete; an interrupted save leaves the previous one in place."""
 
     def __init__(self, folder: Path, every: int, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=every, max_to_keep=keep, cleanup_tmp_directories=True
+        )
         self.folder = folder
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 

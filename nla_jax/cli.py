@@ -99,7 +99,9 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
             return values.config
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}") from None
+            raise InputError(
+                f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}"
+            ) from None
 
 
 def run_stages(arguments: argparse.Namespace, config: ConfigDict, command: str) -> None:

@@ -25,7 +25,9 @@ def explain_text(
     loaded = load_pair(pair)
     model = load_subject(find_subject(loaded.sidecar.base_checkpoint, Path(pair), subject), loaded.sidecar.layer)
     if model.model.config.width != loaded.sidecar.d_model:
-        raise InputError(f"The subject {model.name} has width {model.model.config.width}, the pair {loaded.sidecar.d_model}.")
+        raise InputError(
+            f"The subject {model.name} has width {model.model.config.width}, the pair {loaded.sidecar.d_model}."
+        )
     expected = loaded.sidecar.provenance.get("base_hash")
     if expected and expected != model.fingerprint:
         raise InputError(f"{model.name} is not the subject that {pair} was trained on (its weights have another hash).")

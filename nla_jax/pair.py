@@ -1,7 +1,6 @@
 """A trained pair: verbalize activations, reconstruct them from text, score, load and save."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,14 +119,15 @@ def new_pair(sidecar: Sidecar, folder: Path, dtype: Any = jnp.float32, remat: st
     """An untrained pair: AV and AR start from the subject in `folder`, the AR's head is the identity."""
     config = dataclasses.replace(read_config(folder, dtype), remat=remat or None)
     params = load_params(folder, config)
-    backbone = {"embedding": params["embedding"], "blocks": jax.tree.map(lambda x: x[: sidecar.layer + 1], params["blocks"])}
+    backbone = {
+        "embedding": params["embedding"],
+        "blocks": jax.tree.map(lambda x: x[: sidecar.layer + 1], params["blocks"]),
+    }
     verbalizer, reconstructor, prompts = _models(sidecar, config, config.truncated(sidecar.layer + 1), folder)
     return Pair(sidecar, prompts, verbalizer, reconstructor, params, reconstructor.init_params(backbone))
 
 
-def load_pair(
-    av: str | Path, ar: str | Path | None = None, dtype: Any = jnp.float32, remat: str | None = None
-) -> Pair:
+def load_pair(av: str | Path, ar: str | Path | None = None, dtype: Any = jnp.float32, remat: str | None = None) -> Pair:
     """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`, `ar`.
     Parameters are float32; `dtype` is what they compute in, `remat` the name of a `jax.checkpoint_policies` policy.
 

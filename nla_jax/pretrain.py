@@ -31,7 +31,9 @@ def pretrain(run: Run) -> None:
         for document in documents:
             texts[run.split(document) == "heldout"].append(document.text)
         if not texts[True] or not texts[False]:
-            raise InputError("The corpus is too small to be split: there are no documents for training or none held out.")
+            raise InputError(
+                "The corpus is too small to be split: there are no documents for training or none held out."
+            )
         if c.init_from:
             folder = SHIPPED if c.init_from == "shipped" else locate(c.init_from)
             tokenizer, config = load_tokenizer(folder), read_config(folder)

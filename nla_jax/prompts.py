@@ -63,12 +63,18 @@ def find_marker(tokenizer: PreTrainedTokenizerBase, template: str, char: str = "
     for candidate in [char] if char else MARKERS:
         ids = plain_ids(tokenizer, [chat_text(tokenizer, template.replace("{injection_char}", candidate))])[0]
         places = [i for i, token in enumerate(ids) if candidate in tokenizer.decode([token])]
-        if len(places) == 1 and tokenizer.decode([ids[places[0]]]).strip() == candidate and 0 < places[0] < len(ids) - 1:
+        if (
+            len(places) == 1
+            and tokenizer.decode([ids[places[0]]]).strip() == candidate
+            and 0 < places[0] < len(ids) - 1
+        ):
             at = places[0]
             return Marker(candidate, ids[at], ids[at - 1], ids[at + 1])
         problem = "stands there several times" if len(places) > 1 else "is not one token of its own there"
         reasons.append(f"{candidate!r} {problem}")
-    raise InputError(f"The AV's prompt has no usable injection marker: {'; '.join(reasons)}; set prompts.marker to a rare single-token character.")
+    raise InputError(
+        f"The AV's prompt has no usable injection marker: {'; '.join(reasons)}; set prompts.marker to a rare single-token character."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,9 @@ class Prompts:
         """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one. Where the
         ids outnumber `limit`, the explanation loses its last characters; the template stays whole."""
         template, tokenizer = self.reconstructor_template, self.tokenizer
-        finished = lambda texts: tokenizer([template.replace("{explanation}", t) for t in texts], verbose=False).input_ids
+        finished = lambda texts: (
+            tokenizer([template.replace("{explanation}", t) for t in texts], verbose=False).input_ids
+        )
         rows = finished(explanations) if explanations else []
         for i, row in enumerate(rows if limit else []):
             text = explanations[i]

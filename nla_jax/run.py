@@ -56,7 +56,9 @@ class Run:
     def require(self, stage: str) -> dict:
         """`result`, or an `InputError` that says which verb to run first."""
         if (result := self.result(stage)) is None:
-            raise InputError(f"{self.workdir} holds no finished {stage!r} stage; run `nla {stage}` with the same flags first.")
+            raise InputError(
+                f"{self.workdir} holds no finished {stage!r} stage; run `nla {stage}` with the same flags first."
+            )
         self._check(stage)
         return result
 
@@ -133,4 +135,6 @@ def resolve(name: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{name!r} names no function that can be imported as `package.module:function` ({error}).") from None
+        raise InputError(
+            f"{name!r} names no function that can be imported as `package.module:function` ({error})."
+        ) from None

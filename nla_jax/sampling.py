@@ -42,13 +42,12 @@ def sample_token(
     # Inverse CDF: one uniform number a row, where the Gumbel trick draws one for every entry of the vocabulary.
     mass = jnp.cumsum(jnp.exp(allowed))
     token = jnp.searchsorted(mass, mass[-1] * (1 - jax.random.uniform(rng)), side="left")
-    token = jnp.where(allowed[token] > -jnp.inf, token, jnp.argmax(allowed))  # rounding of the sum may name a token without mass
+    # Rounding of the sum may name a token without mass.
+    token = jnp.where(allowed[token] > -jnp.inf, token, jnp.argmax(allowed))
     return token, logp[token]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("verbalizer", "group", "max_new_tokens", "temperature", "top_k", "top_p")
-)
+@functools.partial(jax.jit, static_argnames=("verbalizer", "group", "max_new_tokens", "temperature", "top_k", "top_p"))
 def rollout(
     verbalizer: Verbalizer,
     params: dict,

@@ -47,7 +47,9 @@ def shardings(mesh: Mesh, abstract: Any, rules=TRAIN) -> Any:
         for size, axis in zip(shape.shape, sharding.spec):
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path)
-                raise InputError(f"{name} has {size} entries, which mesh axis {axis}={mesh.shape[axis]} does not divide.")
+                raise InputError(
+                    f"{name} has {size} entries, which mesh axis {axis}={mesh.shape[axis]} does not divide."
+                )
         return sharding
 
     return jax.tree_util.tree_map_with_path(checked, nn.unbox(abstract), specs)

@@ -55,7 +55,9 @@ def load_subject(name: str | Path, layer: int, dtype=jnp.float32) -> Subject:
     folder = locate(name)
     config = read_config(folder, dtype)
     if not 0 <= layer < config.layers:
-        raise InputError(f"Layer {layer} does not exist: {name} has blocks 0 to {config.layers - 1}; set subject.layer.")
+        raise InputError(
+            f"Layer {layer} does not exist: {name} has blocks 0 to {config.layers - 1}; set subject.layer."
+        )
     config = config.truncated(layer + 1)
     params = load_params(folder, config, truncated=True)
     return Subject(str(name), folder, layer, Transformer(config), jax.device_put(params), load_tokenizer(folder))

@@ -21,7 +21,12 @@ from nla_jax.sampling import rollout
 from nla_jax.sharding import DECODE, TRAIN, place_batch, relayout, shardings
 from nla_jax.sidecar import Sidecar
 from nla_jax.train_step import (
-    JointBatch, JointStep, SupervisedStep, TextBatch, reconstructor_loss, verbalizer_loss,
+    JointBatch,
+    JointStep,
+    SupervisedStep,
+    TextBatch,
+    reconstructor_loss,
+    verbalizer_loss,
 )  # fmt: skip
 
 
@@ -37,7 +42,9 @@ def sft(run: Run) -> None:
         pair = new_pair(describe_pair(run, av_rows.vectors), locate(run.subject_folder), **run.config.compute)
         result["injection_scale"] = pair.sidecar.injection_scale
 
-        tokens, lengths, kept = fixed_width(pair.prompts.response_ids(av_rows.labels), run.config.prompts.max_new_tokens)
+        tokens, lengths, kept = fixed_width(
+            pair.prompts.response_ids(av_rows.labels), run.config.prompts.max_new_tokens
+        )
         vectors = av_rows.vectors[kept]
         result["labels_too_long"] = 1 - len(kept) / len(av_rows)
         step = SupervisedStep(verbalizer_loss(pair.verbalizer), make_optimizer(c.av.optimizer, c.av.steps))

@@ -9,7 +9,6 @@ import optax
 import pytest
 from flax import struct
 
-from conftest import one_sentence
 from nla_jax.checkpoint import Checkpoints
 from nla_jax.errors import InputError
 from nla_jax.fit import fit

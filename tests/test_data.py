@@ -13,7 +13,13 @@ from conftest import SENTENCES, TINY, close, one_sentence
 from nla_jax.data.batches import pad_tokens, rows_of_step, text_windows
 from nla_jax.data.corpus import Document
 from nla_jax.data.extraction import (
-    activation_table, extract_documents, read_column_vectors, read_table, sample_positions, shards_of, write_table,
+    activation_table,
+    extract_documents,
+    read_column_vectors,
+    read_table,
+    sample_positions,
+    shards_of,
+    write_table,
 )  # fmt: skip
 from nla_jax.errors import InputError
 from nla_jax.evaluate.evaluation import derangement

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_transformer import full_states
 
 from conftest import close, counted_compiles
 from nla_jax.losses import token_statistics
 from nla_jax.sampling import rollout, sample_token
-from test_transformer import full_states
 
 G, R = 6, 7
 

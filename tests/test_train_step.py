@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_transformer import full_states
 
 from conftest import TINY, close, counted_compiles, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.losses import group_normalised, token_statistics
 from nla_jax.sampling import rollout
 from nla_jax.train_step import JointBatch, JointStep
-from test_transformer import full_states
 
 A, G, R, T = 4, 3, 5, 9
 B = A * G

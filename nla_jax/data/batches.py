@@ -19,7 +19,9 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
-def pad_tokens(rows: Sequence[Sequence[int]], length: int | None = None, multiple: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def pad_tokens(
+    rows: Sequence[Sequence[int]], length: int | None = None, multiple: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded ids `[B, T]` (zeros behind each row) and lengths `[B]`; T is `length`, or the longest row rounded up."""
     lengths = np.array([len(row) for row in rows], np.int32)
     if length is None:

@@ -7,7 +7,12 @@ import numpy as np
 import pyarrow as pa
 
 from nla_jax.data.extraction import (
-    activation_table, extract_documents, read_column_vectors, read_table, shards_of, write_table,
+    activation_table,
+    extract_documents,
+    read_column_vectors,
+    read_table,
+    shards_of,
+    write_table,
 )  # fmt: skip
 from nla_jax.errors import InputError
 from nla_jax.metrics import Progress
@@ -75,7 +80,9 @@ def label(run: Run) -> None:
                 texts = read_table(file, ["detokenized_text_truncated"]).column(0).to_pylist()
                 labels = list(function(texts))
                 if len(labels) != len(texts) or not all(isinstance(x, str) and x.strip() for x in labels):
-                    raise InputError(f"label.function {c.function} must return one non-empty text for each of its texts.")
+                    raise InputError(
+                        f"label.function {c.function} must return one non-empty text for each of its texts."
+                    )
                 write_table(pa.table({"api_explanation": pa.array(labels, pa.string())}), target)
             progress.update()
         progress.close()
@@ -107,7 +114,9 @@ def load_rows(workdir: Path, split: str, labelled: bool = True) -> Rows:
         for file, table in zip(files, tables):
             part = read_table(workdir / "labels" / file.name).column("api_explanation").to_pylist()
             if len(part) != table.num_rows:
-                raise InputError(f"{workdir / 'labels' / file.name} holds {len(part)} labels for {table.num_rows} rows; label anew.")
+                raise InputError(
+                    f"{workdir / 'labels' / file.name} holds {len(part)} labels for {table.num_rows} rows; label anew."
+                )
             labels += part
     table = pa.concat_tables(tables)
     column = lambda name: table.column(name).to_pylist()
@@ -124,5 +133,10 @@ def spread(rows: Rows, count: int) -> Rows:
     at = np.linspace(0, len(rows) - 1, count).astype(int)
     pick = lambda values: values and [values[i] for i in at]
     return Rows(
-        rows.vectors[at], pick(rows.doc_ids), pick(rows.texts), pick(rows.tokens), pick(rows.following), pick(rows.labels)
+        rows.vectors[at],
+        pick(rows.doc_ids),
+        pick(rows.texts),
+        pick(rows.tokens),
+        pick(rows.following),
+        pick(rows.labels),
     )

@@ -81,7 +81,9 @@ def shards_of(folder: Path, split: str) -> list[Path]:
         raise InputError(f"{folder} holds no {split} data; run `nla extract` first.")
     total = int(files[0].stem.rsplit("-", 1)[1])
     if len(files) != total:
-        raise InputError(f"{folder} holds {len(files)} of {total} {split} shards; delete stages/extract.json and run `nla extract`.")
+        raise InputError(
+            f"{folder} holds {len(files)} of {total} {split} shards; delete stages/extract.json and run `nla extract`."
+        )
     return files
 
 

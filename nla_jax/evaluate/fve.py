@@ -20,7 +20,9 @@ def row_fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> n
     baseline "mean" (reference `fve_nrm`), normalised for "meannorm", which reads 8-13 points higher."""
     p, g = normalised(recon), normalised(vectors)
     if p.shape != g.shape or g.ndim != 2 or len(g) < 2:
-        raise InputError(f"FVE needs two or more rows of equal width; found reconstructions {p.shape} for activations {g.shape}.")
+        raise InputError(
+            f"FVE needs two or more rows of equal width; found reconstructions {p.shape} for activations {g.shape}."
+        )
     mean = g.mean(0)
     if baseline == "meannorm":
         mean = normalised(mean)

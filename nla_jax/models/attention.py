@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-MASKED = -1e30  # a finite stand-in for -inf: a segment without any visible key gets weight exp(-1e30 - max) = 0, not NaN
+MASKED = (
+    -1e30
+)  # a finite stand-in for -inf: a segment without any visible key gets weight exp(-1e30 - max) = 0, not NaN
 
 
 @struct.dataclass

@@ -59,10 +59,7 @@ TENSORS = [
     *(Tensor(_BLOCK + f"self_attn.{x}_proj.weight", ("blocks", x, "kernel"), out_in=True) for x in "qkvo"),
     *(Tensor(_BLOCK + f"self_attn.{x}_proj.bias", ("blocks", x, "bias"), when="qkv_bias") for x in "qkv"),
     *(Tensor(_BLOCK + f"self_attn.{x}_norm.weight", ("blocks", f"{x}_norm", "scale"), when="qk_norm") for x in "qk"),
-    *(
-        Tensor(_BLOCK + f"mlp.{x}_proj.weight", ("blocks", x, "kernel"), out_in=True)
-        for x in ("gate", "up", "down")
-    ),
+    *(Tensor(_BLOCK + f"mlp.{x}_proj.weight", ("blocks", x, "kernel"), out_in=True) for x in ("gate", "up", "down")),
 ]
 IGNORED = ("rotary_emb.inv_freq",)  # constants that some checkpoints carry
 
@@ -108,7 +105,9 @@ def read_config(folder: str | os.PathLike, dtype=jnp.float32) -> TransformerConf
 
 
 def _exists(tensor: Tensor, config: TransformerConfig) -> bool:
-    return tensor.when is None or (not config.tied_head if tensor.when == "untied_head" else getattr(config, tensor.when))
+    return tensor.when is None or (
+        not config.tied_head if tensor.when == "untied_head" else getattr(config, tensor.when)
+    )
 
 
 def _rows(config: TransformerConfig, truncated: bool):
@@ -121,7 +120,9 @@ def _rows(config: TransformerConfig, truncated: bool):
             yield tensor.hf.format(layer=layer), tensor.path, layer, tensor.out_in
 
 
-def load_params(folder: str | os.PathLike, config: TransformerConfig, *, truncated: bool = False, dtype=np.float32) -> dict:
+def load_params(
+    folder: str | os.PathLike, config: TransformerConfig, *, truncated: bool = False, dtype=np.float32
+) -> dict:
     """The parameters of a checkpoint as a tree of NumPy arrays, read tensor by tensor.
 
     `config.layers` may be smaller than the checkpoint's (the first blocks are read); `truncated` leaves out final norm and
@@ -151,7 +152,9 @@ def load_params(folder: str | os.PathLike, config: TransformerConfig, *, truncat
                     value = np.asarray(tensors.get_tensor(name))
                 except Exception as error:  # safetensors raises several kinds for a damaged file
                     raise InputError(f"{file}: tensor {name!r} cannot be read ({error}).") from None
-                stored = _hf_shape(path, slot.shape) if out_in else (slot.size,) if name.endswith("bias") else slot.shape
+                stored = (
+                    _hf_shape(path, slot.shape) if out_in else (slot.size,) if name.endswith("bias") else slot.shape
+                )
                 if value.shape != stored:
                     raise InputError(f"{file}: tensor {name!r} has shape {value.shape}, expected {stored}.")
                 value = value.astype(dtype)
@@ -213,9 +216,17 @@ def save_model(
         for key in path:
             value = value[key]
         value = np.asarray(value if layer is None else value[layer]).astype(dtype)
-        tensors[name] = np.ascontiguousarray(value.reshape(_hf_shape(path, value.shape)[::-1]).T if out_in else value.reshape(-1) if name.endswith("bias") else value)
+        tensors[name] = np.ascontiguousarray(
+            value.reshape(_hf_shape(path, value.shape)[::-1]).T
+            if out_in
+            else value.reshape(-1)
+            if name.endswith("bias")
+            else value
+        )
     save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-    (scratch / "config.json").write_text(json.dumps(hf_config(config, tokenizer, np.dtype(dtype).name), indent=1) + "\n")
+    (scratch / "config.json").write_text(
+        json.dumps(hf_config(config, tokenizer, np.dtype(dtype).name), indent=1) + "\n"
+    )
     save_tokenizer(tokenizer, scratch)
     for name, write in (extra_files or {}).items():
         write(scratch / name)
@@ -286,7 +297,11 @@ def locate(name: str | os.PathLike) -> Path:
 
     try:
         return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.yaml"])
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.yaml"],
+            )
         )
     except Exception as error:  # network, authorisation, unknown repository
         reason = str(error).strip().splitlines()[0]
