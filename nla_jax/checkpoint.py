@@ -1,5 +1,7 @@
 """Checkpoints of a training state: asynchronous, sharded, atomic, restorable onto another mesh (Orbax)."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, state: Any, force: bool = False) -> None:
-        """Saves the state after `step` steps where the interval (or `force`) says so; returns before it is written."""
+        """Saves the state after `step` steps where the interval (or `force`) says so; returns before it is written.
+
+        Raises `InputError` where this save or the one before it cannot be written (a full disk, no permission)."""
         if step != self.manager.latest_step():
-            self.manager.save(step, args=ocp.args.StandardSave(state), force=force)
+            with self._writing():
+                self.manager.save(step, args=ocp.args.StandardSave(state), force=force)
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """The newest checkpoint as `(steps done, state)`, in the shapes, dtypes and shardings of `state`; `(0, state)` where
@@ -43,6 +48,18 @@ class Checkpoints:
             ) from None
 
     def close(self) -> None:
-        """Waits for saves under way."""
-        self.manager.wait_until_finished()
+        """Waits for saves under way; raises `InputError` where one cannot be written."""
+        with self._writing():
+            self.manager.wait_until_finished()
         self.manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tensorstore, asynchronous tasks and the file system have no common class
+            reason = str(error).partition(" [")[0].strip().splitlines()[0].rpartition(": ")[2]
+            raise InputError(
+                f"A checkpoint cannot be written to {self.folder} ({reason}); the one before it is intact. Make room (or the "
+                f"folder writable) and run the same command again."
+            ) from None

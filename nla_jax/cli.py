@@ -39,7 +39,7 @@ def sentence(error: Exception) -> str:
     """What a user reads of an error: an operating system's (full disk, no permission) names the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}."
-    return str(error)
+    return " ".join(str(error).split())
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict | None]:

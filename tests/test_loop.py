@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -51,8 +52,9 @@ def copy_before(finished: Path, tmp_path: Path, stage: str) -> Path:
     shutil.copytree(finished, workdir)
     for later in LOOP[LOOP.index(stage) :]:
         (workdir / "stages" / f"{later}.json").unlink()
-    for made in {"rl": ["train/rl", "pair"], "sft": ["train", "pair", "pair_warm"]}.get(stage, []):
-        shutil.rmtree(workdir / made)
+    made = {"rl": ["train/rl", "pair"], "sft": ["train/sft_av", "train/sft_ar", "train/rl", "pair", "pair_warm"]}
+    for folder in made.get(stage, []) + ["activations"] * (stage == "extract"):
+        shutil.rmtree(workdir / folder)
     shutil.rmtree(workdir / "evaluation", ignore_errors=True)
     return workdir
 
@@ -166,6 +168,22 @@ def test_a_damaged_shard_and_a_damaged_checkpoint(finished, corpus, tmp_path, ca
     assert "checkpoints/4" in one_line(capsys)
 
 
+@pytest.mark.parametrize(("stage", "room"), [("sft", 20_000), ("rl", 20_000), ("extract", 4_000), ("evaluate", 1_000)])
+def test_a_full_disk_gets_one_sentence_and_costs_nothing(finished, corpus, tmp_path, capsys, stage, room):
+    """A limit on the size of files stands in for a full disk; with room again, the run goes on and ends as it would have."""
+    workdir = copy_before(finished, tmp_path, stage)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        status = nla_main(stage, workdir, corpus)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1 and len(one_line(capsys)) < 500
+    assert nla_main(stage, workdir, corpus) == 0
+    if stage == "rl":
+        same_run(finished, workdir)
+
+
 def test_the_subject_must_be_the_pairs(finished, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(finished / "pair_warm/av", other)
@@ -227,12 +245,12 @@ def test_wrong_input_gets_one_sentence(case, finished, corpus, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_killed_at_any_moment(finished, corpus, tmp_path):
-    """`kill -9` twelve times over sft, rl and evaluate; the run that comes out is bit for bit the undisturbed one."""
+    """`kill -9` eight times over sft, rl and evaluate; the run that comes out is bit for bit the undisturbed one."""
     workdir = copy_before(finished, tmp_path, "sft")
     command = [sys.executable, "-m", "nla_jax.cli", "quickstart", "--config", CONFIG, "--workdir", str(workdir)]
     command.append(f"--config.corpus.source={corpus}")
     rng = np.random.default_rng(0)
-    for _ in range(12):
+    for _ in range(8):
         process = subprocess.Popen(command, env=os.environ, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(6, 30))
         process.send_signal(signal.SIGKILL)

@@ -223,7 +223,10 @@ def save_model(
             if name.endswith("bias")
             else value
         )
-    save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # its wrapping of the file system's errors
+        raise InputError(f"{scratch / 'model.safetensors'} cannot be written ({error}).") from None
     (scratch / "config.json").write_text(
         json.dumps(hf_config(config, tokenizer, np.dtype(dtype).name), indent=1) + "\n"
     )

@@ -177,7 +177,8 @@ def learning_curve(data: Mapping) -> str:
             interval=(f"Final evaluation, 95 % interval {interval(ends)}", last, *ends) if ends else None)
 
     caption = ("Each point of the line is one training batch, unsmoothed. The step axis is logarithmic, log(1 + step), "
-               "so that equal distances are equal ratios of training; the warm start stands at step 0.")
+               "so that equal distances are equal ratios of training; the warm start stands at step 0. Training texts are "
+               "drawn at the training temperature, held-out texts as in the evaluation.")
     if ends:
         caption += " The vertical bar at the last step is the 95 % interval of the final evaluation."
     rows = [(short(at), score(value)) for at, value in start + heldout]
