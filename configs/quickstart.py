@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     c.rl = ConfigDict(
         dict(
-            steps=60, activations=48, group=8, rollout_chunks=1, micro_batches=1,
+            steps=72, activations=48, group=8, rollout_chunks=1, micro_batches=1,
             temperature=1.0, top_k=None, top_p=None,
             reward="nla_jax.losses:negative_mse",
             advantage="nla_jax.losses:group_normalised",

@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.corpus.min_chars = 150
     c.extract.update(positions=12, min_position=20)
     c.prompts.max_new_tokens = 96
-    c.sft.av.steps = 900
-    c.rl.update(steps=40, activations=32)
+    c.sft.av.steps = 600
+    c.rl.update(steps=30, activations=32)
     c.report.title = "TinyStories, 260K parameters"
     return c

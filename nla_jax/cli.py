@@ -106,7 +106,7 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
 
 def run_stages(arguments: argparse.Namespace, config: ConfigDict, command: str) -> None:
     """One stage of a run, or all of them."""
-    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax report routine steps as warnings
+    logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
     from nla_jax.data.dataset import extract, label
     from nla_jax.evaluate.evaluation import evaluate, report
     from nla_jax.pretrain import pretrain
