@@ -3,10 +3,14 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "32"  # XLA's thread pool: with as many threads as devices, waiting collectives leave none to work
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     # Compiling is most of the run time: these make it five times shorter.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    # Eight devices on few cores: work split over the thread pool that waits in a collective can starve it.
+    " --xla_cpu_multi_thread_eigen=false"
+    " --xla_cpu_collective_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,6 +32,7 @@ from nla_jax.prompts import Prompts, find_marker
 from nla_jax.sidecar import Sidecar
 
 torch.set_num_threads(1)
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
 
 SENTENCES = [
     "The river turns north at the old mill and runs through three villages before it reaches the sea.",
