@@ -1,7 +1,7 @@
 """The whole loop on a laptop: a small subject, real text, twelve minutes on two CPU cores.
 
-    nla quickstart --workdir runs/quickstart
-    nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
+nla quickstart --workdir runs/quickstart
+nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,9 @@ def get_config(variant: str = "") -> ConfigDict:
     """Variants: "" (start from the shipped subject), "subject" (train the subject from scratch), "tiny" (a test's size)."""
     c = ConfigDict()
     c.seed = 0
-    c.compute = ConfigDict(dict(dtype="float32", remat=""))  # on TPU and GPU: bfloat16, and a jax.checkpoint_policies name
+    c.compute = ConfigDict(
+        dict(dtype="float32", remat="")
+    )  # on TPU and GPU: bfloat16, and a jax.checkpoint_policies name
     c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
 
     # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
@@ -40,15 +42,23 @@ def get_config(variant: str = "") -> ConfigDict:
             verbalizer_template="Explain this activation: {injection_char}",
             reconstructor_template="<text>{explanation}</text><summary>",
             marker="",  # "" finds one
+            injection="nla_jax.autoencoder:replace",  # or …:add_norm_matched, or a function of yours
+            injection_block=-1,  # behind which block; -1: the input embeddings
             injection_scale=0.0,  # 0 means the mean norm of the training activations
             max_new_tokens=36,
         )
     )
+    # rank 0 trains the whole model, a rank above it an adapter to the subject (in RL too).
+    lora = dict(rank=0, alpha=16.0, rslora=True, targets=("q", "k", "v", "o", "gate", "up", "down"))
     c.sft = ConfigDict(
         dict(
             checkpoint_every=200,
-            av=dict(batch=64, steps=1100, optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=50)),
-            ar=dict(batch=64, steps=300, optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)),
+            av=dict(
+                batch=64, steps=1100, lora=dict(lora), optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=50)
+            ),
+            ar=dict(
+                batch=64, steps=300, lora=dict(lora), optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)
+            ),
         )
     )
     c.rl = ConfigDict(

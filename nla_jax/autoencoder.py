@@ -8,16 +8,19 @@ Both compare vectors after scaling them to length sqrt(d) (`normalise`). The dat
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from nla_jax.models.attention import Segment
-from nla_jax.models.transformer import Transformer, abstract_params
+from nla_jax.models.lora import Lora
+from nla_jax.models.transformer import Transformer, abstract_params, truncate
 
 
 def normalise(x: Float[Array, "*B D"], scale: float | None = None) -> Float[Array, "*B D"]:
@@ -38,55 +41,99 @@ def residual(model: Transformer, params: dict, tokens: Int[Array, "B T"]) -> Flo
     return hidden.astype(jnp.float32)
 
 
-def replace_embedding(marker: Float[Array, "D"], vectors: Float[Array, "A D"], scale: float) -> Float[Array, "A D"]:
-    """The slot's input embedding is the activation at length `scale`; the marker's own embedding is dropped."""
-    return normalise(vectors, scale)
+def replace(
+    states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: float | None
+) -> Float[Array, "A n D"]:
+    """The slots' states become the activations at length `scale` (None: as they are): the paper's injection, at the input
+    embeddings. The marker's own embedding is dropped."""
+    return vectors if scale is None else normalise(vectors, scale)
+
+
+def add_norm_matched(
+    states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: float | None
+) -> Float[Array, "A n D"]:
+    """h' = h + ‖h‖ · v/‖v‖: what EasyNLA and nanoNLA do behind block 1. `scale` has no part in it."""
+    h, v = states.astype(jnp.float32), vectors.astype(jnp.float32)
+    length = lambda x: jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
+    return h + length(h) * v / length(v)
+
+
+def keep(states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: float | None) -> Float[Array, "A n D"]:
+    """The no-injection control: the slots stay as they are."""
+    return states
+
+
+@dataclasses.dataclass(frozen=True)
+class Injection:
+    """How activations enter the prompt: `function(states [A, n, D], vectors [A, n, D], scale) -> [A, n, D]` gives the new
+    states of the n slots behind block `block`, counted from 0; -1 means the input embeddings."""
+
+    function: Callable = replace
+    block: int = -1
+
+
+def _inject(slots: tuple[int, ...], injection: Injection, scale: float | None, vectors, x, layer):
+    """The stream behind block `layer` with the slots changed, where that is the injection's block."""
+    at = jnp.asarray(slots)
+    new = injection.function(x[:, at], vectors, scale).astype(x.dtype)
+    return jnp.where(layer == injection.block, x.at[:, at].set(new), x)
 
 
 @dataclasses.dataclass(frozen=True)
 class Verbalizer:
     """The AV: a causal language model and the prompt that shows it an activation.
 
-    `prefix`: token ids before the slot, the same in every sample. `suffix`: the marker and what follows it up to the
-    response. `inject(marker_embedding [D], vectors [A, D], scale) -> [A, D]` says what enters the slot. Injection is by
-    position: no marker that the model might write, or that a text might contain, is ever looked for.
-    """
+    `prefix`: token ids before the first slot, the same in every sample. `suffix`: the first marker and what follows it up
+    to the response; `slots`: where in the suffix the markers stand. Injection is by position: no marker that the model might
+    write, or that a text might contain, is ever looked for. With `lora`, what is trained (`params` of a state) is an adapter,
+    which `assemble` joins to a frozen base; every other method takes the whole parameters.
+
+    Activations are `[A, D]`, or `[A, n, D]` for a prompt with n slots."""
 
     model: Transformer
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     end: int  # the token that ends a response
-    injection_scale: float
-    inject: Callable = replace_embedding
+    injection_scale: float | None
+    injection: Injection = Injection()
+    slots: tuple[int, ...] = (0,)
+    lora: Lora | None = None
 
     @property
     def prompt_length(self) -> int:
         return len(self.prefix) + len(self.suffix)
 
     def abstract_params(self) -> dict:
-        """Shapes with logical axis names."""
-        return abstract_params(self.model.config)
+        """Shapes of what is trained, with logical axis names."""
+        config = self.model.config
+        return self.lora.abstract_params(config) if self.lora else abstract_params(config)
+
+    def assemble(self, params: dict, base: dict | None = None) -> dict:
+        """The whole parameters, from the trained ones and the frozen base."""
+        return self.lora.attach(base, params) if self.lora else params
 
     def embed(self, params: dict, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self.model.apply({"params": params}, tokens, method="embed")
 
     def read_prompt(
-        self, params: dict, vectors: Float[Array, "A D"]
+        self, params: dict, vectors: Float[Array, "A *n D"]
     ) -> tuple[tuple[Segment, Segment], Float[Array, "A D"]]:
-        """Runs the prompt: the constant prefix once, marker and suffix once per activation.
+        """Runs the prompt: the constant prefix once, markers and suffix once per activation.
 
         Returns the two segments that responses attend to, and the state that predicts a response's first token."""
         prefix = self.embed(params, jnp.asarray(self.prefix, jnp.int32)[None])
         _, constant = self.model.apply({"params": params}, prefix)
         suffix = self.embed(params, jnp.asarray(self.suffix, jnp.int32))
-        slot = self.inject(suffix[0], vectors, self.injection_scale).astype(suffix.dtype)
-        rest = jnp.broadcast_to(suffix[1:], (len(vectors), *suffix[1:].shape))
-        prompt = jnp.concatenate([slot[:, None], rest], 1)
-        hidden, own = self.model.apply({"params": params}, prompt, (constant,), len(self.prefix))
+        prompt = jnp.broadcast_to(suffix, (len(vectors), *suffix.shape))
+        vectors = jnp.reshape(vectors, (len(vectors), len(self.slots), -1))
+        edit = Partial(functools.partial(_inject, self.slots, self.injection, self.injection_scale), vectors)
+        if self.injection.block < 0:
+            prompt, edit = edit(prompt, -1), None
+        hidden, own = self.model.apply({"params": params}, prompt, (constant,), len(self.prefix), edit)
         return (constant, own), hidden[:, -1]
 
     def read_responses(
-        self, params: dict, vectors: Float[Array, "A D"], responses: Int[Array, "B R"]
+        self, params: dict, vectors: Float[Array, "A *n D"], responses: Int[Array, "B R"]
     ) -> Float[Array, "B R D"]:
         """The states that predict each response token, B = A·G with an activation's G responses in a row: three calls
         (prefix at batch 1, prompt at batch A, responses at batch B), equal to one full-sequence forward of each sample."""
@@ -101,19 +148,29 @@ class Verbalizer:
 class Reconstructor:
     """The AR: K+1 blocks without final norm, then a linear map read at the last real token.
 
-    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity."""
+    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. With `lora`, the backbone
+    that is trained is an adapter (the head is trained whole), which `assemble` joins to the frozen base."""
 
     model: Transformer
+    lora: Lora | None = None
 
     def init_params(self, backbone: dict) -> dict:
-        """The AR before training: the subject's blocks and the identity."""
+        """The AR before training: the subject's blocks (or a new adapter to them) and the identity."""
         return {"backbone": backbone, "head": np.eye(self.model.config.width, dtype=np.float32)}
 
     def abstract_params(self) -> dict:
-        """Shapes with logical axis names."""
-        d = self.model.config.width
+        """Shapes of what is trained, with logical axis names."""
+        config, d = self.model.config, self.model.config.width
         head = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((d, d), jnp.float32), ("embed", "embed_out"))
-        return {"backbone": abstract_params(self.model.config, truncated=True), "head": head}
+        backbone = self.lora.abstract_params(config) if self.lora else abstract_params(config, truncated=True)
+        return {"backbone": backbone, "head": head}
+
+    def assemble(self, params: dict, base: dict | None = None) -> dict:
+        """The whole parameters, from the trained ones and the frozen base (a model of at least as many blocks)."""
+        if not self.lora:
+            return params
+        backbone = self.lora.attach(truncate(base, self.model.config.layers), params["backbone"])
+        return {"backbone": backbone, "head": params["head"]}
 
     def reconstruct(self, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
         """ĥ from right-padded token rows, read at index `length - 1`; raw (not normalised), float32."""

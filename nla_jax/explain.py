@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nla_jax.errors import InputError
-from nla_jax.pair import load_pair
+from nla_jax.pair import find_base, load_pair
 from nla_jax.subject import extract, load_subject
 
 
@@ -22,8 +22,8 @@ def explain_text(
     where its sidecar records none). Raises `InputError` where text, pair or subject cannot be used."""
     if not text.strip():
         raise InputError("There is no text to explain; give --text, --file or standard input.")
-    loaded = load_pair(pair)
-    model = load_subject(find_subject(loaded.sidecar.base_checkpoint, Path(pair), subject), loaded.sidecar.layer)
+    loaded = load_pair(pair, base=subject)
+    model = load_subject(subject or find_base(loaded.sidecar.base_checkpoint, Path(pair)), loaded.sidecar.layer)
     if model.model.config.width != loaded.sidecar.d_model:
         raise InputError(
             f"The subject {model.name} has width {model.model.config.width}, the pair {loaded.sidecar.d_model}."
@@ -52,15 +52,3 @@ def explain_text(
         }
         for i in range(len(activations))
     ]
-
-
-def find_subject(recorded: str, pair: Path, given: str | None) -> str | Path:
-    """The subject to read: the one `given`; else the one the sidecar records; else `subject` beside the pair."""
-    if given:
-        return given
-    beside = pair.parent / "subject"
-    if not Path(recorded).is_dir() and beside.is_dir():
-        return beside
-    if Path(recorded).is_dir() or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
-        return recorded
-    raise InputError(f"The pair's subject {recorded} is not here; name its folder or hub id with --subject.")

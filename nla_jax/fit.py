@@ -33,20 +33,23 @@ def fit(
     steps: int,
     checkpoint_every: int,
     log_every: int = 20,
+    base: dict | None = None,
 ) -> dict:
-    """Trains `params` for `steps` steps and returns them on the host; continues from the newest checkpoint under `folder`.
+    """Trains `params` (which are consumed) for `steps` steps and returns them, sharded; continues from the newest checkpoint
+    under `folder`.
 
-    `abstract`: the shapes of `params` with their logical axis names. `batch_of_step(step)` is a pure function, so that a
+    `abstract`: the shapes of `params` with their logical axis names. `base`: the frozen model beneath an adapter.
+    `batch_of_step(step)` is a pure function, so that a
     resumed run sees the batches it would have seen."""
     layout = shardings(mesh, jax.eval_shape(step_fn.init, abstract))
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(folder / "checkpoints", checkpoint_every)
-        start, state = checkpoints.restore(jax.jit(step_fn.init, out_shardings=layout)(params))
+        start, state = checkpoints.restore(jax.jit(step_fn.init, out_shardings=layout, donate_argnums=0)(params))
         train = jax.jit(step_fn, donate_argnums=0)
         log, progress = MetricLog(folder, start), Progress(name, steps, start)
         clock = time.monotonic()
         for i in range(start, steps):
-            state, metrics = train(state, place_batch(mesh, batch_of_step(i)))
+            state, metrics = train(state, place_batch(mesh, batch_of_step(i)), base)
             shown = {}
             if (i + 1) % log_every == 0 or i + 1 == steps:
                 values = jax.device_get(metrics)
@@ -58,4 +61,4 @@ def fit(
         progress.close()
         log.close()
         checkpoints.close()
-    return jax.device_get(state.params)
+    return state.params

@@ -1,6 +1,7 @@
 """A trained pair: verbalize activations, reconstruct them from text, score, load and save."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
-from nla_jax.autoencoder import Reconstructor, Verbalizer
+from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, keep
 from nla_jax.errors import InputError
-from nla_jax.models.pretrained import load_params, load_tokenizer, locate, read_config, save_model
-from nla_jax.models.transformer import Transformer
+from nla_jax.models.lora import CONFIG as ADAPTER
+from nla_jax.models.lora import Lora, load_adapter, read_settings, save_adapter
+from nla_jax.models.pretrained import (
+    load_params,
+    load_tokenizer,
+    locate,
+    new_folder,
+    read_config,
+    read_tensors,
+    save_model,
+    save_tokenizer,
+)
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.prompts import Prompts, end_of_turn
 from nla_jax.sampling import rollout
-from nla_jax.sidecar import FILE, Sidecar
+from nla_jax.sharding import TRAIN, shardings
+from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
 
 HEAD = "value_head.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A verbalizer and a reconstructor with their parameters, prompts and sidecar."""
+    """A verbalizer and a reconstructor with their parameters, prompts and sidecar. Where one of them is a LoRA adapter, its
+    parameters are the adapter's, and `base` holds the frozen model that both share."""
 
     sidecar: Sidecar
     prompts: Prompts
@@ -31,6 +46,19 @@ class Pair:
     reconstructor: Reconstructor
     verbalizer_params: dict
     reconstructor_params: dict
+    base: dict | None = None
+
+    @functools.cached_property
+    def weights(self) -> tuple[dict, dict]:
+        """The whole parameters of AV and AR, adapters attached."""
+        return (
+            self.verbalizer.assemble(self.verbalizer_params, self.base),
+            self.reconstructor.assemble(self.reconstructor_params, self.base),
+        )
+
+    def abstract_base(self) -> dict:
+        """Shapes of `base` with logical axis names."""
+        return abstract_params(self.verbalizer.model.config)
 
     def verbalize(
         self,
@@ -42,17 +70,18 @@ class Pair:
         inject: bool = True,
         batch: int = 64,
     ) -> list[str]:
-        """One explanation for each row of `vectors [n, d]` (raw activations); "" where the AV wrote none within
-        `max_new_tokens`. Temperature 0 is greedy. The same seed gives the same texts, whatever the `batch`.
+        """One explanation for each row of `vectors [n, d]` (raw activations; `[n, slots, d]` for a prompt of several slots); ""
+        where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the same texts, whatever the `batch`.
         With `inject=False` the slot keeps the marker's own embedding: the control that shows what the prompt alone says."""
-        vectors = self._checked(vectors)
-        verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, inject=keep_embedding)
+        slots = len(self.verbalizer.slots)
+        vectors = self._checked(vectors, slots if slots > 1 else None)
+        verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injection=Injection(keep))
         texts = []
         for start in range(0, len(vectors), batch):
             part = vectors[start : start + batch]
-            padded = np.pad(part, ((0, batch - len(part)), (0, 0)), mode="edge")
+            padded = np.pad(part, ((0, batch - len(part)), *[(0, 0)] * (part.ndim - 1)), mode="edge")
             sampled = rollout(
-                verbalizer, self.verbalizer_params, padded, jax.random.key(seed), start,
+                verbalizer, self.weights[0], padded, jax.random.key(seed), start,
                 group=1, max_new_tokens=max_new_tokens, temperature=temperature,
             )  # fmt: skip
             tokens, mask, finished = jax.device_get((sampled.tokens, sampled.mask, sampled.finished))
@@ -72,7 +101,7 @@ class Pair:
             for j, i in enumerate(part):
                 tokens[j, : len(rows[i])] = rows[i]
                 lengths[j] = len(rows[i])
-            out[part] = _reconstruct(self.reconstructor, self.reconstructor_params, tokens, lengths)[: len(part)]
+            out[part] = _reconstruct(self.reconstructor, self.weights[1], tokens, lengths)[: len(part)]
         return out
 
     def score(self, texts: Sequence[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
@@ -84,52 +113,104 @@ class Pair:
         cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
         return {"mse": 2 * (1 - cosine), "cosine": cosine}
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `folder/av` and `folder/ar` as Hugging Face folders with their sidecars."""
-        folder, d = Path(folder), self.sidecar.d_model
-        av, ar = jax.device_get((self.verbalizer_params, self.reconstructor_params))
-        head = {"weight": np.ascontiguousarray(np.asarray(ar["head"], np.float32).T).reshape(d, d)}
-        save_model(
-            folder / "av", av, self.verbalizer.model.config, self.prompts.tokenizer,
-            extra_files={FILE: lambda path: self.sidecar.write(path, "av")},
-        )  # fmt: skip
-        save_model(
-            folder / "ar", ar["backbone"], self.reconstructor.model.config, self.prompts.tokenizer, truncated=True,
-            extra_files={HEAD: lambda path: save_file(head, path), FILE: lambda path: self.sidecar.write(path, "ar")},
-        )  # fmt: skip
+    def merged(self) -> "Pair":
+        """The pair with its adapters merged into plain parameters: what `transformers` and servers load without PEFT."""
+        av, ar = self.verbalizer, self.reconstructor
+        av_params, ar_params = self.verbalizer_params, self.reconstructor_params
+        if av.lora:
+            av_params = av.lora.merge(self.base, av_params)
+        if ar.lora:
+            blocks = truncate(self.base, ar.model.config.layers)
+            ar_params = ar_params | {"backbone": ar.lora.merge(blocks, ar_params["backbone"])}
+        return dataclasses.replace(
+            self,
+            verbalizer=dataclasses.replace(av, lora=None),
+            reconstructor=dataclasses.replace(ar, lora=None),
+            verbalizer_params=av_params,
+            reconstructor_params=ar_params,
+            base=None,
+        )
 
-    def _checked(self, vectors: np.ndarray) -> np.ndarray:
+    def save(self, folder: str | Path, dtype: Any = np.float32) -> None:
+        """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are such
+        (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are float32."""
+        folder, d = Path(folder), self.sidecar.d_model
+        weight = np.asarray(jax.device_get(self.reconstructor_params["head"]), np.float32)
+        head = {"weight": np.ascontiguousarray(weight.T).reshape(d, d)}
+        extra = {"av": {}, "ar": {HEAD: lambda path: save_file(head, path)}}
+        for role, model, params in (
+            ("av", self.verbalizer, self.verbalizer_params),
+            ("ar", self.reconstructor, self.reconstructor_params["backbone"]),
+        ):
+            files = extra[role] | {FILE: functools.partial(self.sidecar.write, role=role)}
+            config, tokenizer = model.model.config, self.prompts.tokenizer
+            if model.lora is None:
+                save_model(
+                    folder / role, params, config, tokenizer, truncated=role == "ar", dtype=dtype,
+                    end_ids=(self.verbalizer.end,), extra_files=files,
+                )  # fmt: skip
+                continue
+            with new_folder(folder / role) as scratch:
+                save_adapter(scratch, params, model.lora, config, self.sidecar.base_checkpoint)
+                save_tokenizer(tokenizer, scratch)
+                for name, write in files.items():
+                    write(scratch / name)
+
+    def _checked(self, vectors: np.ndarray, slots: int | None = None) -> np.ndarray:
         vectors = np.asarray(vectors, np.float32)
-        if vectors.ndim != 2 or vectors.shape[1] != self.sidecar.d_model or not np.isfinite(vectors).all():
+        shape = ([slots] if slots else []) + [self.sidecar.d_model]
+        if list(vectors.shape[1:]) != shape or not vectors.ndim > 1 or not np.isfinite(vectors).all():
+            expected = ", ".join(map(str, ["n", *shape]))
             raise InputError(
-                f"Activations must be finite and of shape [n, {self.sidecar.d_model}], found shape {list(vectors.shape)}."
+                f"Activations must be finite and of shape [{expected}], found shape {list(vectors.shape)}."
             )
         return vectors
-
-
-def keep_embedding(marker, vectors, scale):
-    """The no-injection control: the marker's own embedding stays in the slot."""
-    return jnp.broadcast_to(marker, vectors.shape)
 
 
 _reconstruct = jax.jit(lambda reconstructor, *args: reconstructor.reconstruct(*args), static_argnums=0)
 
 
-def new_pair(sidecar: Sidecar, folder: Path, dtype: Any = jnp.float32, remat: str | None = None) -> Pair:
-    """An untrained pair: AV and AR start from the subject in `folder`, the AR's head is the identity."""
-    config = dataclasses.replace(read_config(folder, dtype), remat=remat or None)
-    params = load_params(folder, config)
-    backbone = {
-        "embedding": params["embedding"],
-        "blocks": jax.tree.map(lambda x: x[: sidecar.layer + 1], params["blocks"]),
-    }
-    verbalizer, reconstructor, prompts = _models(sidecar, config, config.truncated(sidecar.layer + 1), folder)
-    return Pair(sidecar, prompts, verbalizer, reconstructor, params, reconstructor.init_params(backbone))
+def new_pair(
+    sidecar: Sidecar,
+    folder: Path,
+    dtype: Any = jnp.float32,
+    remat: str | None = None,
+    *,
+    av_lora: Lora | None = None,
+    ar_lora: Lora | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Pair:
+    """An untrained pair: AV and AR start from the subject in `folder`, whole or as new adapters to it (whose base is then held
+    once, in `dtype`); the AR's head is the identity. On a `mesh` every parameter is read straight into its training place."""
+    config = _config(folder, dtype, remat)
+    verbalizer, reconstructor, prompts = _models(
+        sidecar, config, config.truncated(sidecar.layer + 1), folder, av_lora, ar_lora
+    )
+    base = _load(folder, config, mesh, dtype=dtype) if av_lora or ar_lora else None
+    keys = jax.random.split(jax.random.key(seed))
+    av = av_lora.init_params(keys[0], config) if av_lora else _load(folder, config, mesh)
+    truncated = reconstructor.model.config
+    backbone = ar_lora.init_params(keys[1], truncated) if ar_lora else _load(folder, truncated, mesh, truncated=True)
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base)
 
 
-def load_pair(av: str | Path, ar: str | Path | None = None, dtype: Any = jnp.float32, remat: str | None = None) -> Pair:
+def load_pair(
+    av: str | Path,
+    ar: str | Path | None = None,
+    dtype: Any = jnp.float32,
+    remat: str | None = None,
+    *,
+    base: str | Path | None = None,
+    injection: Injection | None = None,
+    mesh: Mesh | None = None,
+) -> Pair:
     """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`, `ar`.
-    Parameters are float32; `dtype` is what they compute in, `remat` the name of a `jax.checkpoint_policies` policy.
+    Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names.
+
+    Whole parameters are float32, a frozen base `dtype`, which is also what they compute in; `remat` is the name of a
+    `jax.checkpoint_policies` policy. `injection` says how activations enter the prompt where that is not what the sidecar
+    says. On a `mesh` every parameter is read straight into its training place.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     if ar is None:
@@ -137,36 +218,92 @@ def load_pair(av: str | Path, ar: str | Path | None = None, dtype: Any = jnp.flo
             raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`.")
         av, ar = Path(av) / "av", Path(av) / "ar"
     av, ar = locate(av), locate(ar)
-    sidecar, other = Sidecar.read(av, "av"), Sidecar.read(ar, "ar")
-    for field in ("base_checkpoint", "d_model", "layer", "reconstructor_template"):
-        if getattr(sidecar, field) != getattr(other, field):
-            raise InputError(
-                f"{av} and {ar} are not a pair: {field} is {getattr(sidecar, field)!r} in one and {getattr(other, field)!r} in "
-                f"the other."
-            )
-    config, truncated = (dataclasses.replace(read_config(part, dtype), remat=remat or None) for part in (av, ar))
+    sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
+    sidecar = dataclasses.replace(sidecar, injection=injection or sidecar.injection)
+    if sidecar.injection is None:
+        raise InputError(
+            f"{av / FILE} names no injection that is known here ({', '.join(INJECTIONS)}); pass load_pair an "
+            f"`injection`, e.g. Injection(add_norm_matched, block=1) for EasyNLA and nanoNLA."
+        )
+
+    adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}
+    base_folder = _base_folder(base, [folder for folder in (av, ar) if adapters[folder]])
+    config = _config(base_folder if adapters[av] else av, dtype, remat)
+    truncated = (
+        _config(base_folder, dtype, remat).truncated(sidecar.layer + 1) if adapters[ar] else _config(ar, dtype, remat)
+    )
     if (config.width, truncated.width, truncated.layers) != (sidecar.d_model, sidecar.d_model, sidecar.layer + 1):
         raise InputError(
             f"The sidecar of {ar} says d_model {sidecar.d_model} and layer {sidecar.layer} ({sidecar.layer + 1} blocks), but "
             f"config.json says width {truncated.width} and {truncated.layers} blocks (AV: width {config.width})."
         )
-    try:
-        head = load_file(ar / HEAD)["weight"]
-    except Exception as error:  # missing, damaged, or without the key
-        raise InputError(f"{ar / HEAD} is missing or damaged ({error}).") from None
-    if head.shape != (sidecar.d_model,) * 2:
-        raise InputError(f"{ar / HEAD}: weight has shape {head.shape}, expected {(sidecar.d_model,) * 2}.")
-    if not np.isfinite(head.astype(np.float32)).all():
-        raise InputError(f"{ar / HEAD}: weight holds NaN or infinite values.")
-    verbalizer, reconstructor, prompts = _models(sidecar, config, truncated, av)
-    backbone = load_params(ar, truncated, truncated=True)
-    ar_params = {"backbone": backbone, "head": np.ascontiguousarray(head.T.astype(np.float32))}
-    return Pair(sidecar, prompts, verbalizer, reconstructor, load_params(av, config), ar_params)
+    head = read_head(ar / HEAD, sidecar.d_model)
+    av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
+    ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
+    verbalizer, reconstructor, prompts = _models(sidecar, config, truncated, av, av_lora, ar_lora)
+    frozen = _load(base_folder, _config(base_folder, dtype, remat), mesh, dtype=dtype) if base_folder else None
+    av_params = av_params or _load(av, config, mesh)
+    backbone = backbone or _load(ar, truncated, mesh, truncated=True)
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, {"backbone": backbone, "head": head}, frozen)
 
 
-def _models(sidecar: Sidecar, config, truncated, folder: Path) -> tuple[Verbalizer, Reconstructor, Prompts]:
+def read_head(file: Path, d: int) -> np.ndarray:
+    """The AR's head as it acts here, `x @ head`; the file holds its transpose under `weight`."""
+    weight = read_tensors(file).get("weight")
+    if weight is None or weight.shape != (d, d):
+        found = "no tensor 'weight'" if weight is None else f"weight of shape {weight.shape}"
+        raise InputError(f"{file} holds {found}, expected weight of shape {(d, d)}.")
+    head = weight.read().T.astype(np.float32)
+    if not np.isfinite(head).all():
+        raise InputError(f"{file}: weight holds NaN or infinite values.")
+    return np.ascontiguousarray(head)
+
+
+def find_base(recorded: str, beside: Path) -> str | Path:
+    """The subject that a pair was made from: the folder or hub id `recorded`; else `subject` beside the pair's folder.
+
+    Raises `InputError` where there is neither."""
+    if not Path(recorded).is_dir() and (beside.parent / "subject").is_dir():
+        return beside.parent / "subject"
+    if Path(recorded).is_dir() or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
+        return recorded
+    raise InputError(f"The subject {recorded} that {beside} was made from is not here; name its folder or hub id.")
+
+
+def _base_folder(given: str | Path | None, adapters: list[Path]) -> Path | None:
+    """The folder of the adapters' base model. Raises `InputError` where two name different ones."""
+    names = {read_settings(folder).get("base_model_name_or_path") for folder in adapters}
+    if not adapters:
+        return None
+    if given is None and (len(names) > 1 or not isinstance(min(names, key=str), str)):
+        raise InputError(f"The adapters {adapters[0]} and {adapters[-1]} name the base models {names}; pass `base`.")
+    return locate(given or find_base(names.pop(), adapters[0].parent))
+
+
+def _config(folder: Path, dtype, remat) -> TransformerConfig:
+    return dataclasses.replace(read_config(folder, dtype), remat=remat or None)
+
+
+def _load(
+    folder: Path, config: TransformerConfig, mesh: Mesh | None, *, truncated: bool = False, dtype=jnp.float32
+) -> dict:
+    """The parameters of a folder, on a mesh each in its training place."""
+    layout = shardings(mesh, abstract_params(config, truncated), TRAIN) if mesh else None
+    return load_params(folder, config, truncated=truncated, dtype=dtype, layout=layout)
+
+
+def _models(
+    sidecar: Sidecar, config, truncated, folder: Path, av_lora: Lora | None, ar_lora: Lora | None
+) -> tuple[Verbalizer, Reconstructor, Prompts]:
     prompts = sidecar.prompts(load_tokenizer(folder))
-    prefix, suffix = prompts.verbalizer_prompt()
-    end = end_of_turn(prompts.tokenizer)
-    verbalizer = Verbalizer(Transformer(config), prefix, suffix, end, sidecar.injection_scale)
-    return verbalizer, Reconstructor(Transformer(truncated)), prompts
+    prefix, suffix, slots = prompts.verbalizer_prompt()
+    if not -1 <= sidecar.injection.block < config.layers:
+        raise InputError(
+            f"The sidecar of {folder} injects behind block {sidecar.injection.block}, but there are blocks 0 to "
+            f"{config.layers - 1}."
+        )
+    verbalizer = Verbalizer(
+        Transformer(config), prefix, suffix, end_of_turn(prompts.tokenizer), sidecar.injection_scale, sidecar.injection,
+        slots, av_lora,
+    )  # fmt: skip
+    return verbalizer, Reconstructor(Transformer(truncated), ar_lora), prompts

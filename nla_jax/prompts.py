@@ -47,7 +47,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Marker:
-    """The placeholder of the activation in a prompt, as `nla_meta.yaml` records it."""
+    """The placeholder of an activation in a prompt, as `nla_meta.yaml` records it: its token, and the tokens beside its first
+    occurrence."""
 
     char: str
     id: int
@@ -58,47 +59,53 @@ class Marker:
 def find_marker(tokenizer: PreTrainedTokenizerBase, template: str, char: str = "") -> Marker:
     """The marker `char` (or the first of `MARKERS` that works) with its neighbours in the prompt.
 
-    Raises `InputError` where the character is not exactly one token there, or stands there more than once."""
+    Raises `InputError` where the character is not exactly one token there, or stands there where no slot is."""
     reasons = []
     for candidate in [char] if char else MARKERS:
         ids = plain_ids(tokenizer, [chat_text(tokenizer, template.replace("{injection_char}", candidate))])[0]
         places = [i for i, token in enumerate(ids) if candidate in tokenizer.decode([token])]
-        if (
-            len(places) == 1
-            and tokenizer.decode([ids[places[0]]]).strip() == candidate
-            and 0 < places[0] < len(ids) - 1
-        ):
-            at = places[0]
-            return Marker(candidate, ids[at], ids[at - 1], ids[at + 1])
-        problem = "stands there several times" if len(places) > 1 else "is not one token of its own there"
-        reasons.append(f"{candidate!r} {problem}")
+        alone = [i for i in places if tokenizer.decode([ids[i]]).strip() == candidate]
+        if places and len(alone) == len(places) == template.count("{injection_char}") and 0 < places[0]:
+            if len({ids[i] for i in places}) == 1 and places[-1] < len(ids) - 1:
+                at = places[0]
+                return Marker(candidate, ids[at], ids[at - 1], ids[at + 1])
+        extra = len(places) > template.count("{injection_char}")
+        reasons.append(f"{candidate!r} {'stands there too often' if extra else 'is not one token of its own there'}")
     raise InputError(
-        f"The AV's prompt has no usable injection marker: {'; '.join(reasons)}; set prompts.marker to a rare single-token character."
+        f"The AV's prompt has no usable injection marker: {'; '.join(reasons)}; set prompts.marker to a rare single-token "
+        f"character."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The templates of one pair with its live tokenizer."""
+    """The templates of one pair with its live tokenizer. `special_tokens`: the AR's input begins with the BOS that the
+    tokenizer adds."""
 
     tokenizer: PreTrainedTokenizerBase
     marker: Marker
     verbalizer_template: str = VERBALIZER_TEMPLATE
     reconstructor_template: str = RECONSTRUCTOR_TEMPLATE
+    special_tokens: bool = True
 
-    def verbalizer_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """`(prefix, suffix)`: the ids before the marker, and those from the marker to the response. The marker is matched
-        with both neighbours and must stand exactly once. Raises `InputError` where it does not."""
+    def verbalizer_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """`(prefix, suffix, slots)`: the ids before the first marker, those from it to the response, and where in the suffix
+        the markers stand. As many markers must stand there as the template has slots, the first between its two neighbours.
+        Raises `InputError` where that is not so."""
         content = self.verbalizer_template.replace("{injection_char}", self.marker.char)
         ids = plain_ids(self.tokenizer, [chat_text(self.tokenizer, content)])[0]
-        m = self.marker
-        places = [i for i in range(1, len(ids) - 1) if (ids[i - 1], ids[i], ids[i + 1]) == (m.left, m.id, m.right)]
-        if len(places) != 1:
+        m, slots = self.marker, self.verbalizer_template.count("{injection_char}")
+        places = [i for i in range(1, len(ids) - 1) if ids[i] == m.id]
+        if len(places) != slots or (ids[places[0] - 1], ids[places[0] + 1]) != (m.left, m.right):
+            found = f"stands {len(places)} times"
+            if len(places) == slots:
+                found = f"stands between {ids[places[0] - 1]} and {ids[places[0] + 1]}"
             raise InputError(
-                f"The marker {m.char!r} (token {m.id} between {m.left} and {m.right}) stands {len(places)} times in the "
-                f"AV's prompt under this tokenizer; it must stand once. The sidecar belongs to another tokenizer or prompt."
+                f"The marker {m.char!r} (token {m.id}, expected {slots} times, first between {m.left} and {m.right}) {found} in "
+                f"the AV's prompt under this tokenizer; the sidecar belongs to another tokenizer or prompt."
             )
-        return tuple(ids[: places[0]]), tuple(ids[places[0] :])
+        first = places[0]
+        return tuple(ids[:first]), tuple(ids[first:]), tuple(i - first for i in places)
 
     def response_ids(self, explanations: Sequence[str]) -> list[list[int]]:
         """What the AV is to write: each explanation in its tags, ended."""
@@ -115,11 +122,15 @@ class Prompts:
         return [match[1] or None if match else None for match in matches]
 
     def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one. Where the
-        ids outnumber `limit`, the explanation loses its last characters; the template stays whole."""
+        """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one (unless
+        `special_tokens` is off). Where the ids outnumber `limit`, the explanation loses its last characters; the template stays whole."""
         template, tokenizer = self.reconstructor_template, self.tokenizer
         finished = lambda texts: (
-            tokenizer([template.replace("{explanation}", t) for t in texts], verbose=False).input_ids
+            tokenizer(
+                [template.replace("{explanation}", t) for t in texts],
+                add_special_tokens=self.special_tokens,
+                verbose=False,
+            ).input_ids
         )
         rows = finished(explanations) if explanations else []
         for i, row in enumerate(rows if limit else []):

@@ -17,7 +17,7 @@ from nla_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 TRAIN = (
     ("layers", None), ("embed", "fsdp"), ("embed_out", None), ("vocab", "tensor"), ("heads", "tensor"),
-    ("kv_heads", "tensor"), ("head_dim", None), ("mlp", "tensor"),
+    ("kv_heads", "tensor"), ("head_dim", None), ("mlp", "tensor"), ("lora_rank", None),
 )  # fmt: skip
 DECODE = tuple((name, None if axis == "fsdp" else axis) for name, axis in TRAIN)
 

@@ -1,43 +1,61 @@
-"""`nla_meta.yaml`: what a model or dataset of a natural language autoencoder says about itself."""
+"""`nla_meta.yaml`: what a model of a natural language autoencoder says about itself, in the reference's format."""
 
 import dataclasses
+import math
+import reprlib
 from pathlib import Path
 
 import yaml
 
+from nla_jax.autoencoder import Injection, add_norm_matched, replace
 from nla_jax.errors import InputError
 from nla_jax.prompts import Marker, Prompts
 
 FILE = "nla_meta.yaml"
+INJECTIONS = {"replace": replace, "norm_matched_addition": add_norm_matched}  # by their names in a sidecar
+LARGEST = 1 << 20  # bytes of a sidecar that is worth reading
 
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """The facts shared by an AV, its AR and their data. `base_hash` and the like go to `provenance`."""
+    """The facts shared by an AV, its AR and their data. None: the folder's sidecar does not say (its partner's may).
+
+    `injection_scale` None means that activations are injected at their own length. `base_hash` and the like go to
+    `provenance`."""
 
     base_checkpoint: str
     d_model: int
-    layer: int
-    injection_scale: float
+    layer: int | None
+    injection_scale: float | None
     marker: Marker
     verbalizer_template: str
-    reconstructor_template: str
-    suffix_ids: tuple[int, ...]
+    reconstructor_template: str | None
+    suffix_ids: tuple[int, ...] | None
+    injection: Injection | None = Injection()
+    special_tokens: bool = True
     provenance: dict = dataclasses.field(default_factory=dict, hash=False)
 
     def write(self, path: Path, role: str) -> None:
         """Writes `nla_meta.yaml` for a model of `role` "av" or "ar"."""
-        m = self.marker
+        path.write_text(yaml.safe_dump(self.content(role), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def content(self, role: str) -> dict:
+        """The fields of `nla_meta.yaml`. Scales are written as numbers: the reference's client reads nothing else."""
+        m, function = self.marker, self.injection.function
+        names = {f: name for name, f in INJECTIONS.items()}
         content = {
             "kind": "nla_model",
-            "schema_version": 1,
+            "schema_version": 2,
             "role": role,
             "base_checkpoint": self.base_checkpoint,
             "d_model": self.d_model,
+            "extraction_layer_index": self.layer,
             "extraction": {
                 "layer_index": self.layer,
                 "injection_scale": self.injection_scale,
-                "mse_scale": "sqrt_d_model",
+                "injection_method": names.get(function, f"{function.__module__}:{function.__qualname__}"),
+                "injection_block": self.injection.block,
+                "mse_scale": self.d_model**0.5,
                 "norm": "none",
             },
             "tokens": {
@@ -51,71 +69,147 @@ class Sidecar:
             "provenance": self.provenance,
         }
         if role == "ar":
-            content["ar"] = {"extraction_layer_index": self.layer}
-        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            content["critic"] = {"extraction_layer_index": self.layer, "add_special_tokens": self.special_tokens}
+        return content
 
     @classmethod
     def read(cls, folder: Path, role: str) -> "Sidecar":
-        """Reads the sidecar of a model folder, in either naming generation (av/actor, ar/critic).
+        """Reads the sidecar of a model folder of `role` "av" or "ar", in either naming generation (av/actor, ar/critic), or
+        the dataset's sidecar that EasyNLA and nanoNLA copy there.
 
         Raises `InputError` naming the field that is missing or wrong."""
         file = Path(folder) / FILE
-        if not file.is_file():
-            raise InputError(f"{folder} has no {FILE}: it is not an NLA model folder.")
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} is not plain YAML ({str(error).splitlines()[0]}).") from None
+        content = read_yaml(file, f"{folder} has no {FILE}: it is not an NLA model folder.")
 
-        def get(*names: str, of=content, kind=object):
-            path = names[0]
-            for alternative in names:
-                value = of
-                for key in alternative.split("."):
+        def get(*names: str, kind=object, default=...):
+            for name in names:
+                value = content
+                for key in name.split("."):
                     value = value.get(key) if isinstance(value, dict) else None
                 if value is not None:
-                    if not isinstance(value, kind) or isinstance(value, bool):
-                        raise InputError(f"{file}: field {alternative} is {value!r}, of the wrong type.")
+                    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                        raise InputError(f"{file}: field {name} is {reprlib.repr(value)}, of the wrong type.")
                     return value
-            raise InputError(f"{file} lacks the field {path}.")
+            if default is ...:
+                raise InputError(f"{file} lacks the field {names[0]}.")
+            return default
 
-        found = {"actor": "av", "critic": "ar"}.get(get("role", kind=str), get("role", kind=str))
-        if found != role:
-            raise InputError(f"{file}: role is {found!r}, expected {role!r}; were the AV and AR folders swapped?")
-        d_model = get("d_model", kind=int)
-        scale = get("extraction.injection_scale", kind=(int, float, str))
-        if isinstance(scale, str) and scale != "sqrt_d_model":
-            raise InputError(f"{file}: extraction.injection_scale is {scale!r}, expected a number or 'sqrt_d_model'.")
+        def count(*names: str, least: int, **default) -> int:
+            value = get(*names, kind=int, **default)
+            if value is not None and value < least:
+                raise InputError(f"{file}: field {names[0]} is {value}, expected at least {least}.")
+            return value
+
+        kind = get("kind", kind=str, default="nla_model")
+        if kind not in ("nla_model", "nla_dataset"):
+            raise InputError(f"{file}: kind is {reprlib.repr(kind)}, expected 'nla_model'.")
+        found = get("role", kind=str, **({} if kind == "nla_model" else {"default": role}))
+        if (named := {"actor": "av", "critic": "ar"}.get(found, found)) != role:
+            raise InputError(f"{file}: role is {named!r}, expected {role!r}; were the AV and AR folders swapped?")
+        d_model = count("d_model", "extraction.d_model", least=1)
+        scale = _scale(file, "extraction.injection_scale", get("extraction.injection_scale", default=None), d_model)
+        method = get("extraction.injection_method", kind=str, default="replace" if kind == "nla_model" else None)
+        block = get("extraction.injection_block", kind=int, default=-1)
+        marker = [get(f"tokens.injection_{x}", kind=int) for x in ("token_id", "left_neighbor_id", "right_neighbor_id")]
+        suffix_ids = get("tokens.critic_suffix_ids", kind=list, default=None)
+        if suffix_ids is not None and not all(type(i) is int for i in suffix_ids):
+            raise InputError(
+                f"{file}: field tokens.critic_suffix_ids is {reprlib.repr(suffix_ids)}, expected token ids."
+            )
         return cls(
-            base_checkpoint=get("base_checkpoint", kind=str),
+            base_checkpoint=get("base_checkpoint", "extraction.base_model", kind=str),
             d_model=d_model,
-            layer=get("extraction.layer_index", "ar.extraction_layer_index", "critic.extraction_layer_index", kind=int),
-            injection_scale=d_model**0.5 if isinstance(scale, str) else float(scale),
-            marker=Marker(
-                get("tokens.injection_char", kind=str),
-                get("tokens.injection_token_id", kind=int),
-                get("tokens.injection_left_neighbor_id", kind=int),
-                get("tokens.injection_right_neighbor_id", kind=int),
-            ),
+            layer=count(
+                "extraction_layer_index",
+                "extraction.layer_index",
+                "ar.extraction_layer_index",
+                "critic.extraction_layer_index",
+                "ar.num_hidden_layers",
+                "critic.num_hidden_layers",
+                least=0,
+                **({"default": None} if role == "av" else {}),
+            ),  # fmt: skip
+            injection_scale=scale,
+            marker=Marker(get("tokens.injection_char", kind=str), *marker),
             verbalizer_template=get("prompt_templates.av", "prompt_templates.actor", kind=str),
-            reconstructor_template=get("prompt_templates.ar", "prompt_templates.critic", kind=str),
-            suffix_ids=tuple(get("tokens.critic_suffix_ids", kind=list)),
-            provenance=content.get("provenance") or {},
+            reconstructor_template=get(
+                "prompt_templates.ar",
+                "prompt_templates.critic",
+                kind=str,
+                **({"default": None} if role == "av" else {}),
+            ),
+            suffix_ids=None if suffix_ids is None else tuple(suffix_ids),
+            injection=Injection(INJECTIONS[method], block) if method in INJECTIONS else None,
+            special_tokens=get("critic.add_special_tokens", kind=bool, default=True),
+            provenance=get("provenance", kind=dict, default={}),
+        )
+
+    def joined(self, other: "Sidecar", av: Path, ar: Path) -> "Sidecar":
+        """The facts of a pair from the sidecars of its AV (self) and its AR (`other`).
+
+        Raises `InputError` naming the field in which the two disagree."""
+        short = lambda name: name.rstrip("/").rsplit("/", 1)[-1]
+        for field in ("base_checkpoint", "d_model", "layer", "reconstructor_template"):
+            a, b = getattr(self, field), getattr(other, field)
+            if a is not None and (short(a) != short(b) if field == "base_checkpoint" else a != b):
+                raise InputError(
+                    f"{av} and {ar} are not a pair: {field} is {reprlib.repr(a)} in one and {reprlib.repr(b)} in the other."
+                )
+        return dataclasses.replace(
+            self,
+            layer=other.layer,
+            reconstructor_template=other.reconstructor_template,
+            suffix_ids=other.suffix_ids if other.suffix_ids is not None else self.suffix_ids,
+            special_tokens=other.special_tokens,
+            provenance=other.provenance | self.provenance,
         )
 
     def prompts(self, tokenizer) -> Prompts:
         """The templates with a live tokenizer, checked against it: marker id, its neighbours, the template's suffix.
 
         Raises `InputError` naming field, expected and found."""
-        prompts = Prompts(tokenizer, self.marker, self.verbalizer_template, self.reconstructor_template)
-        for name, field in (("av", self.verbalizer_template), ("ar", self.reconstructor_template)):
-            wanted = "{injection_char}" if name == "av" else "{explanation}"
-            if field.count(wanted) != 1:
-                raise InputError(f"prompt_templates.{name} must contain {wanted} exactly once.")
+        for name, field, slot in (
+            ("av", self.verbalizer_template, "{injection_char}"),
+            ("ar", self.reconstructor_template, "{explanation}"),
+        ):
+            if slot not in field or (name == "ar" and field.count(slot) > 1):
+                raise InputError(
+                    f"prompt_templates.{name} must contain {slot}{' exactly once' if name == 'ar' else ''}, but it is "
+                    f"{reprlib.repr(field)}."
+                )
+        prompts = Prompts(
+            tokenizer, self.marker, self.verbalizer_template, self.reconstructor_template, self.special_tokens
+        )
         prompts.verbalizer_prompt()
-        if (live := tuple(prompts.suffix_ids())) != tuple(self.suffix_ids):
+        if self.suffix_ids is not None and (live := tuple(prompts.suffix_ids())) != tuple(self.suffix_ids):
             raise InputError(
                 f"The sidecar's tokens.critic_suffix_ids is {list(self.suffix_ids)}, but this tokenizer gives {list(live)}; "
                 f"the sidecar belongs to another tokenizer."
             )
         return prompts
+
+
+def read_yaml(file: Path, missing: str) -> dict:
+    """A YAML mapping of plain values. Raises `InputError` (`missing` where there is no file)."""
+    if not file.is_file():
+        raise InputError(missing)
+    if file.stat().st_size > LARGEST:
+        raise InputError(f"{file} has {file.stat().st_size} bytes, expected at most {LARGEST}; it is no sidecar.")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{file} is not plain YAML ({str(error).splitlines()[0]}).") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds {reprlib.repr(content)}, expected fields and values.")
+    return content
+
+
+def _scale(file: Path, name: str, value, d_model: int) -> float | None:
+    """A scale as the reference reads it: null, "raw" and "none" mean none; "sqrt_d_model"; a number."""
+    if value in (None, "raw", "none"):
+        return None
+    if value == "sqrt_d_model":
+        return d_model**0.5
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+        return float(value)
+    raise InputError(f"{file}: {name} is {reprlib.repr(value)}, expected a positive number, 'sqrt_d_model' or null.")

@@ -1,11 +1,14 @@
 """The training loops: the supervised warm start, then reinforcement learning. Read top to bottom."""
 
+import dataclasses
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from nla_jax.autoencoder import Injection
 from nla_jax.checkpoint import Checkpoints
 from nla_jax.data.batches import pad_tokens, rows_of_step
 from nla_jax.data.dataset import load_rows, spread
@@ -13,6 +16,7 @@ from nla_jax.errors import InputError
 from nla_jax.evaluate.fve import fve, normalised
 from nla_jax.fit import fit, make_optimizer
 from nla_jax.metrics import MetricLog, Progress
+from nla_jax.models.lora import Lora
 from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_config
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
@@ -21,13 +25,14 @@ from nla_jax.sampling import rollout
 from nla_jax.sharding import DECODE, TRAIN, place_batch, relayout, shardings
 from nla_jax.sidecar import Sidecar
 from nla_jax.train_step import (
+    Frozen,
     JointBatch,
     JointStep,
     SupervisedStep,
     TextBatch,
     reconstructor_loss,
     verbalizer_loss,
-)  # fmt: skip
+)
 
 
 def sft(run: Run) -> None:
@@ -39,7 +44,10 @@ def sft(run: Run) -> None:
             return
         run.require("label")
         av_rows, ar_rows = (load_rows(run.workdir, split) for split in ("av_sft", "ar_sft"))
-        pair = new_pair(describe_pair(run, av_rows.vectors), locate(run.subject_folder), **run.config.compute)
+        pair = new_pair(
+            describe_pair(run, av_rows.vectors), locate(run.subject_folder), **run.config.compute,
+            av_lora=lora(c.av.lora), ar_lora=lora(c.ar.lora), seed=run.config.seed, mesh=run.mesh,
+        )  # fmt: skip
         result["injection_scale"] = pair.sidecar.injection_scale
 
         tokens, lengths, kept = fixed_width(
@@ -51,7 +59,7 @@ def sft(run: Run) -> None:
         av = fit(
             run.workdir / "train/sft_av", "sft av", step, pair.verbalizer_params, pair.verbalizer.abstract_params(), run.mesh,
             lambda step: text_batch(tokens, lengths, vectors, step, c.av.batch, run.config.seed),
-            c.av.steps, c.checkpoint_every,
+            c.av.steps, c.checkpoint_every, base=pair.base,
         )  # fmt: skip
 
         width = reconstructor_width(pair.prompts, run.config.prompts.max_new_tokens)
@@ -60,10 +68,20 @@ def sft(run: Run) -> None:
         ar = fit(
             run.workdir / "train/sft_ar", "sft ar", step, pair.reconstructor_params, pair.reconstructor.abstract_params(),
             run.mesh, lambda step: text_batch(ar_tokens, ar_lengths, ar_rows.vectors, step, c.ar.batch, run.config.seed),
-            c.ar.steps, c.checkpoint_every,
+            c.ar.steps, c.checkpoint_every, base=pair.base,
         )  # fmt: skip
 
-        Pair(pair.sidecar, pair.prompts, pair.verbalizer, pair.reconstructor, av, ar).save(run.workdir / "pair_warm")
+        dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar).save(run.workdir / "pair_warm")
+
+
+def lora(settings: ConfigDict) -> Lora | None:
+    """The adapter that a config asks for; None (the whole model is trained) where its rank is 0."""
+    return Lora(settings.rank, settings.alpha, settings.rslora, tuple(settings.targets)) if settings.rank else None
+
+
+def injection(run: Run) -> Injection:
+    """How the config says that activations enter the prompt."""
+    return Injection(resolve(run.config.prompts.injection), run.config.prompts.injection_block)
 
 
 def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
@@ -82,6 +100,7 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
         verbalizer_template=c.verbalizer_template,
         reconstructor_template=c.reconstructor_template,
         suffix_ids=tuple(prompts.suffix_ids()),
+        injection=injection(run),
         provenance={
             "base_hash": fingerprint(folder),
             "activation_variance": float(normalised(vectors).var(0).mean()),
@@ -122,11 +141,11 @@ def rl(run: Run) -> None:
         run.require("sft")
         data = load_rows(run.workdir, "rl", labelled=False)
         heldout = spread(load_rows(run.workdir, "heldout", labelled=False), c.heldout_rows).vectors
-        pair = load_pair(run.workdir / "pair_warm", **run.config.compute)
+        mesh = run.mesh
+        pair = load_pair(run.workdir / "pair_warm", **run.config.compute, injection=injection(run), mesh=mesh)
         width = reconstructor_width(pair.prompts, limit)
 
         # The step, and where its state lives: shardings come from shapes, before any array exists.
-        mesh = run.mesh
         joint = JointStep(
             pair.verbalizer,
             pair.reconstructor,
@@ -141,11 +160,14 @@ def rl(run: Run) -> None:
         boxed = pair.verbalizer.abstract_params(), pair.reconstructor.abstract_params()
         layout = shardings(mesh, jax.eval_shape(joint.init, jax.random.key(0), *boxed))
         with jax.set_mesh(mesh):
-            init = jax.jit(joint.init, out_shardings=layout)
+            to_training, to_decoding = (
+                relayout(mesh, boxed[0], run.config.compute.dtype, rules) for rules in (TRAIN, DECODE)
+            )
+            frozen = Frozen(to_training(pair.verbalizer_params), pair.base)
+            decoding_base = pair.base and jax.device_put(pair.base, shardings(mesh, pair.abstract_base(), DECODE))
+            init = jax.jit(joint.init, out_shardings=layout, donate_argnums=(1, 2))
             state = init(jax.random.key(run.config.seed), pair.verbalizer_params, pair.reconstructor_params)
-            reference = relayout(mesh, boxed[0], run.config.compute.dtype, TRAIN)(pair.verbalizer_params)
             train = jax.jit(joint, donate_argnums=0)
-            decoding = relayout(mesh, boxed[0], run.config.compute.dtype, DECODE)
 
             # Resume where the newest checkpoint stands.
             checkpoints = Checkpoints(run.workdir / "train/rl/checkpoints", c.checkpoint_every)
@@ -157,7 +179,8 @@ def rl(run: Run) -> None:
                 vectors = place_batch(mesh, data.vectors[rows])
 
                 clock = [time.monotonic()]
-                sampler, key = decoding(state.verbalizer), jax.random.fold_in(state.rng, i)
+                sampler = pair.verbalizer.assemble(to_decoding(state.verbalizer), decoding_base)
+                key = jax.random.fold_in(state.rng, i)
                 pieces = [
                     rollout(
                         pair.verbalizer, sampler, part, key, j * len(part) * c.group,
@@ -178,7 +201,7 @@ def rl(run: Run) -> None:
                 )  # fmt: skip
                 clock.append(time.monotonic())
 
-                state, metrics = train(state, reference, place_batch(mesh, batch))
+                state, metrics = train(state, frozen, place_batch(mesh, batch))
                 metrics = jax.device_get(metrics)
                 clock.append(time.monotonic())
 
@@ -201,9 +224,7 @@ def rl(run: Run) -> None:
 
 def trained(pair: Pair, state) -> Pair:
     """The pair with the parameters of a training state."""
-    return Pair(
-        pair.sidecar, pair.prompts, pair.verbalizer, pair.reconstructor, state.verbalizer, state.reconstructor
-    )  # fmt: skip
+    return dataclasses.replace(pair, verbalizer_params=state.verbalizer, reconstructor_params=state.reconstructor)
 
 
 def heldout_fve(pair: Pair, state, vectors: np.ndarray, max_new_tokens: int, temperature: float) -> float:

@@ -28,7 +28,7 @@ from nla_jax.losses import FAILED_REWARD, group_normalised, masked_mean, negativ
 
 @struct.dataclass
 class TrainState:
-    """All that joint training changes. Frozen weights (the KL reference) are separate arguments, never checkpointed."""
+    """All that joint training changes. Frozen weights are a separate argument (`Frozen`), never checkpointed."""
 
     step: Int[Array, ""]
     rng: Array
@@ -36,6 +36,15 @@ class TrainState:
     reconstructor: dict
     verbalizer_opt: Any
     reconstructor_opt: Any
+
+
+@struct.dataclass
+class Frozen:
+    """What joint training reads but never changes: the warm-started AV's parameters (`reference`, of the KL), and the
+    model beneath LoRA adapters (`base`; None where both models are trained whole)."""
+
+    reference: dict
+    base: dict | None = None
 
 
 @struct.dataclass
@@ -79,11 +88,10 @@ class JointStep:
         opts = self.verbalizer_tx.init(verbalizer), self.reconstructor_tx.init(reconstructor)
         return TrainState(jnp.int32(0), rng, verbalizer, reconstructor, *opts)
 
-    def __call__(self, state: TrainState, reference: dict, batch: JointBatch) -> tuple[TrainState, dict]:
-        """One optimiser step on each model. `reference`: parameters of the warm-started AV. Returns the new state and
-        scalar metrics; a step with a non-finite gradient changes nothing but `step`, and says so in `skipped`."""
+    def __call__(self, state: TrainState, frozen: Frozen, batch: JointBatch) -> tuple[TrainState, dict]:
+        """One optimiser step on each model. Returns the new state and scalar metrics; a step with a non-finite gradient changes nothing but `step`, and says so in `skipped`."""
         totals = {"tokens": batch.response_mask.sum(), "texts": jnp.maximum(batch.valid.sum(), 1)}
-        grads, samples = self._accumulate(state, reference, batch, totals)
+        grads, samples = self._accumulate(state, frozen, batch, totals)
 
         norms = [optax.tree.norm(grad) for grad in grads]
         finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
@@ -104,27 +112,28 @@ class JointStep:
         metrics = self._metrics(batch, samples)
         return new, metrics | {"av_grad_norm": norms[0], "ar_grad_norm": norms[1], "skipped": ~finite}
 
-    def _accumulate(self, state, reference, batch, totals):
+    def _accumulate(self, state, frozen, batch, totals):
         """Gradients `(AV, AR)` and per-sample results, summed over micro-batches that keep groups whole."""
         n = self.micro_batches
         split = jax.tree.map(lambda x: x.reshape(n, len(x) // n, *x.shape[1:]), batch)
         zeros = jax.tree.map(jnp.zeros_like, (state.verbalizer, state.reconstructor))
 
         def one(total, part):
-            grads, samples = self._gradients(state, reference, part, totals)
+            grads, samples = self._gradients(state, frozen, part, totals)
             return jax.tree.map(jnp.add, total, grads), samples
 
         if n == 1:
-            return self._gradients(state, reference, batch, totals)
+            return self._gradients(state, frozen, batch, totals)
         grads, samples = jax.lax.scan(one, zeros, split)
         return grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
 
-    def _gradients(self, state: TrainState, reference: dict, batch: JointBatch, totals: dict):
+    def _gradients(self, state: TrainState, frozen: Frozen, batch: JointBatch, totals: dict):
         A, B = len(batch.vectors), len(batch.responses)
         gold = jnp.repeat(batch.vectors, B // A, axis=0)
 
         def reconstruction_loss(params):
-            prediction = self.reconstructor.reconstruct(params, batch.texts, batch.text_lengths)
+            whole = self.reconstructor.assemble(params, frozen.base)
+            prediction = self.reconstructor.reconstruct(whole, batch.texts, batch.text_lengths)
             mse = normalised_mse(prediction, gold)
             return jnp.sum(jnp.where(batch.valid, mse, 0)) / totals["texts"], mse
 
@@ -135,12 +144,14 @@ class JointStep:
 
         anchor = None
         if self.kl_coefficient:
+            reference = self.verbalizer.assemble(frozen.reference, frozen.base)
             anchor = reference, self.verbalizer.read_responses(reference, batch.vectors, batch.responses)
 
         def policy_loss(params):
-            hidden = self.verbalizer.read_responses(params, batch.vectors, batch.responses)
+            whole = self.verbalizer.assemble(params, frozen.base)
+            hidden = self.verbalizer.read_responses(whole, batch.vectors, batch.responses)
             tokens = token_statistics(
-                self.verbalizer.model, params, hidden, batch.responses, temperature=self.temperature, reference=anchor
+                self.verbalizer.model, whole, hidden, batch.responses, temperature=self.temperature, reference=anchor
             )
             objective = -advantage[:, None] * tokens.logprob + self.kl_coefficient * tokens.kl
             return jnp.sum(jnp.where(batch.response_mask, objective, 0)) / totals["tokens"], tokens
@@ -167,7 +178,8 @@ class JointStep:
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedStep:
-    """One optimiser step on `loss(params, batch) -> (scalar, metrics)`: pretraining and both warm starts."""
+    """One optimiser step on `loss(params, batch, base) -> (scalar, metrics)`: pretraining and both warm starts. `base` is the
+    frozen model beneath a LoRA adapter, None where the model is trained whole."""
 
     loss: Callable
     tx: optax.GradientTransformation
@@ -175,8 +187,8 @@ class SupervisedStep:
     def init(self, params: dict) -> ModelState:
         return ModelState(jnp.int32(0), params, self.tx.init(params))
 
-    def __call__(self, state: ModelState, batch: Any) -> tuple[ModelState, dict]:
-        (loss, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch)
+    def __call__(self, state: ModelState, batch: Any, base: dict | None = None) -> tuple[ModelState, dict]:
+        (loss, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch, base)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt = self.tx.update(grads, state.opt, state.params)
@@ -201,7 +213,7 @@ class TextBatch:
 def language_model_loss(model):
     """Mean cross-entropy in nats per token of a plain language model on `TextBatch` rows."""
 
-    def loss(params, batch: TextBatch):
+    def loss(params, batch: TextBatch, base=None):
         hidden, _ = model.apply({"params": params}, model.apply({"params": params}, batch.tokens, method="embed"))
         logprob = token_statistics(model, params, hidden[:, :-1], batch.tokens[:, 1:]).logprob
         return -masked_mean(logprob, batch.mask[:, 1:]), {}
@@ -212,9 +224,10 @@ def language_model_loss(model):
 def verbalizer_loss(verbalizer: Verbalizer):
     """Mean cross-entropy in nats per token of the labels' text, given the activations."""
 
-    def loss(params, batch: TextBatch):
-        hidden = verbalizer.read_responses(params, batch.vectors, batch.tokens)
-        logprob = token_statistics(verbalizer.model, params, hidden, batch.tokens).logprob
+    def loss(params, batch: TextBatch, base=None):
+        whole = verbalizer.assemble(params, base)
+        hidden = verbalizer.read_responses(whole, batch.vectors, batch.tokens)
+        logprob = token_statistics(verbalizer.model, whole, hidden, batch.tokens).logprob
         return -masked_mean(logprob, batch.mask), {}
 
     return loss
@@ -223,8 +236,9 @@ def verbalizer_loss(verbalizer: Verbalizer):
 def reconstructor_loss(reconstructor: Reconstructor):
     """Mean normalised mse of the activations rebuilt from the labels' text."""
 
-    def loss(params, batch: TextBatch):
-        mse = normalised_mse(reconstructor.reconstruct(params, batch.tokens, batch.lengths), batch.vectors)
+    def loss(params, batch: TextBatch, base=None):
+        prediction = reconstructor.reconstruct(reconstructor.assemble(params, base), batch.tokens, batch.lengths)
+        mse = normalised_mse(prediction, batch.vectors)
         gold = normalise(batch.vectors)
         return mse.mean(), {"fve": 1 - mse.mean() / jnp.mean((gold - gold.mean(0)) ** 2)}
 

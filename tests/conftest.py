@@ -21,7 +21,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-import torch
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.data.tokenizer import train_tokenizer
@@ -31,7 +30,6 @@ from nla_jax.pair import Pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.sidecar import Sidecar
 
-torch.set_num_threads(1)
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
 
 SENTENCES = [

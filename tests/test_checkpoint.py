@@ -125,7 +125,7 @@ def test_atomic_writes_leave_no_part(tmp_path):
 ABSTRACT = {"w": jax.ShapeDtypeStruct((5, 3), np.float32)}
 
 
-def regression(params, batch):
+def regression(params, batch, base=None):
     return jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2), {"size": jnp.abs(params["w"]).max()}
 
 

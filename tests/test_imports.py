@@ -9,10 +9,12 @@ import nla_jax
 
 ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
-    ["errors", "models.attention"],
+    ["errors", "models.attention", "models.rope"],
     ["sharding"],
     ["models.transformer"],
+    ["models.families"],
     ["models.pretrained"],
+    ["models.lora"],
     ["autoencoder"],
     ["losses", "optimizer", "sampling"],
     ["train_step"],

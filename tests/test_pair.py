@@ -167,10 +167,10 @@ def test_depth_that_the_sidecar_denies(copy):
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (None, "missing or damaged"),
-        (b"not safetensors", "missing or damaged"),
-        ({"other": np.eye(32)}, "missing or damaged"),
-        ({"weight": np.eye(31)}, r"shape \(31, 31\), expected \(32, 32\)"),
+        (None, "missing or is not a readable safetensors file"),
+        (b"not safetensors", "missing or is not a readable safetensors file"),
+        ({"other": np.eye(32)}, "no tensor 'weight'"),
+        ({"weight": np.eye(31)}, r"shape \(31, 31\), expected weight of shape \(32, 32\)"),
         ({"weight": np.full((32, 32), np.nan)}, "NaN"),
     ],
 )

@@ -9,7 +9,7 @@ import yaml
 from conftest import RECONSTRUCTOR_TEMPLATE, SENTENCES, VERBALIZER_TEMPLATE, one_sentence
 from nla_jax.data.tokenizer import train_tokenizer
 from nla_jax.errors import InputError
-from nla_jax.prompts import Marker, Prompts, chat_text, end_of_turn, find_marker, plain_ids
+from nla_jax.prompts import Prompts, chat_text, end_of_turn, find_marker, plain_ids
 from nla_jax.sidecar import FILE, Sidecar
 
 
@@ -27,7 +27,8 @@ def without_template():
 
 
 def test_the_prompt_is_cut_at_the_marker(prompts, tokenizer):
-    prefix, suffix = prompts.verbalizer_prompt()
+    prefix, suffix, slots = prompts.verbalizer_prompt()
+    assert slots == (0,)
     assert tokenizer.decode(prefix) == "<|bos|><|user|>Explain this: "
     assert tokenizer.decode(suffix) == "㈎<|assistant|>"
     assert suffix[0] == prompts.marker.id == tokenizer.convert_tokens_to_ids("㈎")
@@ -36,7 +37,7 @@ def test_the_prompt_is_cut_at_the_marker(prompts, tokenizer):
 
 def test_a_tokenizer_without_chat_template(without_template):
     marker = find_marker(without_template, VERBALIZER_TEMPLATE)
-    prefix, suffix = Prompts(without_template, marker, VERBALIZER_TEMPLATE).verbalizer_prompt()
+    prefix, suffix, _ = Prompts(without_template, marker, VERBALIZER_TEMPLATE).verbalizer_prompt()
     assert without_template.decode(prefix + suffix) == "<|bos|>Explain this: ㈎\n"
     assert end_of_turn(without_template) == without_template.eos_token_id
     assert chat_text(without_template, "a", "b") == "<|bos|>a\nb<|end|>"
@@ -51,20 +52,29 @@ def test_the_turn_ends_where_the_chat_template_says(tokenizer, without_template)
 def test_a_marker_must_be_one_token_that_stands_once(tokenizer):
     for template, char, problem in [
         (VERBALIZER_TEMPLATE, "㋿", "not one token"),
-        ("{injection_char} or {injection_char}", "㈎", "several times"),
-        ("㈎ is {injection_char}", "㈎", "several times"),
+        ("㈎ is {injection_char}", "㈎", "too often"),
     ]:
         with pytest.raises(InputError, match=problem) as error:
             find_marker(tokenizer, template, char)
         one_sentence(error)
     marker = find_marker(tokenizer, VERBALIZER_TEMPLATE)
-    for wrong in (dataclasses.replace(marker, left=5), dataclasses.replace(marker, id=7)):
-        with pytest.raises(InputError, match="stands 0 times") as error:
+    for wrong, problem in [
+        (dataclasses.replace(marker, left=5), f"stands between {marker.left} and {marker.right}"),
+        (dataclasses.replace(marker, id=1_000_000), "stands 0 times"),
+    ]:
+        with pytest.raises(InputError, match=problem) as error:
             Prompts(tokenizer, wrong, VERBALIZER_TEMPLATE).verbalizer_prompt()
         one_sentence(error)
-    twice = "{injection_char}{injection_char}{injection_char}{injection_char}"
     with pytest.raises(InputError, match="stands 2 times"):
-        Prompts(tokenizer, Marker("㈎", marker.id, marker.id, marker.id), twice).verbalizer_prompt()
+        Prompts(tokenizer, marker, "㈎ is {injection_char}").verbalizer_prompt()
+
+
+def test_a_prompt_of_several_slots(tokenizer):
+    template = "First {injection_char}, then {injection_char}."
+    marker = find_marker(tokenizer, template)
+    prefix, suffix, slots = Prompts(tokenizer, marker, template).verbalizer_prompt()
+    assert len(slots) == 2 and slots[0] == 0 and {suffix[i] for i in slots} == {marker.id}
+    assert tokenizer.decode(prefix + suffix) == "<|bos|><|user|>First ㈎, then ㈎.<|assistant|>"
 
 
 # Responses
@@ -168,8 +178,14 @@ def test_scale_by_name(sidecar, tmp_path):
         ("d_model: 32", "d_model: wide", "d_model is 'wide'"),
         ("d_model: 32", "", "lacks the field d_model"),
         ("injection_token_id:", "other:", "lacks the field tokens.injection_token_id"),
-        ("injection_scale: 20.0", "injection_scale: big", "scale is 'big', expected a number or 'sqrt_d_model'"),
+        ("injection_scale: 20.0", "injection_scale: big", "scale is 'big', expected a positive number"),
+        ("injection_scale: 20.0", "injection_scale: -1", "scale is -1, expected a positive number"),
+        ("injection_scale: 20.0", "injection_scale: .nan", "scale is nan, expected a positive number"),
         ("layer_index: 1", "layer_index: true", "layer_index is True"),
+        ("layer_index: 1", "layer_index: -1", "layer_index is -1, expected at least 0"),
+        ("kind: nla_model", "kind: image", "kind is 'image'"),
+        ("critic_suffix_ids:\n", "critic_suffix_ids:\n  - x\n", "critic_suffix_ids is .*, expected token ids"),
+        ("provenance:", "provenance: &a [&b [1, 1], *b, *b]\nmore:", "provenance is .*, of the wrong type"),
         ("checkpoint: tiny", "checkpoint: !!python/object/apply:os.system ['touch {marker}']", "not plain YAML"),
         ("kind: nla_model", "kind: [", "not plain YAML"),
     ],
@@ -198,7 +214,7 @@ def test_the_live_tokenizer_must_fit(sidecar, tokenizer):
         (dataclasses.replace(sidecar, suffix_ids=(1, 2)), tokenizer, r"critic_suffix_ids is \[1, 2\], but .* gives \["),
         (dataclasses.replace(sidecar, reconstructor_template="<text>"), tokenizer, r"must contain \{explanation\}"),
         (dataclasses.replace(sidecar, verbalizer_template="?"), tokenizer, r"must contain \{injection_char\}"),
-        (dataclasses.replace(sidecar, verbalizer_template=VERBALIZER_TEMPLATE + "!"), tokenizer, "stands 0 times"),
+        (dataclasses.replace(sidecar, verbalizer_template=VERBALIZER_TEMPLATE + "!"), tokenizer, "stands between"),
     ]:
         with pytest.raises(InputError, match=message) as error:
             changed.prompts(live)

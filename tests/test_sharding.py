@@ -11,7 +11,7 @@ from conftest import TINY, close, counted_compiles, random_params
 from nla_jax.optimizer import adamw
 from nla_jax.sampling import rollout
 from nla_jax.sharding import DECODE, TRAIN, make_mesh, place_batch, relayout, shardings
-from nla_jax.train_step import JointBatch, JointStep
+from nla_jax.train_step import Frozen, JointBatch, JointStep
 
 A, G, R, T = 8, 2, 4, 8
 STEPS = 3
@@ -56,7 +56,7 @@ def train(joint, params, pair):
                 )  # fmt: skip
                 placed = place_batch(mesh, batch)
                 with counted_compiles() as compiled:
-                    state, metrics = step(state, reference, placed)
+                    state, metrics = step(state, Frozen(reference), placed)
                 compiles.append(len(compiled))
                 history.append((sampled.tokens, jax.device_get(metrics)))
             return history, jax.device_get((state.verbalizer, state.reconstructor)), compiles

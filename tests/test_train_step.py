@@ -14,7 +14,7 @@ from conftest import TINY, close, counted_compiles, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.losses import group_normalised, token_statistics
 from nla_jax.sampling import rollout
-from nla_jax.train_step import JointBatch, JointStep
+from nla_jax.train_step import Frozen, JointBatch, JointStep
 
 A, G, R, T = 4, 3, 5, 9
 B = A * G
@@ -59,7 +59,7 @@ def state(joint, params, pair):
 
 @pytest.fixture(scope="module")
 def result(step, state, reference, batch):
-    return jax.device_get(step(state, reference, batch))
+    return jax.device_get(step(state, Frozen(reference), batch))
 
 
 def gradients(state):
@@ -107,7 +107,7 @@ def test_gradients_equal_a_plainly_written_loss(joint, state, reference, batch, 
 
 
 def test_micro_batches_equal_one_batch(joint, state, reference, batch, result):
-    cut = jax.jit(dataclasses.replace(joint, micro_batches=4))(state, reference, batch)
+    cut = jax.jit(dataclasses.replace(joint, micro_batches=4))(state, Frozen(reference), batch)
     close(cut, result, 2e-5)
 
 
@@ -115,12 +115,12 @@ def test_failed_rows_teach_the_verbalizer_but_not_the_reconstructor(step, state,
     rng = np.random.default_rng(1)
     failed = ~batch.valid
     others = np.where(failed[:, None], rng.integers(4, TINY.vocab_size, (B, T)), batch.texts).astype(np.int32)
-    new, _ = step(state, reference, batch.replace(texts=others))
+    new, _ = step(state, Frozen(reference), batch.replace(texts=others))
     close(gradients(new), gradients(result[0]), 1e-6)  # their texts are not read, by reward or AR
     masked = batch.replace(response_mask=batch.response_mask & batch.valid[:, None])
-    new, _ = step(state, reference, masked)
+    new, _ = step(state, Frozen(reference), masked)
     assert np.abs(gradients(new)[0]["head"] - gradients(result[0])[0]["head"]).max() > 1e-4  # their tokens count
-    new, metrics = step(state, reference, batch.replace(valid=np.zeros(B, bool)))
+    new, metrics = step(state, Frozen(reference), batch.replace(valid=np.zeros(B, bool)))
     assert metrics["reward"] == -2 and metrics["ar_grad_norm"] == 0 and not metrics["skipped"]
     close(new.reconstructor, state.reconstructor, 0)
 
@@ -128,7 +128,7 @@ def test_failed_rows_teach_the_verbalizer_but_not_the_reconstructor(step, state,
 def test_nan_skips_the_step(step, state, reference, batch):
     broken = batch.vectors.copy()
     broken[2, 3] = np.nan
-    new, metrics = step(state, reference, batch.replace(vectors=broken))
+    new, metrics = step(state, Frozen(reference), batch.replace(vectors=broken))
     assert metrics["skipped"]
     close(new.replace(step=0), state.replace(step=0), 0)
     assert new.step == state.step + 1
@@ -140,14 +140,14 @@ def test_reward_and_advantage_are_replaceable_and_kl_can_be_off(joint, state, re
         joint, reward=lambda mse, length: length.astype(jnp.float32), advantage=lambda r: r, kl_coefficient=0.0
     )
     nowhere = jax.tree.map(lambda x: np.full_like(x, np.nan), reference)
-    new, metrics = jax.jit(other)(state, nowhere, batch)
+    new, metrics = jax.jit(other)(state, Frozen(nowhere), batch)
     lengths = batch.response_mask.sum(1)
     np.testing.assert_allclose(metrics["reward"], np.where(batch.valid, lengths, -2).mean(), rtol=1e-6)
     assert metrics["kl"] == 0 and not metrics["skipped"] and metrics["av_grad_norm"] > 0
 
 
 def test_kl_vanishes_at_the_reference(step, state, batch, result):
-    _, metrics = step(state, state.verbalizer, batch)
+    _, metrics = step(state, Frozen(state.verbalizer), batch)
     assert abs(metrics["kl"]) < 1e-6 < 0.01 < result[1]["kl"]
 
 
@@ -156,9 +156,9 @@ def test_logprob_gap_vanishes_after_a_rollout(joint, step, state, reference, bat
         joint.verbalizer, state.verbalizer, batch.vectors, jax.random.key(0), group=G, max_new_tokens=R, temperature=0.8
     )
     mine = batch.replace(responses=sampled.tokens, response_mask=sampled.mask, sampler_logprobs=sampled.logprobs)
-    _, metrics = step(state, reference, mine)
+    _, metrics = step(state, Frozen(reference), mine)
     assert metrics["logprob_gap_mean"] <= metrics["logprob_gap_max"] < 1e-4
-    _, metrics = step(state, reference, mine.replace(sampler_logprobs=sampled.logprobs - 0.5 * sampled.mask))
+    _, metrics = step(state, Frozen(reference), mine.replace(sampler_logprobs=sampled.logprobs - 0.5 * sampled.mask))
     np.testing.assert_allclose([metrics["logprob_gap_mean"], metrics["logprob_gap_max"]], 0.5, atol=1e-4)
 
 
@@ -166,7 +166,7 @@ def test_compiles_once(step, state, reference, batch, result):
     now = jax.device_put(state)
     with counted_compiles() as compiled:
         for i in range(3):
-            now, _ = step(now, reference, batch.replace(vectors=batch.vectors + i))
+            now, _ = step(now, Frozen(reference), batch.replace(vectors=batch.vectors + i))
     assert not compiled and now.step == 3  # `result` has compiled it
 
 

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax.autoencoder import Verbalizer
+from nla_jax.autoencoder import Injection, Verbalizer, keep
 from nla_jax.metrics import Progress, write_atomically
 from nla_jax.models.pretrained import load_params, load_tokenizer, locate, read_config
 from nla_jax.models.transformer import Transformer
-from nla_jax.pair import keep_embedding
 from nla_jax.sampling import rollout
 
 
@@ -40,7 +39,7 @@ def main() -> None:
     counts = {int(t): round(arguments.documents * shares[t]) for t in np.argsort(-shares)[:8]}
     progress, stories = Progress("sample", sum(counts.values())), set()
     for first, count in counts.items():
-        source = Verbalizer(model, (bos,), (first,), eos, 1.0, keep_embedding)
+        source = Verbalizer(model, (bos,), (first,), eos, 1.0, Injection(keep))
         for start in range(0, count, 100):
             n = min(100, count - start)
             drawn = rollout(

@@ -1,197 +1,302 @@
-"""Hugging Face folders in and out: one declarative table of tensors serves both directions.
+"""Hugging Face folders in and out, tensor by tensor: no host ever holds more than its own share and one tensor.
 
-Supported `model_type`s are the keys of `FAMILIES`; to add one, add its config function there and, where its tensors
-differ, rows to `TENSORS`. Only safetensors are read; nothing in a checkpoint is executed.
+What the tensors of each model family are called is in models/families.py. Only safetensors are read; nothing in a checkpoint
+is executed.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
 from nla_jax.errors import InputError
+from nla_jax.models.families import (
+    CONSTANTS,
+    FAMILIES,
+    OTHER_TOWERS,
+    TEXT_PREFIXES,
+    Tensor,
+    from_hf,
+    tensors_of,
+    to_hf,
+)
 from nla_jax.models.transformer import TransformerConfig, abstract_params
 
-
-def _llama(c: dict) -> dict:
-    return {}
-
-
-def _qwen2(c: dict) -> dict:
-    return {"qkv_bias": True}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SHARD_BYTES = 2 << 30  # of a saved file
 
 
-def _qwen3(c: dict) -> dict:
-    return {"qk_norm": True}
+def read_config(folder: str | os.PathLike, dtype: Any = jnp.float32) -> TransformerConfig:
+    """`config.json` as a `TransformerConfig`; of a multimodal checkpoint the text model's.
 
-
-FAMILIES = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor of a checkpoint: its HF name (`{layer}` where there is one a layer), its path in our tree, and the
-    einops-like meaning of the HF layout: `out_in` matrices are stored `[out, in]`, ours are `[in, …, out]`."""
-
-    hf: str
-    path: tuple[str, ...]
-    out_in: bool = False
-    when: str | None = None  # the config field without which the tensor does not exist
-
-
-_BLOCK = "model.layers.{layer}."
-TENSORS = [
-    Tensor("model.embed_tokens.weight", ("embedding",)),
-    Tensor("model.norm.weight", ("final_norm", "scale")),
-    Tensor("lm_head.weight", ("head",), out_in=True, when="untied_head"),
-    Tensor(_BLOCK + "input_layernorm.weight", ("blocks", "attention_norm", "scale")),
-    Tensor(_BLOCK + "post_attention_layernorm.weight", ("blocks", "mlp_norm", "scale")),
-    *(Tensor(_BLOCK + f"self_attn.{x}_proj.weight", ("blocks", x, "kernel"), out_in=True) for x in "qkvo"),
-    *(Tensor(_BLOCK + f"self_attn.{x}_proj.bias", ("blocks", x, "bias"), when="qkv_bias") for x in "qkv"),
-    *(Tensor(_BLOCK + f"self_attn.{x}_norm.weight", ("blocks", f"{x}_norm", "scale"), when="qk_norm") for x in "qk"),
-    *(Tensor(_BLOCK + f"mlp.{x}_proj.weight", ("blocks", x, "kernel"), out_in=True) for x in ("gate", "up", "down")),
-]
-IGNORED = ("rotary_emb.inv_freq",)  # constants that some checkpoints carry
-
-
-def read_config(folder: str | os.PathLike, dtype=jnp.float32) -> TransformerConfig:
-    """`config.json` as a `TransformerConfig`. Raises `InputError` for an unknown family or an unsupported feature."""
+    Raises `InputError` for an unknown family, an unsupported feature, a missing or malformed field."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
     try:
         c = json.loads(file.read_text(encoding="utf-8"))
-        family = c.get("model_type")
+        wrapper = c.get("model_type")
+        c = c.get("text_config") or c
+        family = c.get("model_type") or wrapper
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(f"{file} is not valid JSON ({error}).") from None
+    family = {"gemma3": "gemma3_text"}.get(family, family)
     if family not in FAMILIES:
         raise InputError(
             f"{file}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)}); "
-            f"a family is added in nla_jax/models/pretrained.py."
+            f"a family is added in nla_jax/models/families.py."
         )
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"{file}: rope scaling {rope} is not supported yet.")
-    if c.get("hidden_act", "silu") != "silu" or c.get("use_sliding_window"):
-        raise InputError(f"{file}: only hidden_act 'silu' without sliding windows is supported.")
+    if absent := {"hidden_size", "num_hidden_layers", "intermediate_size"} - c.keys():
+        raise InputError(f"{file} lacks the field {min(absent)!r}.")
     try:
-        heads = c["num_attention_heads"]
-        return TransformerConfig(
-            vocab_size=c["vocab_size"],
-            width=c["hidden_size"],
-            layers=c["num_hidden_layers"],
-            heads=heads,
-            kv_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-            mlp_width=c["intermediate_size"],
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta", 10_000.0)),
-            norm_eps=c["rms_norm_eps"],
-            tied_head=c.get("tie_word_embeddings", False),
-            dtype=jnp.dtype(dtype),
-            **FAMILIES[family](c),
-        )
-    except KeyError as error:
-        raise InputError(f"{file} lacks the field {error}.") from None
+        # transformers knows each family's defaults (which hub files leave out) and every spelling of rope and layer types.
+        full = CONFIG_MAPPING[family](**{k: v for k, v in c.items() if k != "model_type"}).to_dict()
+        return TransformerConfig(**from_hf(full), dtype=jnp.dtype(dtype))
+    except Exception as error:  # its validation raises many kinds
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(f"{file} cannot be used: {reason}.") from None
 
 
-def _exists(tensor: Tensor, config: TransformerConfig) -> bool:
-    return tensor.when is None or (
-        not config.tied_head if tensor.when == "untied_head" else getattr(config, tensor.when)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Where the bytes of one tensor are."""
+
+    file: Path
+    name: str
+    dtype: Any
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor, or a part of it, as a view of the file; nothing beyond its rows is read."""
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, self.dtype)[index]
+        first, last, _ = index[0].indices(self.shape[0]) if index else (0, self.shape[0], 1)
+        offset = self.offset + first * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        data = np.memmap(self.file, self.dtype, "r", offset, (last - first, *self.shape[1:]))
+        data._mmap.madvise(mmap.MADV_WILLNEED)
+        return data[:, *index[1:]]
 
 
-def _rows(config: TransformerConfig, truncated: bool):
-    """(HF name, path, layer or None, out_in) of every tensor that a checkpoint of this config holds."""
-    for tensor in TENSORS:
-        if not _exists(tensor, config) or (truncated and tensor.path[0] in ("final_norm", "head")):
+def stored_tensors(folder: str | os.PathLike) -> dict[str, _Stored]:
+    """Every tensor of a checkpoint folder by name, from the headers of its files (nothing else is read).
+
+    Raises `InputError` naming the file that is missing or damaged, an index that does not fit its files, or a tensor that
+    occurs twice."""
+    folder = Path(folder)
+    index, single = folder / INDEX, folder / SINGLE
+    listed = None
+    if index.is_file():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(listed.values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise InputError(f"{index} is not a valid checkpoint index ({error}).") from None
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise InputError(f"{index} names {file!r}, which is not a safetensors file of the same folder.")
+    elif single.is_file():
+        files = [SINGLE]
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+        hint = f"; it has {shards[0].name}, whose index is missing" if shards else ""
+        raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}.")
+    found: dict[str, _Stored] = {}
+    for file in files:
+        for tensor in _header(folder / file):
+            if tensor.name in found:
+                raise InputError(
+                    f"{folder}: tensor {tensor.name!r} is duplicate: in {found[tensor.name].file.name} and {file}."
+                )
+            if listed is not None and listed.get(tensor.name) != file:
+                raise InputError(f"{index} does not say that tensor {tensor.name!r} is in {file}, but it is.")
+            found[tensor.name] = tensor
+    if absent := sorted(set(listed or ()) - found.keys()):
+        raise InputError(f"{index} says that tensor {absent[0]!r} is in {listed[absent[0]]}, but it is not.")
+    return found
+
+
+def _header(file: Path) -> Iterator[_Stored]:
+    try:
+        with safe_open(file, framework="np"):  # checks the header against the file's length
+            pass
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file} is missing or is not a readable safetensors file ({error}).") from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        yield _Stored(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+
+
+def _text_tensors(folder: Path) -> dict[str, _Stored]:
+    """The tensors of the text model, under the names of a text-only checkpoint."""
+    found = {}
+    for name, tensor in stored_tensors(folder).items():
+        if name.startswith(OTHER_TOWERS) or name.endswith(CONSTANTS):
             continue
-        layers = range(config.layers) if "{layer}" in tensor.hf else [None]
-        for layer in layers:
-            yield tensor.hf.format(layer=layer), tensor.path, layer, tensor.out_in
+        for prefix, plain in TEXT_PREFIXES.items():
+            if name.startswith(prefix):
+                name = plain + name.removeprefix(prefix)
+                break
+        if name in found:
+            raise InputError(f"{folder}: tensor {name!r} is duplicate: as {found[name].name!r} and as {tensor.name!r}.")
+        found[name] = _typed(tensor)
+    return found
+
+
+def _typed(tensor: _Stored) -> _Stored:
+    """The tensor with its NumPy dtype. Raises `InputError` for a dtype that weights are not stored in."""
+    if tensor.dtype not in DTYPES:
+        raise InputError(
+            f"{tensor.file}: tensor {tensor.name!r} is stored as {tensor.dtype}, expected one of {', '.join(DTYPES)}; "
+            f"quantised checkpoints are not supported."
+        )
+    return dataclasses.replace(tensor, dtype=DTYPES[tensor.dtype])
+
+
+def read_tensors(file: Path) -> dict[str, _Stored]:
+    """The tensors of one safetensors file by name, each to be `read()`. Raises `InputError` where it is damaged."""
+    return {tensor.name: _typed(tensor) for tensor in _header(file)}
 
 
 def load_params(
-    folder: str | os.PathLike, config: TransformerConfig, *, truncated: bool = False, dtype=np.float32
+    folder: str | os.PathLike,
+    config: TransformerConfig,
+    *,
+    truncated: bool = False,
+    dtype: Any = jnp.float32,
+    layout: Any = None,
 ) -> dict:
-    """The parameters of a checkpoint as a tree of NumPy arrays, read tensor by tensor.
+    """The parameters of a checkpoint in `dtype`, each tensor read straight into its place: `layout` is the tree of their
+    shardings (`sharding.shardings`; None: the default device). Hosts read only what their devices hold.
 
     `config.layers` may be smaller than the checkpoint's (the first blocks are read); `truncated` leaves out final norm and
-    head. Raises `InputError` naming the tensor that is missing, unexpected, or of the wrong shape, or the unreadable file.
-    """
+    head. Raises `InputError` naming the tensor that is missing, unexpected, duplicate, of the wrong shape or dtype or not
+    finite, or the unreadable file."""
+    folder = Path(folder)
+    stored, full = _text_tensors(folder), read_config(folder)
+    if surplus := sorted(stored.keys() - {name for name, *_ in _rows(full)} - {"lm_head.weight"}):
+        raise InputError(
+            f"{folder}: tensor {stored[surplus[0]].name!r} is unexpected in a {full.family} of {full.layers} blocks."
+        )
+    rows = list(_rows(config, truncated))
+    if absent := sorted({name for name, *_ in rows} - stored.keys()):
+        raise InputError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} missing in all).")
+
     shapes = nn.unbox(abstract_params(config, truncated))
-    tree = jax.tree.map(lambda s: np.empty(s.shape, dtype), shapes)
-    where = _index(folder)
-    wanted = list(_rows(config, truncated))
-    names = {row[0] for row in wanted}
-    if missing := sorted(names - set(where)):
-        raise InputError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} missing in all).")
-    full = read_config(folder)
-    known = {row[0] for row in _rows(full, False)} | {"lm_head.weight"}
-    if unexpected := sorted(name for name in set(where) - known if not name.endswith(IGNORED)):
-        raise InputError(f"{folder}: tensor {unexpected[0]!r} is unexpected for this model_type.")
-    for file in sorted({where[name] for name in names}):
-        with _open(file) as tensors:
-            for name, path, layer, out_in in wanted:
-                if where[name] != file:
-                    continue
-                target = tree
-                for key in path:
-                    target = target[key]
-                slot = target if layer is None else target[layer]
-                try:
-                    value = np.asarray(tensors.get_tensor(name))
-                except Exception as error:  # safetensors raises several kinds for a damaged file
-                    raise InputError(f"{file}: tensor {name!r} cannot be read ({error}).") from None
-                stored = (
-                    _hf_shape(path, slot.shape) if out_in else (slot.size,) if name.endswith("bias") else slot.shape
-                )
-                if value.shape != stored:
-                    raise InputError(f"{file}: tensor {name!r} has shape {value.shape}, expected {stored}.")
-                value = value.astype(dtype)
-                if not np.isfinite(value.astype(np.float32)).all():
-                    raise InputError(f"{file}: tensor {name!r} holds NaN or infinite values.")
-                slot[...] = value.T.reshape(slot.shape) if out_in else value.reshape(slot.shape)
+    places = layout if layout is not None else jax.tree.map(lambda _: None, shapes)
+    tree: dict = jax.tree.map(lambda _: None, shapes)
+    finite = {}
+    for name, tensor, layer in rows:
+        *parents, leaf = tensor.path
+        target, shape, place = (functools.reduce(dict.get, parents, x) for x in (tree, shapes, places))
+        whole, slot = target[leaf], shape[leaf].shape[layer is not None :]
+        source, sharding = stored[name], place[leaf]
+        if source.shape != (expected := _hf_shape(tensor, slot)):
+            raise InputError(f"{source.file}: tensor {source.name!r} has shape {source.shape}, expected {expected}.")
+        if whole is None and layer is not None:
+            whole = _zeros(shape[leaf].shape, dtype, sharding)
+        part = _place(source, _hf_sharding(tensor, slot, sharding))
+        value, finite[name] = _convert(part, slot, tensor.linear, dtype, _slot_sharding(sharding, layer))
+        target[leaf] = value if layer is None else _insert(whole, value, layer)
+        target[leaf].block_until_ready()  # else the parts of many tensors would be under way at once
+    for name, good in jax.device_get(finite).items():
+        if not good:
+            raise InputError(f"{stored[name].file}: tensor {stored[name].name!r} holds NaN or infinite values.")
     return tree
 
 
-def _hf_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, int]:
-    """`[out, in]` of a projection stored by us as `[D, N, H]`, `[N, H, D]` or `[in, out]`."""
-    inputs = int(np.prod(shape[:-1])) if "o" in path else shape[0]
-    return int(np.prod(shape)) // inputs, inputs
+def _rows(config: TransformerConfig, truncated: bool = False) -> Iterator[tuple[str, Tensor, int | None]]:
+    """(HF name, table entry, layer or None) of every tensor that a checkpoint of this config holds."""
+    for tensor in tensors_of(config, truncated):
+        for layer in range(config.layers) if "{layer}" in tensor.hf else [None]:
+            yield tensor.hf.format(layer=layer), tensor, layer
 
 
-def _index(folder: str | os.PathLike) -> dict[str, Path]:
-    """The file that holds each tensor of a checkpoint folder."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise InputError(f"{index} is not a valid checkpoint index ({error}).") from None
-        return {name: folder / Path(file).name for name, file in files.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise InputError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json.")
-    with _open(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
+def _inputs(tensor: Tensor, rank: int) -> int:
+    """How many leading axes of our tensor are inputs of a linear map: all but one for the attention's output projection."""
+    return rank - 1 if tensor.path[-2:-1] == ("o",) else 1
 
 
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="flax")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is missing or is not a readable safetensors file ({error}).") from None
+def _hf_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored shape of a tensor that is `shape` in our tree: `[out, in]` of a linear map, `[out]` of a bias."""
+    if tensor.linear:
+        n = _inputs(tensor, len(shape))
+        return math.prod(shape[n:]), math.prod(shape[:n])
+    return (math.prod(shape),) if tensor.path[-1] == "bias" else shape
+
+
+def _hf_sharding(tensor: Tensor, shape: tuple[int, ...], sharding: Sharding | None) -> Sharding | None:
+    """The sharding of the stored tensor under which each device reads just what it will hold."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = (tuple(sharding.spec) + (None,) * 9)[tensor.path[0] == "blocks" :][: len(shape)]
+    if not tensor.linear:
+        return NamedSharding(sharding.mesh, PartitionSpec(spec[0], *(spec[1:] if tensor.path[-1] != "bias" else ())))
+    n = _inputs(tensor, len(shape))
+    return NamedSharding(
+        sharding.mesh, PartitionSpec(spec[n], spec[0])
+    )  # heads before head_dim: the leading axis is cut
+
+
+def _slot_sharding(sharding: Sharding | None, layer: int | None) -> Sharding | None:
+    """The sharding of one layer of an array that is stacked over the layers."""
+    if not isinstance(sharding, NamedSharding) or layer is None:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def _place(source: _Stored, sharding: Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(source.read())
+    return jax.make_array_from_callback(source.shape, sharding, source.read)
+
+
+@functools.lru_cache(maxsize=None)
+def _zeros_program(shape, dtype, sharding):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+def _zeros(shape, dtype, sharding) -> jax.Array:
+    return _zeros_program(shape, jnp.dtype(dtype), sharding)()
+
+
+@functools.lru_cache(maxsize=None)
+def _convert_program(slot, linear, dtype, sharding):
+    convert = lambda part: ((part.T if linear else part).astype(dtype).reshape(slot), jnp.isfinite(part).all())
+    return jax.jit(convert, out_shardings=(sharding, None))
+
+
+def _convert(part, slot, linear, dtype, sharding) -> tuple[jax.Array, jax.Array]:
+    """`part` transposed, cast and laid out as it is in our tree, and whether all of it is finite."""
+    return _convert_program(slot, linear, jnp.dtype(dtype), sharding)(part)
+
+
+# A program of its own: fused into the update, XLA's CPU backend transposes element by element, ten times slower.
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(whole, value, layer):
+    """`value` as layer `layer` of `whole`, in place."""
+    return jax.lax.dynamic_update_index_in_dim(whole, value, layer, 0)
 
 
 def save_model(
@@ -201,69 +306,106 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     truncated: bool = False,
-    dtype=np.float32,
-    extra_files: dict | None = None,
+    dtype: Any = np.float32,
+    end_ids: tuple[int, ...] = (),
+    extra_files: dict[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Writes an ordinary HF folder; it appears under its name only once it is complete. `extra_files` maps further file
-    names to `callable(path)` writers (the sidecar, the AR's head)."""
+    """Writes an ordinary HF folder, tensor by tensor; it appears under its name only once it is complete. `end_ids`: tokens
+    that end a generation beside the tokenizer's own. `extra_files` maps further file names to `callable(path)` writers
+    (the sidecar, the AR's head)."""
+    with new_folder(folder) as scratch:
+        save_tensors(scratch, _hf_tensors(params, config, truncated, jnp.dtype(dtype)))
+        ends = [i for i in dict.fromkeys([tokenizer.eos_token_id, *end_ids]) if i is not None]
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+        write = lambda name, content: (scratch / name).write_text(json.dumps(content, indent=1) + "\n")
+        write("config.json", to_hf(config) | ids | {"torch_dtype": jnp.dtype(dtype).name})
+        write("generation_config.json", {"_from_model_config": True} | ids)
+        save_tokenizer(tokenizer, scratch)
+        for name, writer in (extra_files or {}).items():
+            writer(scratch / name)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """A scratch folder that takes the place of `folder` when the block ends without an error."""
     folder = Path(folder)
     scratch = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    tensors = {}
-    for name, path, layer, out_in in _rows(config, truncated):
-        value = params
-        for key in path:
-            value = value[key]
-        value = np.asarray(value if layer is None else value[layer]).astype(dtype)
-        tensors[name] = np.ascontiguousarray(
-            value.reshape(_hf_shape(path, value.shape)[::-1]).T
-            if out_in
-            else value.reshape(-1)
-            if name.endswith("bias")
-            else value
-        )
-    try:
-        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # its wrapping of the file system's errors
-        raise InputError(f"{scratch / 'model.safetensors'} cannot be written ({error}).") from None
-    (scratch / "config.json").write_text(
-        json.dumps(hf_config(config, tokenizer, np.dtype(dtype).name), indent=1) + "\n"
-    )
-    save_tokenizer(tokenizer, scratch)
-    for name, write in (extra_files or {}).items():
-        write(scratch / name)
-    shutil.rmtree(folder, ignore_errors=True)
+    yield scratch
+    previous = folder.with_name(folder.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)  # at every moment one of the two is there, whole
     scratch.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def hf_config(config: TransformerConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> dict:
-    """`config.json` in the form that `transformers` 4 and 5 both read."""
-    family, architecture = "llama", "LlamaForCausalLM"
-    if config.qkv_bias:
-        family, architecture = "qwen2", "Qwen2ForCausalLM"
-    if config.qk_norm:
-        family, architecture = "qwen3", "Qwen3ForCausalLM"
-    return {
-        "architectures": [architecture],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied_head,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "torch_dtype": dtype,
-    }
+def _hf_tensors(
+    params, config, truncated, dtype
+) -> Iterator[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]]:
+    """(name, shape, dtype, read) of each tensor to write; `read()` brings it to the host."""
+    for name, tensor, layer in _rows(config, truncated):
+        whole = functools.reduce(dict.get, tensor.path, params)
+        slot = whole.shape[layer is not None :]
+        shape = _hf_shape(tensor, slot)
+
+        def read(whole=whole, layer=layer, shape=shape, linear=tensor.linear):
+            value = whole if layer is None else whole[layer]
+            return np.asarray(_export(value, shape, linear, dtype))
+
+        yield name, shape, dtype, read
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _export(value, shape, linear, dtype):
+    return (value.reshape(shape[::-1]).T if linear else value.reshape(shape)).astype(dtype)
+
+
+def save_tensors(folder: Path, tensors: Iterator[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]]) -> None:
+    """Writes tensors as `model.safetensors`, or as files of at most `SHARD_BYTES` with an index, one tensor in memory at a
+    time. Raises `InputError` where a file cannot be written."""
+    files: list[list] = [[]]
+    room = SHARD_BYTES
+    total = 0
+    for tensor in tensors:
+        size = math.prod(tensor[1]) * np.dtype(tensor[2]).itemsize
+        if size > room and files[-1]:
+            files.append([])
+            room = SHARD_BYTES
+        files[-1].append(tensor)
+        room, total = room - size, total + size
+    names = (
+        [SINGLE]
+        if len(files) == 1
+        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    )
+    for name, content in zip(names, files):
+        try:
+            _write_file(folder / name, content)
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be written ({error}).") from None
+    if len(files) > 1:
+        where = {tensor[0]: name for name, content in zip(names, files) for tensor in content}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_file(file: Path, tensors: list) -> None:
+    """One safetensors file: the header's length, the header, the tensors' bytes. (The library's own writer wants all of the
+    tensors in memory, twice.)"""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype, _ in tensors:
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        stored = next(key for key, value in DTYPES.items() if value == dtype)
+        header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for *_, read in tensors:
+            stream.write(np.ascontiguousarray(read()).reshape(-1).view(np.uint8))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -314,7 +456,7 @@ def locate(name: str | os.PathLike) -> Path:
 def fingerprint(folder: str | os.PathLike) -> str:
     """A hash of a checkpoint's weights and config, for recording what a run was based on."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in [Path(folder) / "config.json", *sorted(set(_index(folder).values()))]:
+    for file in [Path(folder) / "config.json", *sorted({tensor.file for tensor in stored_tensors(folder).values()})]:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 24):
                 digest.update(block)

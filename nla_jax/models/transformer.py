@@ -6,14 +6,19 @@ truncated model *is* the residual stream after block K: `__call__` ends before t
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nla_jax.models.attention import Segment, attend, causal_mask
+from nla_jax.models.attention import Segment, attend, causal_mask, soft_cap
+from nla_jax.models.rope import Rope, rotate
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +32,28 @@ class TransformerConfig:
     kv_heads: int
     head_dim: int
     mlp_width: int
-    rope_theta: float = 10_000.0
+    family: str = "llama"  # whose names its tensors have in a checkpoint (models/families.py)
+    max_length: int = 32_768  # positions that the model was made for; recorded, not enforced
     norm_eps: float = 1e-5
     tied_head: bool = True
+    activation: str = "silu"
+    rope: Rope = Rope()
     qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3: RMS norm over the head dimension of queries and keys
+    qk_norm: bool = False  # Qwen3, Gemma 3: RMS norm over the head dimension of queries and keys
+    post_norms: bool = False  # Gemma: a norm also behind attention and MLP, before they are added to the stream
+    norm_offset: float = 0.0  # Gemma: norms multiply by 1 + scale
+    embedding_scale: float = 1.0  # Gemma: sqrt(width)
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_cap: float | None = None  # Gemma 2
+    logit_cap: float | None = None  # Gemma 2
+    window: int | None = None  # queries of local layers read this many positions, their own included
+    local: tuple[bool, ...] = ()  # which layers are local; () none
+    local_rope: Rope | None = None  # Gemma 3: the rope of local layers, where it is another one
     dtype: Any = jnp.float32
     remat: str | None = None  # name of a `jax.checkpoint_policies` policy, or None to keep every activation
 
     def truncated(self, layers: int) -> "TransformerConfig":
-        return dataclasses.replace(self, layers=layers)
+        return dataclasses.replace(self, layers=layers, local=self.local[:layers])
 
 
 def truncate(params: dict, layers: int) -> dict:
@@ -49,31 +66,43 @@ def _init(*axes: str):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, eps inside the square root."""
+    """Root-mean-square norm in float32, eps inside the square root: x / rms(x) · (offset + scale)."""
 
     eps: float
     axis: str
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), x.shape[-1:])
+        start = nn.initializers.constant(1 - self.offset)
+        scale = self.param("scale", nn.with_logical_partitioning(start, (self.axis,)), x.shape[-1:])
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
+        return (y * (self.offset + scale)).astype(x.dtype)
 
 
-def rope_tables(config: TransformerConfig, positions: Int[Array, "T"]) -> tuple[Array, Array]:
-    """Sine and cosine of the rotary angles, each `[T, H/2]` float32 (bfloat16 would round position 257 to 256)."""
-    inverse = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    angles = positions[:, None].astype(jnp.float32) * inverse
-    return jnp.sin(angles), jnp.cos(angles)
+class Dense(nn.Module):
+    """A linear map over the last axes of x, with a bias where there is one. Where the parameters hold a low-rank pair
+    (`lora_a`, `lora_b`, attached by models/lora.py), x · a · b is added."""
 
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: Any
+    bias: bool = False
 
-def rotate(x: Float[Array, "B T N H"], rope: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Rotary embedding in the half-split convention of Hugging Face checkpoints."""
-    sin, cos = (table[:, None, :] for table in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n = len(self.inputs)
+        kernel = self.param("kernel", _init(*self.axes), self.inputs + self.outputs)
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), n)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
+            y += self.param("bias", zeros, self.outputs).astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            y += jnp.tensordot(jnp.tensordot(x.astype(self.dtype), a, n), b, 1)
+        return y
 
 
 def batch_sharded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -88,42 +117,48 @@ def batch_sharded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 class Block(nn.Module):
     """One pre-norm block. The carry is `(x, cache)`: the residual stream `[B, T, D]` and, when decoding, the keys and
     values `[L, B, R, N, H]` of all layers (as scan carry the cache is updated in place; as scan input and output it
-    would exist twice)."""
+    would exist twice). `kind` says which of the stacked `masks` (one stack a segment, the own one last) and `ropes` this
+    layer uses: 0 global, 1 local. `edit(x, layer)`, where there is one, changes the stream behind the block."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, carry, past_kv, layer, past_masks, rope, own_mask, offset):
+    def __call__(self, carry, past_kv, layer, kind, masks, ropes, offset, edit):
         c = self.config
         x, cache = carry
         x = batch_sharded(x)
-        dense = lambda name, shape, axes, **kw: nn.DenseGeneral(
-            shape, use_bias=kw.pop("bias", False), dtype=c.dtype, kernel_init=_init(*axes),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]), name=name, **kw)  # fmt: skip
+        norm = lambda name: RMSNorm(c.norm_eps, "embed", c.norm_offset, name=name)
+        head_norm = lambda name: RMSNorm(c.norm_eps, "head_dim", c.norm_offset, name=name)
+        project = lambda name, heads, axis: Dense(
+            (c.width,), (heads, c.head_dim), ("embed", axis, "head_dim"), c.dtype, c.qkv_bias, name=name
+        )
+        mlp = lambda name: Dense((c.width,), (c.mlp_width,), ("embed", "mlp"), c.dtype, name=name)
 
         with jax.named_scope("attention"):
-            y = RMSNorm(c.norm_eps, "embed", name="attention_norm")(x)
-            q = dense("q", (c.heads, c.head_dim), ("embed", "heads", "head_dim"), bias=c.qkv_bias)(y)
-            k = dense("k", (c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(y)
-            v = dense("v", (c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(y)
+            y = norm("attention_norm")(x)
+            q = project("q", c.heads, "heads")(y)
+            k, v = (project(name, c.kv_heads, "kv_heads")(y) for name in ("k", "v"))
             if c.qk_norm:
-                q = RMSNorm(c.norm_eps, "head_dim", name="q_norm")(q)
-                k = RMSNorm(c.norm_eps, "head_dim", name="k_norm")(k)
-            q, k = rotate(q, rope), rotate(k, rope)
+                q, k = head_norm("q_norm")(q), head_norm("k_norm")(k)
+            q, k = rotate(q, ropes[kind]), rotate(k, ropes[kind])
             own_k, own_v = k, v
             if cache is not None:
                 write = lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, offset, 0, 0))
                 cache = write(cache[0], k), write(cache[1], v)
                 own_k, own_v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
-            segments = [Segment(k, v, mask) for (k, v), mask in zip(past_kv, past_masks, strict=True)]
-            y = attend(q, [*segments, Segment(own_k, own_v, own_mask)], c.head_dim**-0.5)
-            x = x + dense("o", c.width, ("heads", "head_dim", "embed"), axis=(-2, -1))(y)
+            all_kv = [*past_kv, (own_k, own_v)]
+            segments = [Segment(k, v, mask[kind]) for (k, v), mask in zip(all_kv, masks, strict=True)]
+            y = attend(q, segments, c.attention_scale or c.head_dim**-0.5, c.attention_cap)
+            y = Dense((c.heads, c.head_dim), (c.width,), ("heads", "head_dim", "embed"), c.dtype, name="o")(y)
+            x = x + (norm("attention_post_norm")(y) if c.post_norms else y)
 
         with jax.named_scope("mlp"):
-            y = RMSNorm(c.norm_eps, "embed", name="mlp_norm")(x)
-            gate = dense("gate", c.mlp_width, ("embed", "mlp"))(y)
-            up = dense("up", c.mlp_width, ("embed", "mlp"))(y)
-            x = x + dense("down", c.width, ("mlp", "embed"))(nn.silu(gate) * up)
+            y = norm("mlp_norm")(x)
+            y = ACTIVATIONS[c.activation](mlp("gate")(y)) * mlp("up")(y)
+            y = Dense((c.mlp_width,), (c.width,), ("mlp", "embed"), c.dtype, name="down")(y)
+            x = x + (norm("mlp_post_norm")(y) if c.post_norms else y)
+        if edit is not None:
+            x = edit(x, layer)
         return (x, cache), (k, v) if cache is None else None
 
 
@@ -142,49 +177,65 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        self.final_norm = RMSNorm(c.norm_eps, "embed")
+        self.final_norm = RMSNorm(c.norm_eps, "embed", c.norm_offset)
         if not c.tied_head and (self.is_initializing() or self.has_variable("params", "head")):
             self.head = self.param("head", _init("embed", "vocab"), (c.width, c.vocab_size))
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        c = self.config
+        x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+        return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, c.dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], past: tuple[Segment, ...] = (), start: int = 0
+        self,
+        x: Float[Array, "B T D"],
+        past: tuple[Segment, ...] = (),
+        start: int = 0,
+        edit: Callable[[Float[Array, "B T D"], Int[Array, ""]], Float[Array, "B T D"]] | None = None,
     ) -> tuple[Float[Array, "B T D"], Segment]:
         """Runs all blocks over the embeddings `x` of positions `start … start+T-1`, which follow the `past` segments.
 
+        `edit(x, layer) -> x`, a `jax.tree_util.Partial` of a function and its arrays, is applied behind every block.
         Returns the residual stream after the last block (before the final norm), and the segment (all layers) that lets
-        later calls read these positions. Right-padded rows need no mask here: padding stands after what is real.
-        """
-        T = x.shape[1]
-        rope = rope_tables(self.config, start + jnp.arange(T))
-        kv, masks = [(s.k, s.v) for s in past], [s.mask for s in past]
-        layer = jnp.arange(self.config.layers)
-        (x, _), (k, v) = self.blocks((x, None), kv, layer, masks, rope, causal_mask(T), 0)
-        return x, Segment(k, v, jnp.ones((1, 1, T), bool))
+        later calls read these positions. Right-padded rows need no mask here: padding stands after what is real."""
+        own = Segment(None, None, causal_mask(x.shape[1]), start)
+        (x, _), (k, v) = self._run((x, None), past, own, start + jnp.arange(x.shape[1]), 0, edit)
+        return x, Segment(k, v, jnp.ones((1, 1, x.shape[1]), bool), start)
 
     def decode(
         self, x: Float[Array, "B 1 D"], past: tuple[Segment, ...], cache: tuple[Array, Array], start: int, index: Array
     ) -> tuple[Float[Array, "B 1 D"], tuple[Array, Array]]:
         """One token, at position `start + index`: writes its keys and values to slot `index` of `cache` (two arrays
         `[L, B, R, N, H]`), attends to `past` and to the slots up to `index`; returns the residual stream and the cache."""
-        rope = rope_tables(self.config, (start + index)[None])
-        visible = (jnp.arange(cache[0].shape[2]) <= index)[None, None]
-        kv, masks = [(s.k, s.v) for s in past], [s.mask for s in past]
-        layer = jnp.arange(self.config.layers)
-        (x, cache), _ = self.blocks((x, cache), kv, layer, masks, rope, visible, index)
-        return x, cache
+        own = Segment(None, None, (jnp.arange(cache[0].shape[2]) <= index)[None, None], start)
+        return self._run((x, cache), past, own, (start + index)[None], index, None)[0]
+
+    def _run(self, carry, past, own: Segment, positions: Int[Array, "T"], offset, edit):
+        """The scan over blocks, for queries at `positions` that read the `past` segments and their `own`."""
+        c = self.config
+        ropes, local = [c.rope.tables(c.head_dim, positions)], c.local or (False,) * c.layers
+        masks = [[s.mask] for s in (*past, own)]
+        if any(local):
+            ropes.append((c.local_rope or c.rope).tables(c.head_dim, positions))
+            for segment, kinds in zip((*past, own), masks):
+                distance = positions[:, None] - (segment.start + jnp.arange(segment.mask.shape[-1]))
+                kinds.append(segment.mask & (distance < c.window))
+                kinds[0] = jnp.broadcast_to(segment.mask, kinds[1].shape)
+        stacks = [jnp.stack(kinds) for kinds in masks]
+        kind = jnp.asarray(np.array(local), jnp.int32)
+        kv = [(s.k, s.v) for s in past]
+        return self.blocks(carry, kv, jnp.arange(c.layers), kind, stacks, jnp.stack(ropes), offset, edit)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Final norm and output head; float32."""
         hidden = self.final_norm(hidden)
         head = self.embedding.T if self.config.tied_head else self.head
-        return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.logit_cap)
 
     def next_token_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """The plain language model: logits of the token after each position."""
