@@ -43,8 +43,9 @@ def fit(
     resumed run sees the batches it would have seen."""
     layout = shardings(mesh, jax.eval_shape(step_fn.init, abstract))
     with jax.set_mesh(mesh):
+        init = jax.jit(step_fn.init, out_shardings=layout, donate_argnums=0)
         checkpoints = Checkpoints(folder / "checkpoints", checkpoint_every)
-        start, state = checkpoints.restore(jax.jit(step_fn.init, out_shardings=layout, donate_argnums=0)(params))
+        start, state = checkpoints.restore(init(jax.device_put(params, layout.params)))
         train = jax.jit(step_fn, donate_argnums=0)
         log, progress = MetricLog(folder, start), Progress(name, steps, start)
         clock = time.monotonic()

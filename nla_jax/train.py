@@ -166,7 +166,10 @@ def rl(run: Run) -> None:
             frozen = Frozen(to_training(pair.verbalizer_params), pair.base)
             decoding_base = pair.base and jax.device_put(pair.base, shardings(mesh, pair.abstract_base(), DECODE))
             init = jax.jit(joint.init, out_shardings=layout, donate_argnums=(1, 2))
-            state = init(jax.random.key(run.config.seed), pair.verbalizer_params, pair.reconstructor_params)
+            placed = jax.device_put(
+                (pair.verbalizer_params, pair.reconstructor_params), (layout.verbalizer, layout.reconstructor)
+            )
+            state = init(jax.random.key(run.config.seed), *placed)
             train = jax.jit(joint, donate_argnums=0)
 
             # Resume where the newest checkpoint stands.

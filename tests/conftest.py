@@ -29,6 +29,7 @@ from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_
 from nla_jax.pair import Pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.sidecar import Sidecar
+from nla_jax.train_step import JointBatch
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
 
@@ -64,6 +65,22 @@ def close(actual, expected, tolerance: float) -> None:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         bound = tolerance * max(1e-3, np.abs(b).max(initial=0))
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+def joint_batch(vectors: np.ndarray, group: int, R: int, T: int) -> JointBatch:
+    """A made-up rollout: responses and texts of several lengths, some of them failed."""
+    rng = np.random.default_rng(0)
+    B = len(vectors) * group
+    lengths = rng.integers(1, R + 1, B)
+    return JointBatch(
+        vectors=vectors,
+        responses=rng.integers(4, TINY.vocab_size, (B, R)).astype(np.int32),
+        response_mask=np.arange(R) < lengths[:, None],
+        sampler_logprobs=-rng.random((B, R)).astype(np.float32),
+        texts=rng.integers(4, TINY.vocab_size, (B, T)).astype(np.int32),
+        text_lengths=rng.integers(1, T + 1, B).astype(np.int32),
+        valid=np.arange(B) % 5 != 1,
+    )
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import optax
 import pytest
 from test_transformer import full_states
 
-from conftest import TINY, close, counted_compiles, random_params
+from conftest import TINY, joint_batch, close, counted_compiles, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.losses import group_normalised, token_statistics
 from nla_jax.sampling import rollout
@@ -24,17 +24,7 @@ KEEP_GRADIENT = optax.chain(optax.trace(0.0), optax.scale(-0.02))  # its state i
 
 @pytest.fixture(scope="module")
 def batch(vectors) -> JointBatch:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, R + 1, B)
-    return JointBatch(
-        vectors=vectors,
-        responses=rng.integers(4, TINY.vocab_size, (B, R)).astype(np.int32),
-        response_mask=np.arange(R) < lengths[:, None],
-        sampler_logprobs=-rng.random((B, R)).astype(np.float32),
-        texts=rng.integers(4, TINY.vocab_size, (B, T)).astype(np.int32),
-        text_lengths=rng.integers(1, T + 1, B).astype(np.int32),
-        valid=np.arange(B) % 5 != 1,
-    )
+    return joint_batch(vectors, G, R, T)
 
 
 @pytest.fixture(scope="module")

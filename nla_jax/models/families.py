@@ -68,6 +68,12 @@ def _read_llama(c: dict) -> dict:
     return {}
 
 
+def _read_mistral(c: dict) -> dict:
+    if len(set(c.get("layer_types") or ())) > 1:
+        raise ValueError("a mistral with both local and global layers is not supported")
+    return {}
+
+
 def _read_qwen2(c: dict) -> dict:
     return {"qkv_bias": True}
 
@@ -90,26 +96,36 @@ def _read_gemma(c: dict) -> dict:
     }
 
 
+def _layer_types(config: TransformerConfig) -> list[str]:
+    return ["sliding_attention" if local else "full_attention" for local in config.local or (False,) * config.layers]
+
+
 def _write_gemma(config: TransformerConfig) -> dict:
     return {
-        "query_pre_attn_scalar": round(config.attention_scale**-2, 6),
+        "layer_types": _layer_types(config),
+        "sliding_window": config.window or config.max_length,  # transformers wants one even where no layer is local
+        "query_pre_attn_scalar": round(config.attention_scale**-2),
         "attn_logit_softcapping": config.attention_cap,
         "final_logit_softcapping": config.logit_cap,
         "hidden_activation": "gelu_pytorch_tanh",
     }
 
 
+def _write_gemma3(config: TransformerConfig) -> dict:
+    return _write_gemma(config) | {"rope_local_base_freq": (config.local_rope or config.rope).theta}
+
+
 def _write_qwen(config: TransformerConfig) -> dict:
-    return {"use_sliding_window": config.window is not None}
+    return {"use_sliding_window": config.window is not None, "layer_types": _layer_types(config)}
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _LLAMA, _read_llama),
-    "mistral": Family("MistralForCausalLM", _LLAMA),
+    "mistral": Family("MistralForCausalLM", _LLAMA, _read_mistral),
     "qwen2": Family("Qwen2ForCausalLM", _LLAMA + _QKV_BIAS, _read_qwen2, _write_qwen),
     "qwen3": Family("Qwen3ForCausalLM", _LLAMA + _QK_NORM, _read_qwen3, _write_qwen),
     "gemma2": Family("Gemma2ForCausalLM", _GEMMA, _read_gemma, _write_gemma),
-    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA + _QK_NORM, _read_gemma, _write_gemma),
+    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA + _QK_NORM, _read_gemma, _write_gemma3),
 }
 # Multimodal checkpoints hold a text model among others: its tensors under these prefixes, the others ignored.
 TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
@@ -134,13 +150,23 @@ def from_hf(c: dict) -> dict:
     rope, local_rope = (
         _read_rope(ropes[kind] if by_kind else ropes, c) for kind in ("full_attention", "sliding_attention")
     )
+    if by_kind and local_rope.kind != "default":
+        raise ValueError("rope scaling of the local layers is not supported")
+    kv_heads, head_dim = c.get("num_key_value_heads") or heads, c.get("head_dim") or c["hidden_size"] // heads
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        if c[field] < 1:
+            raise ValueError(f"{field} = {c[field]} is not positive")
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {kv_heads}, head_dim = {head_dim} of 2"
+        )
     return {
         "vocab_size": c["vocab_size"],
         "width": c["hidden_size"],
         "layers": layers,
         "heads": heads,
-        "kv_heads": c.get("num_key_value_heads") or heads,
-        "head_dim": c.get("head_dim") or c["hidden_size"] // heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
         "mlp_width": c["intermediate_size"],
         "family": c["model_type"],
         "max_length": c["max_position_embeddings"],
@@ -177,10 +203,6 @@ def to_hf(config: TransformerConfig) -> dict:
         "attention_bias": False,
         "sliding_window": config.window,
     }
-    if config.local:
-        fields["layer_types"] = ["sliding_attention" if local else "full_attention" for local in config.local]
-    if config.local_rope is not None:
-        fields["rope_local_base_freq"] = config.local_rope.theta
     return fields | family.write(config)
 
 
