@@ -32,7 +32,9 @@ COMMON = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=64,
 )  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LINEAR = dict(rope_type="linear", factor=8.0)
 GEMMA = dict(query_pre_attn_scalar=24, sliding_window=6)
@@ -123,10 +125,14 @@ def table() -> None:
 def golden() -> None:
     """Writes each family's tiny model, rounded to bfloat16, and what torch computes with it in float32."""
     for name in FAMILIES:
-        model = torch_model(name, hidden_size=16, intermediate_size=24, vocab_size=64, head_dim=8).to(torch.bfloat16)
-        model.save_pretrained(GOLDEN / name)
+        model = torch_model(name, hidden_size=16, intermediate_size=24, vocab_size=64, head_dim=8)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(torch.bfloat16))
         ids = IDS % 64
-        np.savez_compressed(GOLDEN / name / "expected.npz", *torch_states(model.float(), ids), ids=ids)
+        states = torch_states(model, ids)
+        model.to(torch.bfloat16).save_pretrained(GOLDEN / name)
+        np.savez_compressed(GOLDEN / name / "expected.npz", *states, ids=ids)
 
 
 if __name__ == "__main__":

@@ -1,105 +1,219 @@
-"""Hugging Face folders: parity with torch in both directions, and what a damaged folder says."""
+"""Hugging Face folders: parity with torch in both directions, wrapped and sharded checkpoints, what a damaged folder says."""
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import parity
 import pytest
-import torch
 import transformers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from conftest import TINY, close, one_sentence
 from nla_jax.errors import InputError
-from nla_jax.models.pretrained import fingerprint, load_params, load_tokenizer, locate, read_config, save_model
-from nla_jax.models.transformer import Transformer, truncate
+from nla_jax.models.pretrained import (
+    INDEX,
+    SINGLE,
+    fingerprint,
+    load_params,
+    load_tokenizer,
+    locate,
+    new_folder,
+    read_config,
+    save_model,
+)
+from nla_jax.models.transformer import abstract_params, truncate
+from nla_jax.sharding import DECODE, TRAIN, make_mesh, shardings
 
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-}
-IDS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 7))
+needs_torch = pytest.mark.skipif(parity.torch is None, reason="torch is not installed")
 
+# Parity with torch
 
-def torch_model(family: str, **changes):
-    """A random model; every parameter, norms and biases too, differs from its initial value."""
-    config, model = FAMILIES[family]
-    settings = dict(
-        vocab_size=TINY.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, tie_word_embeddings=False, rope_theta=5000.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    made = model(config(**settings | changes)).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return made
-
-
-def torch_states(model) -> list[np.ndarray]:
-    """The residual stream after each block, then the logits."""
-    states = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
-        states.append(model(torch.tensor(IDS)).logits)
-    for hook in hooks:
-        hook.remove()
-    return [state.numpy() for state in states]
+SHAPES = [  # key/value heads, tied head
+    dict(num_key_value_heads=1, tie_word_embeddings=True),
+    dict(num_key_value_heads=4),
+]
+CASES = [
+    *((name, {}) for name in parity.MODELS),
+    *((name, shape) for name in parity.FAMILIES for shape in SHAPES),
+    ("llama", dict(head_dim=None)),
+    ("qwen2, yarn rope", dict(rope_scaling=parity.YARN | dict(attention_factor=1.3, beta_fast=8.0, factor=2.0))),
+    (
+        "gemma3",
+        dict(rope_parameters=None, rope_theta=50.0, rope_local_base_freq=50.0, rope_scaling=None),
+    ),  # equal ropes
+    ("gemma2", dict(layer_types=["full_attention"] * 3)),
+    ("gemma3", dict(layer_types=["full_attention"] * 7)),
+]
 
 
-def our_states(folder, layers: int) -> list[np.ndarray]:
-    config = read_config(folder)
-    params = load_params(folder, config)
-
-    @jax.jit
-    def run(params):
-        states = []
-        for depth in range(1, layers + 1):
-            part = Transformer(config.truncated(depth))
-            states.append(part.apply({"params": truncate(params, depth)}, params["embedding"][IDS])[0])
-        return [*states, Transformer(config).apply({"params": params}, states[-1], method="logits")]
-
-    return run(params)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_parity_with_torch_both_ways(family, kv_heads, tied, tmp_path, tokenizer):
-    theirs = torch_model(family, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+@needs_torch
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda x: str(x))
+def test_parity_with_torch_both_ways(name, changes, tmp_path, tokenizer):
+    theirs = parity.torch_model(name, **changes)
     theirs.save_pretrained(tmp_path / "theirs")
-    expected = torch_states(theirs)
-    close(our_states(tmp_path / "theirs", 2), expected, 1e-4)
+    expected = parity.torch_states(theirs)
+    assert parity.error(parity.our_states(tmp_path / "theirs"), expected) < 1e-4
 
     config = read_config(tmp_path / "theirs")
     save_model(tmp_path / "ours", load_params(tmp_path / "theirs", config), config, tokenizer)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
-    assert type(again) is type(theirs)
-    close(torch_states(again.eval()), expected, 1e-6)
-    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("theirs", "ours")]
+    assert type(again) is type(theirs)  # AutoModel makes another class of a mistral with layer_types
+    assert parity.error(parity.torch_states(again.eval()), expected) < 1e-5
+    names = [set(load_file(tmp_path / folder / SINGLE)) for folder in ("theirs", "ours")]
     assert names[0] == names[1]
+    assert read_config(tmp_path / "ours") == config
+    assert semantics(again.config) == semantics(theirs.config)
 
 
-def test_sharded_folder_reads_the_same(subject_folder, params, tmp_path, tokenizer):
-    tensors = load_file(subject_folder / "model.safetensors")
-    names, files = sorted(tensors), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    shutil.copy(subject_folder / "config.json", tmp_path)
-    for i, file in enumerate(files):
-        save_file({name: tensors[name] for name in names[i::2]}, tmp_path / file)
-    index = {"metadata": {}, "weight_map": {name: files[i % 2] for i, name in enumerate(names)}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    close(load_params(tmp_path, read_config(tmp_path)), params, 0)
-    (tmp_path / files[1]).unlink()
-    with pytest.raises(InputError, match=files[1]) as error:
-        load_params(tmp_path, read_config(tmp_path))
+def semantics(config: transformers.PreTrainedConfig) -> dict:
+    """What a model computes with, of a config as `transformers` reads it."""
+    fields = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+        "layer_types", "rope_parameters", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+        "query_pre_attn_scalar", "tie_word_embeddings", "max_position_embeddings",
+    )  # fmt: skip
+    found = {field: config.to_dict().get(field) for field in fields}
+    found["head_dim"] = found["head_dim"] or found["hidden_size"] // found["num_attention_heads"]
+    ropes = found["rope_parameters"]
+    for rope in ropes.values() if "full_attention" in ropes else [ropes]:
+        for field in ("beta_slow", "beta_fast", "attention_factor"):  # we write the defaults of yarn, too
+            rope.pop(field, None)
+    if not found["layer_types"] or "sliding_attention" not in found["layer_types"]:
+        found |= {"layer_types": None, "sliding_window": None}
+    return found
+
+
+def test_a_stretched_rope_of_local_layers_is_refused(tmp_path):
+    """No released model has one, and version 4 of `transformers` has no field for it."""
+    ropes = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+    }
+    config = parity.torch_config("gemma3", rope_parameters=ropes, rope_scaling=None, rope_local_base_freq=None)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="local layers") as error:
+        read_config(tmp_path)
     one_sentence(error)
+
+
+@pytest.mark.parametrize("family", parity.FAMILIES)
+def test_recorded_states_of_torch(family):
+    """Residuals and logits that `python tests/parity.py golden` recorded: needs no torch."""
+    with np.load(parity.GOLDEN / family / "expected.npz") as recorded:
+        ids = recorded["ids"]
+        expected = [recorded[f"arr_{i}"] for i in range(len(recorded.files) - 1)]
+    assert parity.error(parity.our_states(parity.GOLDEN / family, ids), expected) < 1e-4
+    assert ids.shape[1] > (read_config(parity.GOLDEN / family).window or 0)
+
+
+# Multimodal checkpoints
+
+
+def wrap(plain, folder, prefix: str, head: str) -> None:
+    """`plain`, a Gemma 3 folder, as the text model of a multimodal one with sparse fields."""
+    folder.mkdir()
+    config = json.loads((plain / "config.json").read_text())
+    defaults = transformers.Gemma3TextConfig().to_dict()
+    text = {key: value for key, value in config.items() if key not in defaults or defaults[key] != value}
+    text |= {name: config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    outer = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
+    (folder / "config.json").write_text(json.dumps(outer | {"architectures": ["Gemma3ForConditionalGeneration"]}))
+    tensors = {
+        (head if name == "lm_head.weight" else prefix + name.removeprefix("model.")): value
+        for name, value in load_file(plain / SINGLE).items()
+    }
+    towers = [prefix.removesuffix("language_model.model.").removesuffix("language_model.") + "vision_tower.x.weight"]
+    towers += [towers[0].replace("vision_tower", "multi_modal_projector")]
+    save_file(tensors | {name: np.zeros((2, 2), np.int64) for name in towers}, folder / SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [("language_model.model.", "language_model.lm_head.weight"), ("model.language_model.", "lm_head.weight")],
+)
+def test_text_model_of_a_multimodal_checkpoint(prefix, head, tmp_path):
+    plain = parity.GOLDEN / "gemma3"
+    wrap(plain, tmp_path / "wrapped", prefix, head)
+    config = read_config(tmp_path / "wrapped")
+    assert config == read_config(plain)
+    close(load_params(tmp_path / "wrapped", config), load_params(plain, config), 0)
+
+    tensors = load_file(tmp_path / "wrapped" / SINGLE)
+    norm = prefix + "norm.weight"
+    save_file(tensors | {"model.norm.weight": tensors[norm]}, tmp_path / "wrapped" / SINGLE)
+    with pytest.raises(InputError, match="'model.norm.weight' is duplicate") as error:
+        load_params(tmp_path / "wrapped", config)
+    one_sentence(error)
+    assert norm in str(error.value)
+
+
+@needs_torch
+def test_multimodal_checkpoint_written_by_transformers(tmp_path):
+    text = parity.torch_config("gemma3", tie_word_embeddings=True)
+    vision = dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+    )
+    whole = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    ).eval()
+    whole.save_pretrained(tmp_path)
+    alone = transformers.Gemma3ForCausalLM(text).eval()
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    assert parity.error(parity.our_states(tmp_path), parity.torch_states(alone)) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_outer_config_says_whether_the_head_is_tied(tied, tmp_path):
+    """As in `transformers`, where the text model's config does not say."""
+    text = json.loads((parity.GOLDEN / "mistral" / "config.json").read_text())
+    del text["tie_word_embeddings"]
+    config = {"model_type": "mistral3", "tie_word_embeddings": tied, "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path).tied_head is tied
+
+
+# Files and devices
+
+
+def split(folder, count: int = 2) -> list[str]:
+    """Spreads the tensors of a folder over several files with an index."""
+    tensors = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for i, file in enumerate(files):
+        save_file({name: tensors[name] for name in sorted(tensors)[i::count]}, folder / file)
+    where = {name: files[i % count] for i, name in enumerate(sorted(tensors))}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return files
+
+
+@pytest.fixture
+def copy(subject_folder, tmp_path):
+    return shutil.copytree(subject_folder, tmp_path / "model")
+
+
+def test_several_files_read_the_same(copy, params):
+    split(copy, 3)
+    close(load_params(copy, read_config(copy)), params, 0)
+
+
+def test_several_files_are_written(params, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("nla_jax.models.pretrained.SHARD_BYTES", 50_000)
+    save_model(tmp_path / "m", params, TINY, tokenizer)
+    files = sorted(tmp_path.glob("m/*.safetensors"))
+    listed = json.loads((tmp_path / "m" / INDEX).read_text())["weight_map"]
+    assert len(files) > 2 and not (tmp_path / "m" / SINGLE).exists()
+    assert listed == {name: file.name for file in files for name in load_file(file)}
+    close(load_params(tmp_path / "m", read_config(tmp_path / "m")), params, 0)
 
 
 def test_first_blocks_are_read_without_head(subject_folder, params):
@@ -107,11 +221,24 @@ def test_first_blocks_are_read_without_head(subject_folder, params):
     close(load_params(subject_folder, config, truncated=True), truncate(params, 2), 0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rules", [TRAIN, DECODE], ids=["train", "decode"])
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 1, 2)], ids=str)
+def test_loading_onto_a_mesh(mesh, rules, dtype):
+    folder = parity.GOLDEN / "qwen2"  # with biases
+    config = read_config(folder)
+    layout = shardings(make_mesh(*mesh), abstract_params(config), rules)
+    params = load_params(folder, config, dtype=dtype, layout=layout)
+    close(params, jax.tree.map(lambda x: x.astype(dtype), load_params(folder, config)), 0)
+    for array, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(layout), strict=True):
+        assert array.dtype == dtype and array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
 def test_bfloat16_round_trip(params, tmp_path, tokenizer):
     save_model(tmp_path / "m", params, TINY, tokenizer, dtype="bfloat16")
-    with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as tensors:
-        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}
-    rounded = jax.tree.map(lambda x: torch.tensor(x).to(torch.bfloat16).float().numpy(), params)
+    with safe_open(tmp_path / "m" / SINGLE, framework="np") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}
+    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     close(load_params(tmp_path / "m", read_config(tmp_path / "m")), rounded, 0)
 
 
@@ -128,47 +255,135 @@ def edit_config(**changes):
 
 def edit_tensors(change):
     def damage(folder):
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / SINGLE)
         change(tensors)
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / SINGLE)
 
     return damage
 
 
+def set_dtype(stored: str):
+    """A tensor whose header says another dtype of the same size."""
+
+    def damage(folder):
+        data = (folder / SINGLE).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header[NORM]["dtype"] = stored
+        if stored.startswith("F8"):
+            header[NORM]["shape"][0] *= 4
+        text = json.dumps(header).encode()
+        (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return damage
+
+
+def edit_index(change):
+    def damage(folder):
+        files = split(folder)
+        index = json.loads((folder / INDEX).read_text())
+        change(folder, index["weight_map"], files)
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def write(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def unlink(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
 def cut_file(folder):
-    file = folder / "model.safetensors"
+    file = folder / SINGLE
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def twice(folder, where, files):
+    save_file(load_file(folder / files[0]) | load_file(folder / files[1]), folder / files[1])
+
+
+def elsewhere(folder):
+    shutil.copy(folder / SINGLE, folder.parent / "x.safetensors")
 
 
 NORM = "model.layers.1.input_layernorm.weight"
 DAMAGE = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "invalid JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
-    "JSON list": (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is not valid JSON"),
-    "family": (edit_config(model_type="mamba"), "model_type 'mamba' is not supported"),
-    "rope scaling": (edit_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope scaling .*yarn"),
-    "activation": (edit_config(hidden_act="gelu"), "hidden_act"),
+    "no config": (unlink("config.json"), "no config.json"),
+    "invalid JSON": (write("config.json", "{"), r"config\.json is not valid JSON"),
+    "JSON list": (write("config.json", "[]"), r"config\.json is not valid JSON"),
+    "text config": (edit_config(text_config="x"), r"config\.json is not valid JSON"),
+    "family": (
+        edit_config(model_type="mamba"),
+        r"model_type 'mamba' is not supported \(supported: llama, .*\); .* nla_jax/models/families\.py",
+    ),
+    "model_type is a list": (edit_config(model_type=["llama"]), "model_type .* is not supported"),
+    "no model_type": (edit_config(model_type=None), "model_type 'None' is not supported"),
+    "rope type": (edit_config(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope scaling .*dynamic"),
+    "rope without factor": (edit_config(rope_scaling={"rope_type": "llama3"}), r"config\.json cannot be used: .*factor"),
+    "activation": (edit_config(hidden_act="gelu"), "activation function 'gelu' is not supported"),
+    "bias": (edit_config(attention_bias=True), "attention_bias = True is not supported"),
+    "MLP bias": (edit_config(mlp_bias=True), "mlp_bias = True is not supported"),
+    "width": (edit_config(hidden_size="x"), r"config\.json cannot be used: .*hidden_size"),
+    "no heads": (edit_config(num_attention_heads=0), r"config\.json cannot be used: "),
+    "kv heads": (edit_config(num_key_value_heads=3), r"config\.json cannot be used: "),
     "field": (edit_config(hidden_size=None), "lacks the field 'hidden_size'"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
+    "left to defaults": (edit_config(num_attention_heads=None, head_dim=None), "num_attention_heads = 32 must be a mul"),
+    "no weights": (unlink(SINGLE), r"neither model\.safetensors nor"),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), f"{NORM}' is missing"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=t[NORM])), "'extra' is unexpected"),
+    "one layer more": (
+        edit_tensors(lambda t: t.update({NORM.replace("1", "3"): t[NORM]})),
+        r"'model\.layers\.3\.input_layernorm\.weight' is unexpected in a llama of 3 blocks",
+    ),
     "shape": (edit_tensors(lambda t: t.update({NORM: t[NORM][:-1]})), rf"{NORM}' has shape \(31,\), expected \(32,\)"),
+    "integers": (set_dtype("I32"), rf"{SINGLE}: tensor '{NORM}' is stored as I32, expected one of .*F32"),
+    "F8": (set_dtype("F8_E4M3"), rf"{SINGLE}: tensor '{NORM}' is stored as F8_E4M3, .*quantised"),
     "NaN": (edit_tensors(lambda t: t[NORM].fill(np.nan)), f"{NORM}' holds NaN"),
+    "infinity": (edit_tensors(lambda t: t["lm_head.weight"].__setitem__((7, 7), -np.inf)), "'lm_head.weight' holds NaN"),
     "truncated file": (cut_file, r"model\.safetensors is missing or is not a readable safetensors file"),
-}
+    "empty file": (write(SINGLE, ""), r"model\.safetensors is missing or is not a readable safetensors file"),
+    "corrupt header": (write(SINGLE, "x" * 4000), r"model\.safetensors is missing or is not a readable"),
+    "missing index": (lambda f: (split(f), (f / INDEX).unlink()), "model-00001-of-00002.safetensors, whose index is missing"),
+    "invalid index": (write(INDEX, "{"), "is not a valid checkpoint index"),
+    "index without map": (write(INDEX, "{}"), "is not a valid checkpoint index"),
+    "index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), "names 1, which is not a safetensors file of"),
+    "index leads out": (
+        lambda f: (elsewhere(f), edit_index(lambda _, where, __: where.update({NORM: "../x.safetensors"}))(f)),
+        r"names '\.\./x\.safetensors', which is not a safetensors file of the same folder",
+    ),
+    "index to a path": (
+        edit_index(lambda folder, where, files: where.update({NORM: str(folder / files[0])})),
+        "names '/.*', which is not a safetensors file of the same folder",
+    ),
+    "missing shard": (
+        edit_index(lambda folder, _, files: (folder / files[1]).unlink()), "model-00002-of-00002.safetensors is missing"
+    ),
+    "corrupt shard": (
+        edit_index(lambda folder, _, files: (folder / files[1]).write_text("{}")), "model-00002-of-00002.safetensors is"
+    ),
+    "in two shards": (edit_index(twice), "is duplicate: in model-00001-of-00002.safetensors and model-00002-of"),
+    "index lacks a tensor": (edit_index(lambda _, where, __: where.pop(NORM)), f"does not say that tensor '{NORM}'"),
+    "index has a tensor more": (
+        edit_index(lambda _, where, files: where.update(extra=files[0])), "says that tensor 'extra' is in model-00001"
+    ),
+    "index names the other shard": (
+        edit_index(lambda _, where, files: where.update({NORM: next(f for f in files if f != where[NORM])})),
+        f"does not say that tensor '{NORM}'",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_folder(case, subject_folder, tmp_path):
+def test_damaged_folder(case, copy):
     damage, message = DAMAGE[case]
-    folder = tmp_path / "model"
-    shutil.copytree(subject_folder, folder)
-    load_params(folder, read_config(folder))
-    damage(folder)
+    damage(copy)
     with pytest.raises(InputError, match=message) as error:
-        load_params(folder, read_config(folder))
+        load_params(copy, read_config(copy))
     one_sentence(error)
-    assert str(folder) in str(error.value)
+    assert str(copy) in str(error.value)
 
 
 def test_missing_tokenizer(subject_folder, tmp_path):
@@ -201,6 +416,45 @@ def test_interrupted_save_keeps_what_was_there(params, tmp_path, tokenizer):
     save_model(tmp_path / "m", jax.tree.map(np.zeros_like, params), TINY, tokenizer)
     assert fingerprint(tmp_path / "m") != before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_replacing_a_folder_never_deletes_before_it_renames(tmp_path, monkeypatch):
+    """A process that ends at the rename leaves the old folder whole, under its name or aside."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old").touch()
+
+    def ends(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "m") as scratch:
+        (scratch / "new").touch()
+        monkeypatch.setattr("pathlib.Path.rename", ends)
+    monkeypatch.undo()
+    assert (tmp_path / "m" / "old").exists() and (scratch / "new").exists()
+    with new_folder(tmp_path / "m") as scratch:
+        (scratch / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["m", "new"]
+
+
+def test_a_killed_save_keeps_what_was_there(tmp_path):
+    """SIGKILL in the middle of a save."""
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from nla_jax.models.pretrained import new_folder, save_tensors
+        with new_folder(Path(sys.argv[1])) as scratch:
+            kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+            one = ("a", (2,), np.float32, lambda: np.zeros(2, np.float32))
+            save_tensors(scratch, [one, ("b", (2,), np.float32, kill)])
+    """
+    for old in (False, True):
+        if old:
+            shutil.copytree(parity.GOLDEN / "llama", tmp_path / "m")
+        ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], cwd=parity.GOLDEN.parents[1])
+        assert ended.returncode == -signal.SIGKILL
+        assert (tmp_path / "m").exists() is old
+    assert fingerprint(tmp_path / "m") == fingerprint(parity.GOLDEN / "llama")
 
 
 def test_saved_tokenizer_suits_transformers_4_and_5(subject_folder, tokenizer):

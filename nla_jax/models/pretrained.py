@@ -53,10 +53,11 @@ def read_config(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Transfor
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
     try:
         c = json.loads(file.read_text(encoding="utf-8"))
-        wrapper = c.get("model_type")
-        c = c.get("text_config") or c
-        family = c.get("model_type") or wrapper
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        # What the text model's part does not say, the wrapper does (transformers reads the tied head there).
+        outer = {name: c[name] for name in ("model_type", "tie_word_embeddings") if name in c}
+        c = outer | (c.get("text_config") or c)
+        family = str(c.get("model_type"))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise InputError(f"{file} is not valid JSON ({error}).") from None
     family = {"gemma3": "gemma3_text"}.get(family, family)
     if family not in FAMILIES:
