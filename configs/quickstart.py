@@ -35,7 +35,14 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     )  # fmt: skip
 
-    c.extract = ConfigDict(dict(positions=20, min_position=24, max_tokens=256, shard_documents=500))
+    # `source`: Parquet files of activations in the reference's form, to train on instead of running the subject over the
+    # corpus. Labels in them are used; without `heldout` it is split off `rl` by document.
+    c.extract = ConfigDict(
+        dict(
+            positions=20, min_position=24, max_tokens=256, shard_documents=500,
+            source=dict(av_sft="", ar_sft="", rl="", heldout=""),
+        )
+    )  # fmt: skip
     c.label = ConfigDict(dict(function="nla_jax.data.labels:label", splits=("av_sft", "ar_sft", "heldout")))
     c.prompts = ConfigDict(
         dict(

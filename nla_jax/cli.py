@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
@@ -14,6 +15,16 @@ from ml_collections import ConfigDict, config_flags
 from nla_jax.errors import InputError
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
+STAGES = {
+    "quickstart": "all of the following, in order",
+    "pretrain": "train (or measure) the subject",
+    "extract": "activations of the corpus, or of files given",
+    "label": "explanations for the warm start",
+    "sft": "supervised warm start of AV and AR",
+    "rl": "joint training",
+    "evaluate": "held-out FVE and its controls",
+    "report": "summary.json and report.html",
+}
 DEFAULT_CONFIG = "configs/quickstart.py"
 
 
@@ -21,11 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0, or 1 after one sentence on standard error where an input is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments, config = parse(argv)
-        if arguments.verb == "explain":
-            explain(arguments)
-        else:
-            run_stages(arguments, config, shlex.join(["nla", *argv]))
+        arguments, overrides = parser().parse_known_args(argv)
+        allowed = "--config." if arguments.function is run_stages else ()
+        if unknown := [flag for flag in overrides if not flag.startswith(allowed)]:
+            raise InputError(f"Unknown argument {unknown[0]!r}; see `nla {arguments.verb} --help`.")
+        arguments.overrides, arguments.command = overrides, shlex.join(["nla", *argv])
+        arguments.function(arguments)
         return 0
     except (InputError, OSError) as error:
         print(f"nla: {sentence(error)}", file=sys.stderr)
@@ -42,27 +54,22 @@ def sentence(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict | None]:
-    """Flags and, for the verbs of the loop, the config with its `--config.field=value` overrides.
-
-    Raises InputError for an unknown field, a value of the wrong type, or a config file that cannot be read."""
+def parser() -> argparse.ArgumentParser:
+    """All verbs; each leads to the function that runs it."""
     parser = argparse.ArgumentParser(prog="nla", description="Natural language autoencoders in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    stage_help = {
-        "quickstart": "all of the following, in order",
-        "pretrain": "train (or measure) the subject",
-        "extract": "activations of the corpus",
-        "label": "explanations for the warm start",
-        "sft": "supervised warm start of AV and AR",
-        "rl": "joint training",
-        "evaluate": "held-out FVE and its controls",
-        "report": "summary.json and report.html",
-    }
-    for verb, text in stage_help.items():
-        sub = verbs.add_parser(verb, help=text, epilog="--config.field=value overrides any field of the config.")
+
+    def verb(name: str, function: Callable, text: str, **more) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **more)
+        sub.set_defaults(function=function)
+        return sub
+
+    for name, text in STAGES.items():
+        sub = verb(name, run_stages, text, epilog="--config.field=value overrides any field of the config.")
         sub.add_argument("--config", default=DEFAULT_CONFIG, help="config file, optionally file.py:variant")
         sub.add_argument("--workdir", default=None, help="where everything of this run is written (default runs/NAME)")
-    sub = verbs.add_parser("explain", help="what activations of a text say")
+
+    sub = verb("explain", explain, "what activations of a text say")
     sub.add_argument("--pair", required=True, help="folder with av/ and ar/")
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--text", help="the text (default: standard input)")
@@ -73,14 +80,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict | None]:
     sub.add_argument("--max-new-tokens", type=int, default=150)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="one JSON object a line")
-    arguments, overrides = parser.parse_known_args(argv)
-    if arguments.verb == "explain":
-        if overrides:
-            raise InputError(f"Unknown argument {overrides[0]!r}; see `nla explain --help`.")
-        return arguments, None
-    if unknown := [flag for flag in overrides if not flag.startswith("--config.")]:
-        raise InputError(f"Unknown argument {unknown[0]!r}; see `nla {arguments.verb} --help`.")
-    return arguments, load_config(arguments.config, overrides)
+
+    sub = verb("export", export, "a pair as plain Hugging Face folders, and a run's datasets in the reference's form")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pair", help="folder with av/ and ar/: writes OUT/av and OUT/ar")
+    source.add_argument("--workdir", help="a run: writes its pair, and its datasets to OUT/datasets")
+    sub.add_argument("--out", required=True, help="a new or empty folder")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    sub.add_argument("--adapters", action="store_true", help="write LoRA adapters as they are (default: merged)")
+
+    sub = verb("import", import_pair, "anybody's AV and AR as a checked pair of this package")
+    sub.add_argument("--av", required=True, help="folder or hub id of the AV, a model or a PEFT adapter")
+    sub.add_argument("--ar", required=True, help="folder or hub id of the AR, a model or a PEFT adapter")
+    sub.add_argument("--base", help="the adapters' base model (default: what they name)")
+    sub.add_argument("--injection", help="replace or norm_matched_addition (default: what the AV's sidecar names)")
+    sub.add_argument("--injection-block", type=int, help="behind which block, from 0 (default -1: input embeddings)")
+    sub.add_argument("--out", required=True, help="a new or empty folder")
+    return parser
 
 
 def load_config(file: str, overrides: list[str]) -> ConfigDict:
@@ -104,8 +120,9 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
             ) from None
 
 
-def run_stages(arguments: argparse.Namespace, config: ConfigDict, command: str) -> None:
+def run_stages(arguments: argparse.Namespace) -> None:
     """One stage of a run, or all of them."""
+    config = load_config(arguments.config, arguments.overrides)
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
     from nla_jax.data.dataset import extract, label
     from nla_jax.evaluate.evaluation import evaluate, report
@@ -116,7 +133,7 @@ def run_stages(arguments: argparse.Namespace, config: ConfigDict, command: str) 
     functions = dict(zip(LOOP, (pretrain, extract, label, sft, rl, evaluate, report), strict=True))
     workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     enable_compile_cache()
-    run = Run(config, workdir, command)
+    run = Run(config, workdir, arguments.command)
     stages = LOOP if arguments.verb == "quickstart" else (arguments.verb,)
     if arguments.verb == "quickstart" and config.subject.path:
         stages = LOOP[1:]
@@ -172,6 +189,55 @@ def explain(arguments: argparse.Namespace) -> None:
             fve = "FVE unknown" if row["fve"] is None else f"FVE {row['fve']:.2f}"
             print(f"[{row['position']}] {row['token']!r}   {fve}, cosine {row['cosine']:.2f}")
             print(f"    {row['explanation'] or '(no explanation within the length limit)'}\n")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Writes a trained pair, and where a run is given its datasets."""
+    from nla_jax.data.reference import export_datasets
+    from nla_jax.pair import load_pair
+
+    out, folder = empty_folder(arguments.out), Path(arguments.pair or Path(arguments.workdir) / "pair")
+    if arguments.workdir and not folder.is_dir():
+        raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
+    pair = load_pair(folder)
+    if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
+        raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
+    if arguments.workdir:
+        export_datasets(Path(arguments.workdir), out / "datasets", pair.sidecar)
+    (pair if arguments.adapters else pair.merged()).save(out, arguments.dtype)
+    print_written(out)
+
+
+def import_pair(arguments: argparse.Namespace) -> None:
+    """Reads an AV and an AR with all checks, and writes them as whole models with complete sidecars."""
+    from nla_jax.autoencoder import Injection
+    from nla_jax.pair import load_pair
+    from nla_jax.sidecar import INJECTIONS
+
+    out, injection, block = empty_folder(arguments.out), None, arguments.injection_block
+    if arguments.injection:
+        if arguments.injection not in INJECTIONS:
+            raise InputError(f"--injection must be one of {', '.join(INJECTIONS)}; found {arguments.injection!r}.")
+        injection = Injection(INJECTIONS[arguments.injection], -1 if block is None else block)
+    elif block is not None:
+        raise InputError("--injection-block says where, but not how; give --injection too.")
+    load_pair(arguments.av, arguments.ar, base=arguments.base, injection=injection).merged().save(out)
+    print_written(out)
+
+
+def empty_folder(name: str) -> Path:
+    """A folder to write to. Raises `InputError` where something is there already."""
+    out = Path(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder; give --out another name, or remove it first.")
+    return out
+
+
+def print_written(out: Path) -> None:
+    """The folders below `out`, each with its number of files and their size."""
+    for folder in sorted(out.iterdir()):
+        sizes = [file.stat().st_size for file in folder.iterdir()]
+        print(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":

@@ -242,6 +242,7 @@ def load_pair(
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
     verbalizer, reconstructor, prompts = _models(sidecar, config, truncated, av, av_lora, ar_lora)
     frozen = _load(base_folder, _config(base_folder, dtype, remat), mesh, dtype=dtype) if base_folder else None
+    sidecar = dataclasses.replace(sidecar, suffix_ids=tuple(prompts.suffix_ids()))  # some sidecars do not say them
     av_params = av_params or _load(av, config, mesh)
     backbone = backbone or _load(ar, truncated, mesh, truncated=True)
     return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, {"backbone": backbone, "head": head}, frozen)

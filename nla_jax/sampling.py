@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
+from nla_jax.models.transformer import empty_cache
 
 
 @struct.dataclass
@@ -42,8 +43,8 @@ def sample_token(
     # Inverse CDF: one uniform number a row, where the Gumbel trick draws one for every entry of the vocabulary.
     mass = jnp.cumsum(jnp.exp(allowed))
     token = jnp.searchsorted(mass, mass[-1] * (1 - jax.random.uniform(rng)), side="left")
-    # Rounding of the sum may name a token without mass.
-    token = jnp.where(allowed[token] > -jnp.inf, token, jnp.argmax(allowed))
+    if allowed is not logp:  # rounding of the sum may name a token without mass
+        token = jnp.where(allowed[token] > -jnp.inf, token, jnp.argmax(allowed))
     return token, logp[token]
 
 
@@ -64,7 +65,7 @@ def rollout(
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
 
     Row i draws from `fold_in(rng, first_row + i)`: the text does not depend on how a batch is cut or sharded."""
-    model, c = verbalizer.model, verbalizer.model.config
+    model = verbalizer.model
     past, first = verbalizer.read_prompt(params, vectors)
     B, R = len(vectors) * group, max_new_tokens
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(B))
@@ -95,6 +96,6 @@ def rollout(
         jnp.full((B, R), verbalizer.end, jnp.int32), jnp.zeros((B, R)), jnp.zeros((B, R), bool), jnp.zeros(B, bool)
     )
     state = write(empty, 0, *sample(0, jnp.repeat(first, group, axis=0)))
-    cache = (jnp.zeros((c.layers, B, max(R - 1, 1), c.kv_heads, c.head_dim), c.dtype),) * 2
+    cache = empty_cache(model.config, B, max(R - 1, 1))
     running = lambda carry: (carry[0] < R) & ~jnp.all(carry[1].finished)
     return jax.lax.while_loop(running, step, (jnp.int32(1), state, cache))[1]

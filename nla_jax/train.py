@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -50,24 +51,24 @@ def sft(run: Run) -> None:
         )  # fmt: skip
         result["injection_scale"] = pair.sidecar.injection_scale
 
-        tokens, lengths, kept = fixed_width(
-            pair.prompts.response_ids(av_rows.labels), run.config.prompts.max_new_tokens
-        )
-        vectors = av_rows.vectors[kept]
+        responses = map(pair.prompts.response_ids, av_rows.pieces("api_explanation"))
+        tokens, lengths, kept = fixed_width(responses, run.config.prompts.max_new_tokens)
         result["labels_too_long"] = 1 - len(kept) / len(av_rows)
         step = SupervisedStep(verbalizer_loss(pair.verbalizer), make_optimizer(c.av.optimizer, c.av.steps))
         av = fit(
             run.workdir / "train/sft_av", "sft av", step, pair.verbalizer_params, pair.verbalizer.abstract_params(), run.mesh,
-            lambda step: text_batch(tokens, lengths, vectors, step, c.av.batch, run.config.seed),
+            lambda step: text_batch(tokens, lengths, av_rows.vectors, kept, step, c.av.batch, run.config.seed),
             c.av.steps, c.checkpoint_every, base=pair.base,
         )  # fmt: skip
 
         width = reconstructor_width(pair.prompts, run.config.prompts.max_new_tokens)
-        ar_tokens, ar_lengths = pair.prompts.reconstructor_batch(ar_rows.labels, width)
+        batches = [pair.prompts.reconstructor_batch(labels, width) for labels in ar_rows.pieces("api_explanation")]
+        ar_tokens, ar_lengths = map(np.concatenate, zip(*batches))
+        every = np.arange(len(ar_rows))
         step = SupervisedStep(reconstructor_loss(pair.reconstructor), make_optimizer(c.ar.optimizer, c.ar.steps))
         ar = fit(
             run.workdir / "train/sft_ar", "sft ar", step, pair.reconstructor_params, pair.reconstructor.abstract_params(),
-            run.mesh, lambda step: text_batch(ar_tokens, ar_lengths, ar_rows.vectors, step, c.ar.batch, run.config.seed),
+            run.mesh, lambda step: text_batch(ar_tokens, ar_lengths, ar_rows.vectors, every, step, c.ar.batch, run.config.seed),
             c.ar.steps, c.checkpoint_every, base=pair.base,
         )  # fmt: skip
 
@@ -88,6 +89,7 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
     """The sidecar of the pair that a run is about to train; `vectors` are its training activations, whose mean norm is the
     injection scale where the config sets none, and whose variance makes an FVE of a single activation meaningful."""
     c, folder = run.config.prompts, locate(run.subject_folder)
+    norm, variance = norm_and_variance(vectors)
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
     prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
@@ -95,7 +97,7 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
         base_checkpoint=str(run.subject_folder),
         d_model=read_config(folder).width,
         layer=run.config.subject.layer,
-        injection_scale=c.injection_scale or float(np.linalg.norm(vectors, axis=1).mean()),
+        injection_scale=c.injection_scale or norm,
         marker=marker,
         verbalizer_template=c.verbalizer_template,
         reconstructor_template=c.reconstructor_template,
@@ -103,27 +105,44 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
         injection=injection(run),
         provenance={
             "base_hash": fingerprint(folder),
-            "activation_variance": float(normalised(vectors).var(0).mean()),
+            "activation_variance": variance,
         },
     )
 
 
-def fixed_width(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def norm_and_variance(vectors: np.ndarray, chunk: int = 1024) -> tuple[float, float]:
+    """The mean norm of `vectors [n, d]`, and the mean variance of their normalised entries, without a second copy of them."""
+    norms, total, squares = [], 0.0, 0.0
+    for start in range(0, len(vectors), chunk):
+        part = vectors[start : start + chunk]
+        norms.append(np.linalg.norm(part, axis=1))
+        unit = normalised(part)
+        total, squares = total + unit.sum(0), squares + (unit**2).sum(0)
+    return float(np.concatenate(norms).mean()), float((squares / len(vectors) - (total / len(vectors)) ** 2).mean())
+
+
+def fixed_width(pieces: Iterable[list[list[int]]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of at most `width` ids, padded to one shape, with their lengths and which rows they are; longer ones, which the
     AV could never finish, are left out. Raises `InputError` where that is most of them."""
-    kept = np.array([i for i, row in enumerate(rows) if len(row) <= width], np.int64)
-    if 2 * len(kept) < len(rows):
+    padded, lengths = [], []
+    for rows in pieces:
+        lengths.append(np.array([len(row) for row in rows], np.int32))
+        padded.append(pad_tokens([row[:width] for row in rows], width)[0])
+    lengths = np.concatenate(lengths)
+    kept = np.flatnonzero(lengths <= width)
+    if 2 * len(kept) < len(lengths):
         raise InputError(
-            f"{len(rows) - len(kept)} of {len(rows)} labels need more than prompts.max_new_tokens = {width} tokens; raise it, or "
-            f"write shorter labels."
+            f"{len(lengths) - len(kept)} of {len(lengths)} labels need more than prompts.max_new_tokens = {width} tokens; raise "
+            f"it, or write shorter labels."
         )
-    tokens, lengths = pad_tokens([rows[i] for i in kept], None)
-    return tokens[:, :width], lengths, kept
+    lengths = lengths[kept]
+    return np.concatenate(padded)[kept, : -(-lengths.max() // 8) * 8], lengths, kept
 
 
-def text_batch(tokens, lengths, vectors, step: int, batch: int, seed: int) -> TextBatch:
+def text_batch(tokens, lengths, vectors, kept, step: int, batch: int, seed: int) -> TextBatch:
+    """The batch of a step; `kept` says which of the `vectors` the rows of `tokens` belong to."""
     rows = rows_of_step(len(tokens), batch, step, seed)
-    return TextBatch(tokens[rows], lengths[rows], vectors[rows])
+    return TextBatch(tokens[rows], lengths[rows], vectors[kept[rows]])
 
 
 def reconstructor_width(prompts: Prompts, max_new_tokens: int) -> int:
@@ -139,8 +158,8 @@ def rl(run: Run) -> None:
         if result is None:
             return
         run.require("sft")
-        data = load_rows(run.workdir, "rl", labelled=False)
-        heldout = spread(load_rows(run.workdir, "heldout", labelled=False), c.heldout_rows).vectors
+        data = load_rows(run.workdir, "rl")
+        heldout = spread(load_rows(run.workdir, "heldout"), c.heldout_rows).vectors
         mesh = run.mesh
         pair = load_pair(run.workdir / "pair_warm", **run.config.compute, injection=injection(run), mesh=mesh)
         width = reconstructor_width(pair.prompts, limit)

@@ -1,6 +1,7 @@
 """Batches, positions, activations on disk, and the scores made from them."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,11 @@ import transformers
 from conftest import SENTENCES, TINY, close, one_sentence
 from nla_jax.data.batches import pad_tokens, rows_of_step, text_windows
 from nla_jax.data.corpus import Document
+from nla_jax.data.dataset import load_rows, spread
 from nla_jax.data.extraction import (
     activation_table,
     extract_documents,
-    read_column_vectors,
+    list_vectors,
     read_table,
     sample_positions,
     shards_of,
@@ -25,6 +27,7 @@ from nla_jax.errors import InputError
 from nla_jax.evaluate.evaluation import derangement
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
 from nla_jax.subject import extract, load_subject
+from nla_jax.train import fixed_width, norm_and_variance, text_batch
 
 LAYER = 1
 
@@ -162,21 +165,20 @@ def test_vectors_are_fixed_size_float32_lists(activations, tmp_path):
     write_table(activation_table(activations, LAYER), file, {"kind": "nla_dataset"})
     read = read_table(file)
     assert pq.read_schema(file).field("activation_vector").type == pa.list_(pa.float32(), 32)
-    assert np.array_equal(read_column_vectors(read), activations.vectors)
-    assert np.array_equal(read_column_vectors(read.slice(2, 3)), activations.vectors[2:5])
-    assert np.array_equal(read_column_vectors(pa.concat_tables([read, read]))[12:], activations.vectors)
+    (column,) = read.column("activation_vector").chunks
+    assert np.array_equal(list_vectors(column, 32, file), activations.vectors)
+    assert np.array_equal(list_vectors(column[2:5], 32, file), activations.vectors[2:5])
     assert read.column("n_raw_tokens").to_pylist() == (activations.positions + 1).tolist()
     assert read.column("doc_id").to_pylist() == activations.doc_ids
     assert file.with_name(file.name + ".nla_meta.yaml").read_text() == "kind: nla_dataset\n"
 
 
 def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
-    def interrupt(table, path):
-        path.write_bytes(b"half")
+    def interrupt(writer, table):
         raise KeyboardInterrupt
 
     path = tmp_path / "av_sft-00000-of-00001.parquet"
-    monkeypatch.setattr(pq, "write_table", interrupt)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_table(pa.table({"a": [1]}), path)
     assert not path.exists()
@@ -196,6 +198,113 @@ def test_missing_and_damaged_shards_are_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(InputError, match="rl-00000-of-00003.*cannot be read"):
         read_table(file)
+
+
+# Rows
+
+
+@pytest.fixture
+def workdir(tmp_path) -> Path:
+    """Three shards of 4, 5 and 6 rows whose entries are their number, with labels."""
+    start = 0
+    for i, size in enumerate((4, 5, 6)):
+        numbers = np.arange(start, start + size)
+        flat = pa.array(np.repeat(numbers, 3).astype(np.float32))
+        table = {"activation_vector": pa.FixedSizeListArray.from_arrays(flat, 3), "doc_id": [f"d{n}" for n in numbers]}
+        write_table(pa.table(table), tmp_path / f"activations/rl-0000{i}-of-00003.parquet")
+        write_table(
+            pa.table({"api_explanation": [f"l{n}" for n in numbers]}), tmp_path / f"labels/rl-0000{i}-of-00003.parquet"
+        )
+        start += size
+    return tmp_path
+
+
+def maps(workdir: Path) -> list[Path]:
+    return sorted((workdir / "activations").glob("rl-*.npy*"))
+
+
+def test_rows_of_all_shards(workdir):
+    rows = load_rows(workdir, "rl")
+    assert len(rows) == 15 and rows.vectors.dtype == np.float32 and isinstance(rows.vectors, np.memmap)
+    assert rows.vectors.tolist() == [[n] * 3 for n in range(15)]
+    assert rows.column("doc_id") == [f"d{n}" for n in range(15)]
+    assert rows.column("api_explanation") == [f"l{n}" for n in range(15)]
+    assert rows.column("token") == [""] * 15  # the shards do not have it
+    assert list(map(len, rows.pieces("doc_id"))) == [4, 5, 6]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 14, 15, 99])
+def test_spread_rows_keep_together(workdir, count):
+    rows = spread(load_rows(workdir, "rl"), count)
+    numbers = rows.vectors[:, 0].astype(int).tolist()
+    assert len(rows) == min(count, 15) and numbers[0] == 0 and numbers == sorted(set(numbers))
+    assert rows.column("doc_id") == [f"d{n}" for n in numbers]
+    assert rows.column("api_explanation") == [f"l{n}" for n in numbers]
+    assert rows.column("following") == [""] * len(rows)
+
+
+def test_vectors_are_decoded_once_and_again_when_a_shard_changes(workdir):
+    load_rows(workdir, "rl")
+    (first,) = maps(workdir)
+    time = first.stat().st_mtime_ns
+    load_rows(workdir, "rl")
+    assert maps(workdir) == [first] and first.stat().st_mtime_ns == time
+    file = workdir / "activations/rl-00001-of-00003.parquet"
+    size = file.stat().st_size
+    table = read_table(file)
+    write_table(table.set_column(0, "activation_vector", table.column("activation_vector").take([4, 3, 2, 1, 0])), file)
+    assert file.stat().st_size == size
+    rows = load_rows(workdir, "rl")
+    assert len(maps(workdir)) == 1 and maps(workdir) != [first]
+    assert rows.vectors[:, 0].tolist() == [0, 1, 2, 3, 8, 7, 6, 5, 4, *range(9, 15)]
+
+
+def test_an_interrupted_decoding_leaves_no_vectors(workdir):
+    file = workdir / "activations/rl-00002-of-00003.parquet"
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[4:40] = bytes(36)  # the first page; the footer is whole
+    file.write_bytes(damaged)
+    with pytest.raises(InputError, match="rl-00002-of-00003.parquet cannot be read") as error:
+        load_rows(workdir, "rl")
+    one_sentence(error)
+    assert all(path.suffix == ".incomplete" for path in maps(workdir))
+    file.write_bytes(whole)
+    assert load_rows(workdir, "rl").vectors[:, 0].tolist() == list(range(15))
+
+
+def test_labels_must_be_there_and_as_many(workdir):
+    file = workdir / "labels/rl-00001-of-00003.parquet"
+    write_table(read_table(file).slice(1), file)
+    with pytest.raises(InputError, match="holds 4 labels for 5 rows") as error:
+        load_rows(workdir, "rl").column("api_explanation")
+    one_sentence(error)
+    file.unlink()
+    with pytest.raises(InputError, match="rl-00001-of-00003.parquet has no labels; run `nla label`") as error:
+        load_rows(workdir, "rl").column("api_explanation")
+    one_sentence(error)
+
+
+def test_batches_come_from_the_mapped_vectors(workdir):
+    """Rows whose label is too long are left out without copying the vectors of the others."""
+    rows = load_rows(workdir, "rl")
+    ids = [[int(label[1:])] * (9 if label == "l5" else 2) for label in rows.column("api_explanation")]
+    tokens, lengths, kept = fixed_width(iter([ids[:4], ids[4:]]), 8)
+    assert kept.tolist() == [n for n in range(15) if n != 5] and tokens.shape == (14, 8)
+    for step in range(4):
+        batch = text_batch(tokens, lengths, rows.vectors, kept, step, 6, seed=0)
+        assert np.array_equal(batch.tokens[:, 0], batch.vectors[:, 0]) and 5 not in batch.tokens
+    with pytest.raises(InputError, match="14 of 15 labels need more than prompts.max_new_tokens = 1 tokens") as error:
+        fixed_width([[[1]], [[1, 2]] * 14], 1)
+    one_sentence(error)
+
+
+def test_norm_and_variance_in_pieces():
+    vectors = np.random.default_rng(0).normal(1, 3, (50, 16)).astype(np.float32)
+    norm, variance = norm_and_variance(vectors, chunk=7)
+    assert norm == float(np.linalg.norm(vectors, axis=1).mean())
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).astype(np.float64) * 4
+    assert variance == pytest.approx(unit.var(0).mean(), rel=1e-6)
 
 
 # Scores

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import close
 from nla_jax.models.pretrained import load_params, read_config
-from nla_jax.models.transformer import Transformer
+from nla_jax.models.transformer import Transformer, empty_cache
 
 PREFIX, SUFFIX, RESPONSE = 5, 4, 9  # tokens; windows of 6 end inside each of the three
 A, G = 2, 3
@@ -44,7 +44,7 @@ def test_segments_and_decoding_equal_the_full_forward(family):
     @jax.jit
     def decoded():
         segments = past()
-        cache = (jnp.zeros((config.layers, A * G, RESPONSE, config.kv_heads, config.head_dim)),) * 2
+        cache = empty_cache(config, A * G, RESPONSE)
 
         def step(cache, index):
             x = embed(jax.lax.dynamic_slice_in_dim(jnp.asarray(responses), index, 1, 1))

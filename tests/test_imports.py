@@ -9,7 +9,7 @@ import nla_jax
 
 ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
-    ["errors", "models.attention", "models.rope"],
+    ["errors", "hlo", "models.attention", "models.rope"],
     ["sharding"],
     ["models.transformer"],
     ["models.families"],
@@ -21,10 +21,10 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["data.batches", "data.corpus", "data.labels", "data.python_docs", "data.tokenizer"],
     ["prompts", "metrics", "checkpoint", "report"],
     ["sidecar", "subject"],
-    ["pair", "data.extraction"],
+    ["pair", "data.extraction", "data.reference"],
     ["evaluate.fve", "explain", "run"],
     ["fit", "data.dataset"],
-    ["pretrain", "train", "evaluate.evaluation"],
+    ["benchmark", "plan", "pretrain", "train", "evaluate.evaluation"],
     ["cli"],
 ]
 ALONE = {"errors": set(), "models.attention": set(), "sharding": {"errors"}}  # what these import of ours at most

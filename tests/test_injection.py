@@ -177,7 +177,7 @@ def test_a_dataset_sidecar_in_a_model_folder(pair, tokenizer, tmp_path):
         load_pair(tmp_path)
     one_sentence(error)
     loaded = load_pair(tmp_path, injection=Injection(add_norm_matched, 1))
-    assert (loaded.sidecar.layer, loaded.sidecar.injection_scale, loaded.sidecar.suffix_ids) == (1, None, None)
+    assert (loaded.sidecar.layer, loaded.sidecar.injection_scale, loaded.sidecar.suffix_ids) == (1, None, pair.sidecar.suffix_ids)
     close(loaded.reconstruct(["a", "b"]), pair.reconstruct(["a", "b"]), 0)
 
 

@@ -1,5 +1,6 @@
 """The whole loop on a tiny config, as a user runs it: results, resuming, and what wrong input is answered with."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -11,17 +12,26 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 import nla_jax as nla
 import nla_jax.train
+from conftest import close
 from nla_jax.cli import LOOP, main
+from nla_jax.data import labels
+from nla_jax.data.corpus import Document, split_of
 from nla_jax.data.dataset import load_rows
 from nla_jax.metrics import read_metrics
+from nla_jax.models.lora import Lora
+from nla_jax.pair import new_pair
 
 CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+SPLITS = ("av_sft", "ar_sft", "rl", "heldout")
 TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")
 
 
@@ -88,7 +98,7 @@ def test_summary_report_and_pair(finished):
     assert set(summary["seconds_by_stage"]) == set(LOOP) - {"report"}
     page = (finished / "report.html").read_text()
     rows = load_rows(finished, "heldout")
-    assert any(f"{id}" in page for id in rows.doc_ids)
+    assert any(id in page for id in rows.column("doc_id"))
     assert "http://" not in page.replace("http://www.w3.org", "") and "src=" not in page
     assert [r["step"] for r in history(finished)] == [1, 2, 3, 4]
     assert not list(finished.rglob("*.incomplete"))
@@ -104,7 +114,7 @@ def test_bfloat16_with_rematerialisation(corpus, tmp_path):
 
 
 def test_splits_share_no_document(finished):
-    documents = [set(load_rows(finished, split, labelled=False).doc_ids) for split in ("av_sft", "ar_sft", "rl", "heldout")]
+    documents = [set(load_rows(finished, split).column("doc_id")) for split in SPLITS]
     assert sum(map(len, documents)) == len(set.union(*documents)) > 20
 
 
@@ -193,6 +203,125 @@ def test_a_full_disk_gets_one_sentence_and_costs_nothing(finished, corpus, tmp_p
         same_run(finished, workdir)
 
 
+# Files of others in and out
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory) -> Path:
+    """The finished run's pair and datasets in the reference's form."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    assert main(["export", "--workdir", str(finished), "--out", str(out)]) == 0
+    return out
+
+
+def sources(folder: Path, splits=SPLITS) -> list[str]:
+    return [f"--config.extract.source.{split}={folder / split}.parquet" for split in splits]
+
+
+def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corpus, tmp_path):
+    """Vectors and labels from the files give the same models bit for bit; without texts, examples have none."""
+    for split in SPLITS:
+        table = pq.read_table(exported / f"datasets/{split}.parquet").drop_columns("detokenized_text_truncated")
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+        meta = f"{split}.parquet.nla_meta.yaml"
+        shutil.copy(exported / "datasets" / meta, tmp_path / meta)
+    flags = [f"--config.subject.path={finished}/subject", "--config.label.function=builtins:print"]  # is not called
+    assert nla_main("quickstart", tmp_path / "run", corpus, *flags, *sources(tmp_path)) == 0
+    same_run(finished, tmp_path / "run")
+    before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (finished, tmp_path / "run"))
+    assert before["row_fve"] == after["row_fve"]
+    for old, new in zip(before["examples"], after["examples"]):
+        assert old["context"] and new == old | {"context": "", "token": "", "after": ""}
+    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+
+
+def test_files_without_heldout_or_labels(finished, exported, corpus, tmp_path, capsys):
+    """Held-out documents leave `rl` by the hash of their ids; they are labelled from their texts."""
+    flags = [f"--config.subject.path={finished}/subject", *sources(exported / "datasets", SPLITS[:3])]
+    flags += ["--config.split.rl=0.1", "--config.split.heldout=0.3"]
+    assert nla_main("extract", tmp_path / "run", corpus, *flags) == 0
+    assert nla_main("label", tmp_path / "run", corpus, *flags) == 0
+    rl, heldout = (set(load_rows(tmp_path / "run", split).column("doc_id")) for split in ("rl", "heldout"))
+    assert rl and heldout and rl | heldout == set(load_rows(finished, "rl").column("doc_id")) and not rl & heldout
+    fractions = {"av_sft": 0.4, "ar_sft": 0.2, "rl": 0.1, "heldout": 0.3}
+    assert heldout == {id for id in rl | heldout if split_of(Document(id, ""), fractions) == "heldout"}
+    rows = load_rows(tmp_path / "run", "heldout")
+    assert rows.column("api_explanation") == labels.label(rows.column("detokenized_text_truncated"))
+
+    table = pq.read_table(exported / "datasets/rl.parquet")
+    pq.write_table(table.drop_columns("detokenized_text_truncated"), tmp_path / "rl.parquet")
+    flags.append(f"--config.extract.source.rl={tmp_path}/rl.parquet")
+    assert nla_main("extract", tmp_path / "bare", corpus, *flags) == 0
+    assert nla_main("label", tmp_path / "bare", corpus, *flags) == 1
+    assert "has neither api_explanation nor detokenized_text_truncated" in one_line(capsys)
+
+
+def test_exported_pairs_load_and_come_back(finished, exported, tmp_path, capsys):
+    assert sorted(path.name for path in exported.iterdir()) == ["ar", "av", "datasets"]
+    folder = tmp_path / "second"
+    flags = ["import", "--av", str(exported / "av"), "--ar", str(exported / "ar"), "--out", str(folder)]
+    assert main([*flags, "--injection", "norm_matched_addition", "--injection-block", "1"]) == 0
+    assert f"{folder}/av: " in capsys.readouterr().out
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder, tmp_path / "run/pair")
+    first, second = weights(finished), weights(tmp_path / "run")
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+    meta = yaml.safe_load((folder / "av/nla_meta.yaml").read_text())
+    method, block = (meta["extraction"][f"injection_{name}"] for name in ("method", "block"))
+    assert (method, block) == ("norm_matched_addition", 1)
+
+    out = tmp_path / "half"
+    assert main(["export", "--pair", str(finished / "pair"), "--out", str(out), "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith(f"{out}/ar: ")
+    assert {value.dtype.name for value in load_file(out / "av/model.safetensors").values()} == {"bfloat16"}
+    assert load_file(out / "ar/value_head.safetensors")["weight"].dtype == np.float32
+
+
+def test_an_imported_pair_gets_a_complete_sidecar(exported, tmp_path):
+    """Older sidecars and those of others do not name the tokens of the AR's suffix."""
+    for role in ("av", "ar"):
+        shutil.copytree(exported / role, tmp_path / role)
+        file = tmp_path / role / "nla_meta.yaml"
+        meta = yaml.safe_load(file.read_text())
+        expected = meta["tokens"].pop("critic_suffix_ids")
+        file.write_text(yaml.safe_dump(meta))
+    out = tmp_path / "out"
+    assert main(["import", "--av", f"{tmp_path}/av", "--ar", f"{tmp_path}/ar", "--out", str(out)]) == 0
+    for role in ("av", "ar"):
+        meta = yaml.safe_load((out / role / "nla_meta.yaml").read_text())
+        assert meta["tokens"]["critic_suffix_ids"] == expected
+
+
+def test_adapters_are_exported_merged_or_as_they_are(subject_folder, sidecar, tmp_path):
+    sidecar, lora = dataclasses.replace(sidecar, base_checkpoint=str(subject_folder)), Lora(2, 4.0)
+    pair = new_pair(sidecar, subject_folder, av_lora=lora, ar_lora=lora)
+    noise = lambda x: x + np.random.default_rng(0).normal(0, 0.1, x.shape).astype(np.float32)
+    pair = dataclasses.replace(pair, verbalizer_params=jax.tree.map(noise, pair.verbalizer_params))
+    pair.save(tmp_path / "pair")
+    for flags, adapters in (([], False), (["--adapters"], True)):
+        out = tmp_path / f"out{adapters}"
+        assert main(["export", "--pair", str(tmp_path / "pair"), "--out", str(out), *flags]) == 0
+        assert (out / "av/adapter_config.json").is_file() is adapters is not (out / "av/config.json").is_file()
+        close(nla.load_pair(out).merged().weights, pair.merged().weights, 1e-6)
+
+
+def test_help_needs_no_config(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, words in (
+        (["--help"], [*LOOP, "explain", "export", "import"]),
+        (["export", "--help"], ["--pair", "--workdir", "--out", "--dtype", "--adapters"]),
+        (["import", "--help"], ["--av", "--ar", "--base", "--injection", "--injection-block", "--out"]),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 0
+        found = capsys.readouterr().out
+        assert all(word in found for word in words)
+    with pytest.raises(SystemExit) as exit:
+        main(["export", "--pair", "a", "--workdir", "b", "--out", "c"])
+    assert exit.value.code == 2
+
+
 def test_the_subject_must_be_the_pairs(finished, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(finished / "pair_warm/av", other)
@@ -229,26 +358,60 @@ WRONG = {
     "no pair": (["explain", "--pair", "nowhere", "--text", "x"], "nowhere"),
     "no text": (["explain", "--pair", "{run}/pair", "--text", " "], "no text"),
     "no such token": (["explain", "--pair", "{run}/pair", "--text", "one", "--tokens", "999"], "Position 999"),
+    "only some sources": (
+        ["extract", "--config.subject.path={subject}", "--config.extract.source.rl=x"], "extract.source.av_sft is empty",
+    ),
+    "data of another subject": (
+        ["extract", "--config.subject.path={run}/pair_warm/av", *sources(Path("{exported}/datasets"))],
+        "base_model is 'subject', expected 'av'",
+    ),
+    "data of another layer": (
+        ["extract", "--config.subject.path={subject}", "--config.subject.layer=0", *sources(Path("{exported}/datasets"))],
+        "layer_index is 1, expected 0; set subject.layer",
+    ),
+    "heldout in training": (
+        ["extract", "--config.subject.path={subject}", *sources(Path("{exported}/datasets"), SPLITS[:3]),
+         "--config.extract.source.heldout={exported}/datasets/rl.parquet"], "must not be trained on",
+    ),
+    "export of no pair": (["export", "--pair", "nowhere", "--out", "{new}"], "nowhere is not a pair"),
+    "export of no run": (["export", "--workdir", "nowhere", "--out", "{new}"], "nowhere holds no trained pair; run `nla rl`"),
+    "export over files": (["export", "--pair", "{run}/pair", "--out", "{run}"], "is not an empty folder"),
+    "export to a file": (["export", "--pair", "{run}/pair", "--out", "{run}/summary.json"], "is not an empty folder"),
+    "export of no adapters": (["export", "--pair", "{run}/pair", "--out", "{new}", "--adapters"], "no LoRA adapters"),
+    "export with a config": (["export", "--pair", "{run}/pair", "--out", "{new}", "--config.seed=1"], "--config.seed=1"),
+    "import of nothing": (["import", "--av", "nowhere", "--ar", "nowhere", "--out", "{new}"], "no model folder nowhere"),
+    "import swapped": (["import", "--av", "{run}/pair/ar", "--ar", "{run}/pair/av", "--out", "{new}"], "were the AV and AR"),
+    "import over files": (["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{run}"], "is not an empty folder"),
+    "unknown injection": (
+        ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{new}", "--injection", "add"],
+        "one of replace, norm_matched_addition; found 'add'",
+    ),
+    "block without injection": (
+        ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{new}", "--injection-block", "1"],
+        "give --injection too",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_gets_one_sentence(case, finished, corpus, tmp_path, capsys):
+def test_wrong_input_gets_one_sentence(case, finished, exported, corpus, tmp_path, capsys):
     arguments, message = WRONG[case]
     text = " ".join(arguments)
-    places = {"subject": finished / "subject", "run": finished}
+    places = {"subject": finished / "subject", "run": finished, "exported": exported, "new": tmp_path / "new"}
     if "{labelled}" in text:
         places["labelled"] = copy_before(finished, tmp_path, "label")
         shutil.rmtree(places["labelled"] / "labels")
     if "{warm}" in text:
         places["warm"] = copy_before(finished, tmp_path, "sft")
     arguments = [argument.format(**places) for argument in arguments]
-    if arguments[0] != "explain":
+    if arguments[0] in LOOP:
         for flag, value in (("--config", CONFIG), ("--workdir", str(tmp_path / "work")), ("--config.corpus.source", str(corpus))):
             if not any(argument.partition("=")[0] == flag for argument in arguments):
                 arguments.append(f"{flag}={value}")
+    capsys.readouterr()
     assert main(arguments) == 1
     found = one_line(capsys)
+    assert not (tmp_path / "new").exists()
     assert any(part in found for part in message.split("|")), found
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import TINY, close
 from nla_jax.models.attention import Segment, attend
-from nla_jax.models.transformer import Transformer, truncate
+from nla_jax.models.transformer import Transformer, empty_cache, truncate
 
 G = 3
 
@@ -20,10 +20,10 @@ def naive_attention(q, segments, scale):
     B, T, M, _ = q.shape
     keys, values, masks = [], [], []
     for s in segments:
-        spread = lambda x: jnp.repeat(jnp.repeat(x, B // len(x), 0), M // x.shape[2], 2)
+        spread = lambda x: jnp.repeat(jnp.repeat(x, B // len(x), 0), M // x.shape[1], 1).swapaxes(1, 2)
         keys.append(spread(s.k))
         values.append(spread(s.v))
-        mask = jnp.broadcast_to(s.mask, (len(s.k) if len(s.mask) > 1 else 1, T, s.k.shape[1]))
+        mask = jnp.broadcast_to(s.mask, (len(s.k) if len(s.mask) > 1 else 1, T, s.k.shape[2]))
         masks.append(jnp.repeat(mask, B // len(mask), 0))
     k, v, mask = jnp.concatenate(keys, 1), jnp.concatenate(values, 1), jnp.concatenate(masks, 2)
     scores = jnp.einsum("btmh,bsmh->bmts", q, k) * scale
@@ -36,7 +36,7 @@ def test_attention_equals_naive_softmax():
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     B, T, M, N, H = 6, 4, 4, 2, 8
     shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T))]
-    segments = [Segment(draw(b, S, N, H), draw(b, S, N, H), rng.random((*m, S)) < 0.6) for b, S, m in shapes]
+    segments = [Segment(draw(b, N, S, H), draw(b, N, S, H), rng.random((*m, S)) < 0.6) for b, S, m in shapes]
     hidden = dataclasses.replace(segments[2], mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
     causal = dataclasses.replace(segments[3], mask=np.tril(np.ones((1, T, T), bool)))
     segments, q = [segments[0], segments[1], hidden, causal], draw(B, T, M, H)
@@ -92,7 +92,7 @@ def test_decoding_equals_full_forward(verbalizer, params, vectors, responses):
     @jax.jit
     def decoded(params, vectors):
         past, first = verbalizer.read_prompt(params, vectors)
-        cache = (jnp.zeros((TINY.layers, 2 * G, 5, TINY.kv_heads, TINY.head_dim)),) * 2
+        cache = empty_cache(TINY, 2 * G, 5)
 
         def step(cache, t):
             x = verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(responses, t, 1, 1))

@@ -1,18 +1,24 @@
 """Activations of a corpus as Parquet shards: fixed-size float32 lists, one file per split and shard, each with a sidecar."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
 from nla_jax.data.corpus import Document
 from nla_jax.errors import InputError
 from nla_jax.subject import Activations, Subject, activations_at
+
+VECTORS = "activation_vector"
+SIDECAR = ".nla_meta.yaml"  # behind the name of a Parquet file
+BATCH = 1024  # rows that are read at a time
 
 
 def sample_positions(document_id: str, candidates: Sequence[int], count: int, seed: int) -> list[int]:
@@ -39,11 +45,9 @@ def extract_documents(
 
 def activation_table(activations: Activations, layer: int) -> pa.Table:
     """The reference's columns, and `token` and `following` for people who look at rows."""
-    d = activations.vectors.shape[1]
-    flat = pa.array(activations.vectors.astype(np.float32).reshape(-1))
     return pa.table(
         {
-            "activation_vector": pa.FixedSizeListArray.from_arrays(flat, d),
+            VECTORS: list_column(activations.vectors.astype(np.float32, copy=False)),
             "doc_id": pa.array(activations.doc_ids, pa.string()),
             "n_raw_tokens": pa.array(activations.positions + 1, pa.int32()),
             "activation_layer": pa.array(np.full(len(activations), layer, np.int32)),
@@ -54,24 +58,79 @@ def activation_table(activations: Activations, layer: int) -> pa.Table:
     )
 
 
+# Vectors: NumPy and Arrow, never Python lists
+
+
+def list_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """`[n, d]` as a column of fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+
+
+def list_vectors(column: pa.Array, width: int, place: Path) -> np.ndarray:
+    """A column of lists, of fixed size or not, as `[n, width]` float32.
+
+    Raises `InputError`, naming `place`, for another type or width, missing rows or numbers, NaN and infinite values."""
+    kind, wrong = column.type, None
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        wrong = f"is {kind}"
+    elif not pa.types.is_floating(kind.value_type):
+        wrong = f"holds lists of {kind.value_type}"
+    elif column.null_count or column.flatten().null_count:
+        wrong = "has missing values"
+    elif found := set(pc.unique(pc.list_value_length(column)).to_pylist()) - {width}:
+        wrong = f"holds vectors of {min(found)} numbers"
+    else:
+        with np.errstate(over="ignore"):  # becomes infinite
+            vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, width)
+        if np.isfinite(vectors).all():
+            return vectors
+        wrong = "holds NaN or infinite values"
+    raise InputError(f"{place}: {VECTORS} {wrong}, expected {width} finite floating point numbers a row.")
+
+
+def mapped_vectors(files: Sequence[Path]) -> np.memmap:
+    """The vectors of all shards of a split, `[n, d]` float32, mapped from a `.npy` file beside them that the first use writes.
+    Its name depends on the sizes and times of the shards: changed shards are decoded anew."""
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    split = files[0].name.rsplit("-", 3)[0]
+    path = files[0].with_name(f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}.npy")
+    if not path.exists():
+        for stale in path.parent.glob(f"{split}-*.npy"):
+            stale.unlink()
+        with readable(files[0]):
+            width = pq.read_schema(files[0]).field(VECTORS).type.list_size
+        shape = (sum(map(row_count, files)), width)
+        scratch = path.with_name(path.name + ".incomplete")
+        with open(scratch, "wb") as out:  # written, not mapped: a full disk is an error then, and no crash
+            np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for file in files:
+                for batch in read_batches(file, [VECTORS]):
+                    out.write(np.ascontiguousarray(list_vectors(batch.column(0), width, file)))
+        os.replace(scratch, path)
+    return np.load(path, mmap_mode="r")
+
+
+# Files
+
+
 def write_table(table: pa.Table, path: Path, sidecar: dict | None = None) -> None:
-    """Writes a Parquet file (its sidecar first), which appears under its name only once it is complete."""
+    """Writes a Parquet file, see `write_tables`."""
+    write_tables(table.schema, [table], path, sidecar)
+
+
+def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: Path, sidecar: dict | None = None) -> None:
+    """Writes a Parquet file (its sidecar first), one row group or more a table; it appears under its name only once it is
+    complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if sidecar is not None:
-        path.with_name(path.name + ".nla_meta.yaml").write_text(
+        path.with_name(path.name + SIDECAR).write_text(
             yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
     scratch = path.with_name(path.name + ".incomplete")
-    pq.write_table(table, scratch)
+    with pq.ParquetWriter(scratch, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
     os.replace(scratch, path)
-
-
-def read_column_vectors(table: pa.Table, column: str = "activation_vector") -> np.ndarray:
-    """A fixed-size list column as `[n, d]` float32, without passing through Python lists."""
-    array = table.column(column).combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1).astype(np.float32, copy=False)
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
@@ -87,10 +146,35 @@ def shards_of(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file; `InputError` where it is missing, damaged or lacks a column."""
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises `InputError` where the Parquet file is missing, damaged or lacks a column."""
     try:
-        return pq.read_table(path, columns=columns)
-    except (OSError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        yield
+    except (OSError, KeyError, pa.ArrowException) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path} cannot be read as a Parquet file with the columns expected ({reason}).") from None
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file, or some of its columns; see `readable`."""
+    with readable(path):
+        return pq.read_table(path, columns=columns)
+
+
+def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Columns of a Parquet file, `BATCH` rows at a time; see `readable`."""
+    with readable(path), pq.ParquetFile(path, memory_map=True) as file:
+        yield from file.iter_batches(BATCH, columns=columns)
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names of a Parquet file's columns; see `readable`."""
+    with readable(path):
+        return pq.read_schema(path).names
+
+
+def row_count(path: Path) -> int:
+    """The number of rows of a Parquet file; see `readable`."""
+    with readable(path):
+        return pq.read_metadata(path).num_rows

@@ -28,6 +28,8 @@ def evaluate(run: Run) -> None:
             return
         run.require("rl")
         rows = spread(load_rows(run.workdir, "heldout"), c.rows)
+        doc_ids, labels = rows.column("doc_id"), rows.column("api_explanation")
+        contexts, tokens, following = map(rows.column, ("detokenized_text_truncated", "token", "following"))
         warm, pair = (load_pair(run.workdir / name, **run.config.compute) for name in ("pair_warm", "pair"))
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
         progress = Progress("evaluate", 10 + len(curve))
@@ -56,8 +58,8 @@ def evaluate(run: Run) -> None:
 
         recon = pair.reconstruct(rl_texts, batch=c.batch)
         rl_scores, warm_scores = row_fve(recon, rows.vectors), scores(warm_texts, warm)
-        gold_scores = scores(rows.labels)
-        shuffled_scores = scores([rl_texts[i] for i in derangement(rows.doc_ids, run.config.seed)])
+        gold_scores = scores(labels)
+        shuffled_scores = scores([rl_texts[i] for i in derangement(doc_ids, run.config.seed)])
         silent_scores = scores(silent_texts)
         empty = float(row_fve(pair.reconstruct([""] * 2)[[0] * len(rows)], rows.vectors).mean())
         prefixes = [float(scores(cut(pair, rl_texts, n)).mean()) for n in curve]
@@ -65,7 +67,7 @@ def evaluate(run: Run) -> None:
 
         lengths = [len(ids) for ids in pair.prompts.tokenizer(rl_texts, add_special_tokens=False).input_ids]
         cosine = pair_cosine(recon, rows.vectors)
-        interval = lambda s: list(clustered_interval(s, rows.doc_ids))
+        interval = lambda s: list(clustered_interval(s, doc_ids))
         result["summary"] = {
             "fve_warm": float(warm_scores.mean()),
             "fve_warm_ci95": interval(warm_scores),
@@ -75,7 +77,7 @@ def evaluate(run: Run) -> None:
             "fve_rl_temperature_1": float(scores(drawn_texts).mean()),
             "fve_rl_meannorm": fve(recon, rows.vectors, "meannorm"),
             "fve_gold_text": float(gold_scores.mean()),
-            "fve_gold_text_warm": float(scores(rows.labels, warm).mean()),
+            "fve_gold_text_warm": float(scores(labels, warm).mean()),
             "fve_shuffled": float(shuffled_scores.mean()),
             "fve_empty": empty,
             "fve_no_injection": float(silent_scores.mean()),
@@ -83,21 +85,21 @@ def evaluate(run: Run) -> None:
             "extraction_rate": float(np.mean([text != "" for text in rl_texts])),
             "extraction_rate_warm": float(np.mean([text != "" for text in warm_texts])),
             "mean_length": float(np.mean(lengths)),
-            "heldout_documents": len(set(rows.doc_ids)),
+            "heldout_documents": len(set(doc_ids)),
             "heldout_rows": len(rows),
         }
-        picked = example_rows(rows.doc_ids, c.examples)
+        picked = example_rows(doc_ids, c.examples)
         page = {
             "prefix_curve": {"tokens": curve, "fve": prefixes},
             "row_fve": {"warm": warm_scores.tolist(), "rl": rl_scores.tolist(), "shuffled": shuffled_scores.tolist()},
             "lengths": lengths,
             "examples": [
                 {
-                    "document": rows.doc_ids[i],
-                    "context": rows.texts[i].removesuffix(rows.tokens[i]),
-                    "token": rows.tokens[i],
-                    "after": rows.following[i],
-                    "label": rows.labels[i],
+                    "document": doc_ids[i],
+                    "context": contexts[i].removesuffix(tokens[i]),
+                    "token": tokens[i],
+                    "after": following[i],
+                    "label": labels[i],
                     "warm": warm_texts[i],
                     "rl": rl_texts[i],
                     "fve_warm": float(warm_scores[i]),

@@ -22,12 +22,13 @@ MASKED = -1e30  # a finite stand-in for -inf: a segment without visible keys get
 class Segment:
     """Keys and values that queries may read.
 
-    `k, v`: `[b, S, N, H]` (N key/value heads), or `[L, b, S, N, H]` for all layers of a model together.
+    `k, v`: `[b, N, S, H]` (N key/value heads), or `[L, b, N, S, H]` for all layers of a model together: heads before
+    positions, so that no read of a cache has to transpose it.
     `mask`: `[b or 1, T or 1, S]`, True where query t may read key s. `start`: the position of its first key.
     """
 
-    k: Float[Array, "*L b S N H"]
-    v: Float[Array, "*L b S N H"]
+    k: Float[Array, "*L b N S H"]
+    v: Float[Array, "*L b N S H"]
     mask: Bool[Array, "b|1 T|1 S"]
     start: int = struct.field(pytree_node=False, default=0)
 
@@ -62,13 +63,13 @@ def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
 def _partial(q, segment: Segment, scale: float, cap: float | None):
     """One segment's maximum `[B, T, M]`, sum of exponentials `[B, T, M]` and unnormalised values `[B, T, M, H]`."""
     B, T, M, H = q.shape
-    b, S, N, _ = segment.k.shape
+    b, N, S, _ = segment.k.shape
     q = q.reshape(b, B // b, T, N, M // N, H)
-    scores = scale * jnp.einsum("brtngh,bsnh->bngrts", q, segment.k, preferred_element_type=jnp.float32)
+    scores = scale * jnp.einsum("brtngh,bnsh->bngrts", q, segment.k, preferred_element_type=jnp.float32)
     scores = jnp.where(segment.mask[:, None, None, None], soft_cap(scores, cap), MASKED)
     # The merged result does not depend on the reference point, so no gradient need flow through it.
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.exp(scores - top[..., None])
-    out = jnp.einsum("bngrts,bsnh->brtngh", weights.astype(q.dtype), segment.v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bngrts,bnsh->brtngh", weights.astype(q.dtype), segment.v, preferred_element_type=jnp.float32)
     rows = lambda x: x.transpose(0, 3, 4, 1, 2).reshape(B, T, M)
     return rows(top), rows(weights.sum(-1)), out.reshape(B, T, M, H)

@@ -116,7 +116,7 @@ def batch_sharded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 class Block(nn.Module):
     """One pre-norm block. The carry is `(x, cache)`: the residual stream `[B, T, D]` and, when decoding, the keys and
-    values `[L, B, R, N, H]` of all layers (as scan carry the cache is updated in place; as scan input and output it
+    values `[L, B, N, R, H]` of all layers (as scan carry the cache is updated in place; as scan input and output it
     would exist twice). `kind` says which of the stacked `masks` (one stack a segment, the own one last) and `ropes` this
     layer uses: 0 global, 1 local. `edit(x, layer)`, where there is one, changes the stream behind the block."""
 
@@ -141,9 +141,9 @@ class Block(nn.Module):
             if c.qk_norm:
                 q, k = head_norm("q_norm")(q), head_norm("k_norm")(k)
             q, k = rotate(q, ropes[kind]), rotate(k, ropes[kind])
-            own_k, own_v = k, v
+            k, v = own_k, own_v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
             if cache is not None:
-                write = lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, offset, 0, 0))
+                write = lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, 0, offset, 0))
                 cache = write(cache[0], k), write(cache[1], v)
                 own_k, own_v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
             all_kv = [*past_kv, (own_k, own_v)]
@@ -209,9 +209,9 @@ class Transformer(nn.Module):
     def decode(
         self, x: Float[Array, "B 1 D"], past: tuple[Segment, ...], cache: tuple[Array, Array], start: int, index: Array
     ) -> tuple[Float[Array, "B 1 D"], tuple[Array, Array]]:
-        """One token, at position `start + index`: writes its keys and values to slot `index` of `cache` (two arrays
-        `[L, B, R, N, H]`), attends to `past` and to the slots up to `index`; returns the residual stream and the cache."""
-        own = Segment(None, None, (jnp.arange(cache[0].shape[2]) <= index)[None, None], start)
+        """One token, at position `start + index`: writes its keys and values to slot `index` of `cache`
+        (`empty_cache`), attends to `past` and to the slots up to `index`; returns the residual stream and the cache."""
+        own = Segment(None, None, (jnp.arange(cache[0].shape[3]) <= index)[None, None], start)
         return self._run((x, cache), past, own, (start + index)[None], index, None)[0]
 
     def _run(self, carry, past, own: Segment, positions: Int[Array, "T"], offset, edit):
@@ -241,6 +241,11 @@ class Transformer(nn.Module):
         """The plain language model: logits of the token after each position."""
         hidden, _ = self(self.embed(tokens))
         return self.logits(hidden)
+
+
+def empty_cache(config: TransformerConfig, batch: int, length: int) -> tuple[Array, Array]:
+    """Keys and values for `decode` to fill, `[L, B, N, R, H]` each."""
+    return (jnp.zeros((config.layers, batch, config.kv_heads, length, config.head_dim), config.dtype),) * 2
 
 
 def init_params(model: Transformer, rng: Array) -> dict:
