@@ -148,10 +148,12 @@ class Verbalizer:
 class Reconstructor:
     """The AR: K+1 blocks without final norm, then a linear map read at the last real token.
 
-    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. With `lora`, the backbone
-    that is trained is an adapter (the head is trained whole), which `assemble` joins to the frozen base."""
+    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. `prefix`: token ids with which
+    every input begins. With `lora`, the backbone that is trained is an adapter (the head is trained whole), which `assemble`
+    joins to the frozen base."""
 
     model: Transformer
+    prefix: tuple[int, ...] = ()
     lora: Lora | None = None
 
     def init_params(self, backbone: dict) -> dict:
@@ -173,7 +175,11 @@ class Reconstructor:
         return {"backbone": backbone, "head": params["head"]}
 
     def reconstruct(self, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
-        """ĥ from right-padded token rows, read at index `length - 1`; raw (not normalised), float32."""
-        hidden = residual(self.model, params["backbone"], tokens)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return last @ params["head"].astype(jnp.float32)
+        """ĥ from right-padded token rows, each beginning with `prefix` (which runs once, at batch 1), read at index
+        `length - 1`; raw (not normalised), float32."""
+        backbone, P = {"params": params["backbone"]}, len(self.prefix)
+        embed = lambda tokens: self.model.apply(backbone, tokens, method="embed")
+        past = (self.model.apply(backbone, embed(jnp.asarray([self.prefix])))[1],) if P else ()
+        hidden, _ = self.model.apply(backbone, embed(tokens[:, P:]), past, P)
+        last = jnp.take_along_axis(hidden, (lengths - 1 - P)[:, None, None], axis=1)[:, 0]
+        return last.astype(jnp.float32) @ params["head"].astype(jnp.float32)

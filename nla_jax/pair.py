@@ -307,4 +307,4 @@ def _models(
         Transformer(config), prefix, suffix, end_of_turn(prompts.tokenizer), sidecar.injection_scale, sidecar.injection,
         slots, av_lora,
     )  # fmt: skip
-    return verbalizer, Reconstructor(Transformer(truncated), ar_lora), prompts
+    return verbalizer, Reconstructor(Transformer(truncated), prompts.reconstructor_prefix, ar_lora), prompts

@@ -1,6 +1,7 @@
 """Text and token ids on the host: the AV's prompt, explanation tags, and the AR's template."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 
@@ -121,18 +122,35 @@ class Prompts:
         matches = [EXPLANATION.fullmatch(text) if done else None for text, done in zip(texts, finished)]
         return [match[1] or None if match else None for match in matches]
 
+    @functools.cached_property
+    def reconstructor_prefix(self) -> tuple[int, ...]:
+        """The ids with which every input of the AR begins, whatever the explanation: those of the template up to the last
+        space before it, behind which tokens may merge with the explanation's first characters."""
+        ids, whole = self._ids([self._head])[0], self._ids([self.reconstructor_template])[0]
+        return tuple(ids) if whole[: len(ids)] == ids else ()
+
+    @property
+    def _head(self) -> str:
+        return self.reconstructor_template.partition("{explanation}")[0].rpartition(" ")[0]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=self.special_tokens, verbose=False).input_ids if texts else []
+
     def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one (unless
-        `special_tokens` is off). Where the ids outnumber `limit`, the explanation loses its last characters; the template stays whole."""
-        template, tokenizer = self.reconstructor_template, self.tokenizer
-        finished = lambda texts: (
-            tokenizer(
-                [template.replace("{explanation}", t) for t in texts],
-                add_special_tokens=self.special_tokens,
-                verbose=False,
-            ).input_ids
-        )
-        rows = finished(explanations) if explanations else []
+        `special_tokens` is off), beginning with `reconstructor_prefix`. Where the ids outnumber `limit`, the explanation loses
+        its last characters; the template stays whole."""
+        prefix = list(self.reconstructor_prefix)
+
+        def finished(explanations):
+            texts = [self.reconstructor_template.replace("{explanation}", text) for text in explanations]
+            rows = self._ids(texts)
+            for i, row in enumerate(rows):
+                if row[: len(prefix)] != prefix:  # this tokenizer merges across the space: tokenise both sides apart
+                    rows[i] = prefix + plain_ids(self.tokenizer, [texts[i][len(self._head) :]])[0]
+            return rows
+
+        rows = finished(explanations)
         for i, row in enumerate(rows if limit else []):
             text = explanations[i]
             while len(row) > limit:

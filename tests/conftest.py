@@ -67,18 +67,20 @@ def close(actual, expected, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
 
 
-def joint_batch(vectors: np.ndarray, group: int, R: int, T: int) -> JointBatch:
+def joint_batch(pair: Pair, vectors: np.ndarray, group: int, R: int, T: int) -> JointBatch:
     """A made-up rollout: responses and texts of several lengths, some of them failed."""
     rng = np.random.default_rng(0)
     B = len(vectors) * group
-    lengths = rng.integers(1, R + 1, B)
+    lengths, prefix = rng.integers(1, R + 1, B), pair.reconstructor.prefix
+    texts = rng.integers(4, TINY.vocab_size, (B, T)).astype(np.int32)
+    texts[:, : len(prefix)] = prefix
     return JointBatch(
         vectors=vectors,
         responses=rng.integers(4, TINY.vocab_size, (B, R)).astype(np.int32),
         response_mask=np.arange(R) < lengths[:, None],
         sampler_logprobs=-rng.random((B, R)).astype(np.float32),
-        texts=rng.integers(4, TINY.vocab_size, (B, T)).astype(np.int32),
-        text_lengths=rng.integers(1, T + 1, B).astype(np.int32),
+        texts=texts,
+        text_lengths=rng.integers(1 + len(prefix), T + 1, B).astype(np.int32),
         valid=np.arange(B) % 5 != 1,
     )
 

@@ -9,11 +9,45 @@ import parity
 import pytest
 
 from conftest import close
+from nla_jax.autoencoder import Reconstructor
 from nla_jax.models.pretrained import load_params, read_config
 from nla_jax.models.transformer import Transformer, empty_cache
 
 PREFIX, SUFFIX, RESPONSE = 5, 4, 9  # tokens; windows of 6 end inside each of the three
 A, G = 2, 3
+
+
+def run(model: Transformer, params: dict, tokens, past=(), start: int = 0):
+    return model.apply({"params": params}, model.apply({"params": params}, tokens, method="embed"), past, start)
+
+
+def read_past(model: Transformer, prefix, suffix, params: dict):
+    """The segments of a prefix read once, and of a suffix read once per activation."""
+    _, first = run(model, params, prefix)
+    return first, run(model, params, suffix, (first,), PREFIX)[1]
+
+
+@pytest.mark.parametrize("family", parity.FAMILIES)
+def test_a_shared_prefix_of_the_reconstructor_changes_nothing(family):
+    """Values and gradients, where the prefix runs once and where every row runs whole."""
+    config = read_config(parity.GOLDEN / family)
+    rng = np.random.default_rng(1)
+    tokens, lengths = rng.integers(0, config.vocab_size, (6, 12)), np.array([6, 12, 7, 9, 12, 8])
+    tokens[:, :PREFIX] = tokens[0, :PREFIX]
+    whole = Reconstructor(Transformer(config))
+    shared = Reconstructor(Transformer(config), tuple(tokens[0, :PREFIX].tolist()))
+    backbone = load_params(parity.GOLDEN / family, config, truncated=True)
+    params = whole.init_params(backbone) | {"head": rng.normal(size=(config.width,) * 2).astype(np.float32)}
+    weight = rng.normal(size=(6, config.width))
+
+    def both(reconstructor):
+        def loss(params):
+            found = reconstructor.reconstruct(params, tokens, lengths)
+            return jnp.sum(weight * found), found
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    close(both(shared), both(whole), 1e-5)
 
 
 @pytest.mark.parametrize("family", parity.FAMILIES)
@@ -24,35 +58,31 @@ def test_segments_and_decoding_equal_the_full_forward(family):
     draw = lambda *shape: rng.integers(0, config.vocab_size, shape)
     prefix, suffix, responses = draw(1, PREFIX), draw(A, SUFFIX), draw(A * G, RESPONSE)
     apply = functools.partial(model.apply, {"params": params})
-    embed = functools.partial(apply, method="embed")
+    past = functools.partial(read_past, model, prefix, suffix)
 
-    @jax.jit
-    def full():
+    def full(params):
         rows = np.concatenate([prefix.repeat(A * G, 0), suffix.repeat(G, 0), responses], 1)
-        return apply(embed(rows))[0][:, PREFIX + SUFFIX :]
+        return run(model, params, rows)[0][:, PREFIX + SUFFIX :]
 
-    @jax.jit
-    def past():
-        _, first = apply(embed(prefix))
-        _, second = apply(embed(suffix), (first,), PREFIX)
-        return first, second
+    def segmented(params):
+        return run(model, params, responses, past(params), PREFIX + SUFFIX)[0]
 
-    @jax.jit
-    def segmented():
-        return apply(embed(responses), past(), PREFIX + SUFFIX)[0]
+    weight = rng.normal(size=(A * G, RESPONSE, config.width))
+    gradient = lambda states: jax.jit(jax.grad(lambda p: jnp.sum(weight * states(p))))(params)
+    expected = jax.jit(full)(params)
+    close(jax.jit(segmented)(params), expected, 1e-5)
+    close(gradient(segmented), gradient(full), 1e-5)
 
     @jax.jit
     def decoded():
-        segments = past()
+        segments = past(params)
         cache = empty_cache(config, A * G, RESPONSE)
 
         def step(cache, index):
-            x = embed(jax.lax.dynamic_slice_in_dim(jnp.asarray(responses), index, 1, 1))
+            x = apply(jax.lax.dynamic_slice_in_dim(jnp.asarray(responses), index, 1, 1), method="embed")
             x, cache = apply(x, segments, cache, PREFIX + SUFFIX, index, method="decode")
             return cache, x[:, 0]
 
         return jax.lax.scan(step, cache, jnp.arange(RESPONSE))[1].swapaxes(0, 1)
 
-    expected = full()
-    close(segmented(), expected, 1e-5)
     close(decoded(), expected, 1e-5)

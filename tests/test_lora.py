@@ -136,7 +136,7 @@ def joint_step(pair: Pair) -> JointStep:
 
 def test_adapter_gradients_are_those_of_the_merged_weights(adapters, vectors):
     """d/dA and d/dB by the chain rule from the gradient of the plain model: dB = scale · Aᵀ dW, dA = scale · dW Bᵀ."""
-    batch = joint_batch(vectors, 2, 6, 9)
+    batch = joint_batch(adapters, vectors, 2, 6, 9)
     whole = adapters.merged()
     frozen = Frozen(lively(LORA, seed=5), adapters.base)
     plain_frozen = Frozen(LORA.merge(adapters.base, frozen.reference))

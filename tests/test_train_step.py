@@ -23,8 +23,8 @@ KEEP_GRADIENT = optax.chain(optax.trace(0.0), optax.scale(-0.02))  # its state i
 
 
 @pytest.fixture(scope="module")
-def batch(vectors) -> JointBatch:
-    return joint_batch(vectors, G, R, T)
+def batch(pair, vectors) -> JointBatch:
+    return joint_batch(pair, vectors, G, R, T)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,7 @@ def test_failed_rows_teach_the_verbalizer_but_not_the_reconstructor(step, state,
     rng = np.random.default_rng(1)
     failed = ~batch.valid
     others = np.where(failed[:, None], rng.integers(4, TINY.vocab_size, (B, T)), batch.texts).astype(np.int32)
+    others[:, 0] = batch.texts[:, 0]  # the AR's prefix
     new, _ = step(state, Frozen(reference), batch.replace(texts=others))
     close(gradients(new), gradients(result[0]), 1e-6)  # their texts are not read, by reward or AR
     masked = batch.replace(response_mask=batch.response_mask & batch.valid[:, None])
