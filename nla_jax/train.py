@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from nla_jax.autoencoder import Injection
 from nla_jax.checkpoint import Checkpoints
-from nla_jax.data.batches import pad_tokens, rows_of_step
+from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.errors import InputError
 from nla_jax.evaluate.fve import fve, normalised
@@ -57,7 +57,7 @@ def sft(run: Run) -> None:
         step = SupervisedStep(verbalizer_loss(pair.verbalizer), make_optimizer(c.av.optimizer, c.av.steps))
         av = fit(
             run.workdir / "train/sft_av", "sft av", step, pair.verbalizer_params, pair.verbalizer.abstract_params(), run.mesh,
-            lambda step: text_batch(tokens, lengths, av_rows.vectors, kept, step, c.av.batch, run.config.seed),
+            text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed),
             c.av.steps, c.checkpoint_every, base=pair.base,
         )  # fmt: skip
 
@@ -68,7 +68,7 @@ def sft(run: Run) -> None:
         step = SupervisedStep(reconstructor_loss(pair.reconstructor), make_optimizer(c.ar.optimizer, c.ar.steps))
         ar = fit(
             run.workdir / "train/sft_ar", "sft ar", step, pair.reconstructor_params, pair.reconstructor.abstract_params(),
-            run.mesh, lambda step: text_batch(ar_tokens, ar_lengths, ar_rows.vectors, every, step, c.ar.batch, run.config.seed),
+            run.mesh, text_batches(ar_tokens, ar_lengths, ar_rows.vectors, every, c.ar.batch, run.config.seed),
             c.ar.steps, c.checkpoint_every, base=pair.base,
         )  # fmt: skip
 
@@ -139,10 +139,15 @@ def fixed_width(pieces: Iterable[list[list[int]]], width: int) -> tuple[np.ndarr
     return np.concatenate(padded)[kept, : -(-lengths.max() // 8) * 8], lengths, kept
 
 
-def text_batch(tokens, lengths, vectors, kept, step: int, batch: int, seed: int) -> TextBatch:
-    """The batch of a step; `kept` says which of the `vectors` the rows of `tokens` belong to."""
-    rows = rows_of_step(len(tokens), batch, step, seed)
-    return TextBatch(tokens[rows], lengths[rows], vectors[kept[rows]])
+def text_batches(tokens, lengths, vectors, kept, batch: int, seed: int) -> Callable[[int], TextBatch]:
+    """The batch of each step, of rows of similar length; `kept` says which of the `vectors` the rows of `tokens` belong to."""
+    batches = LengthBatches(lengths, batch, seed)
+
+    def of_step(step: int) -> TextBatch:
+        rows = batches.rows(step)
+        return TextBatch(tokens[rows, : batches.width(rows)], lengths[rows], vectors[kept[rows]])
+
+    return of_step
 
 
 def reconstructor_width(prompts: Prompts, max_new_tokens: int) -> int:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from conftest import SENTENCES, TINY, close, one_sentence
-from nla_jax.data.batches import pad_tokens, rows_of_step, text_windows
+from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step, text_windows
 from nla_jax.data.corpus import Document
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.data.extraction import (
@@ -27,7 +27,7 @@ from nla_jax.errors import InputError
 from nla_jax.evaluate.evaluation import derangement
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
 from nla_jax.subject import extract, load_subject
-from nla_jax.train import fixed_width, norm_and_variance, text_batch
+from nla_jax.train import fixed_width, norm_and_variance, text_batches
 
 LAYER = 1
 
@@ -56,6 +56,27 @@ def test_batches_are_a_function_of_seed_and_step():
     assert (np.diff(window.tokens, axis=1) == 1).all() and window.tokens.shape == (4, 10)
     # A stream of one window has one place.
     assert text_windows(stream[:10], 0, 2, 10, seed=0).tokens.tolist() == [list(range(10))] * 2
+
+
+@pytest.mark.parametrize("n", [1000, 1003])
+def test_batches_of_similar_length(n):
+    """Every epoch reads every row once; a batch depends on (seed, step) alone; little padding, few shapes."""
+    lengths = np.clip(np.random.default_rng(0).normal(100, 25, n), 10, 150).astype(int)
+    batches, batch = LengthBatches(lengths, 16, seed=1), 16
+    rows = np.concatenate([batches.rows(step) for step in range(2 * n // batch)])
+    for epoch in (rows[:n], rows[n : 2 * n]):
+        assert len(np.unique(epoch)) == len(epoch)
+    assert not np.array_equal(rows[:500], rows[n : n + 500])
+    np.testing.assert_array_equal(LengthBatches(lengths, 16, seed=1).rows(70), batches.rows(70))
+    assert not np.array_equal(LengthBatches(lengths, 16, seed=2).rows(70), batches.rows(70))
+    cut = [batches.rows(step) for step in range(n // batch)]
+    widths = [batches.width(rows) for rows in cut]
+    assert all(lengths[rows].max() <= width <= 152 + 16 for rows, width in zip(cut, widths))
+    real, padded = sum(lengths[rows].sum() for rows in cut), sum(widths) * batch
+    assert 1 - real / padded < 0.15 and len(set(widths)) <= 8
+    # Lengths do not come in order: the batches of a window are shuffled.
+    assert np.abs(np.diff([lengths[rows].mean() for rows in cut])).mean() > 10
+
 
 
 def test_pad_tokens():
@@ -292,7 +313,7 @@ def test_batches_come_from_the_mapped_vectors(workdir):
     tokens, lengths, kept = fixed_width(iter([ids[:4], ids[4:]]), 8)
     assert kept.tolist() == [n for n in range(15) if n != 5] and tokens.shape == (14, 8)
     for step in range(4):
-        batch = text_batch(tokens, lengths, rows.vectors, kept, step, 6, seed=0)
+        batch = text_batches(tokens, lengths, rows.vectors, kept, 6, seed=0)(step)
         assert np.array_equal(batch.tokens[:, 0], batch.vectors[:, 0]) and 5 not in batch.tokens
     with pytest.raises(InputError, match="14 of 15 labels need more than prompts.max_new_tokens = 1 tokens") as error:
         fixed_width([[[1]], [[1, 2]] * 14], 1)

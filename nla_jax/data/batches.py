@@ -19,6 +19,39 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
+class LengthBatches:
+    """Batches of rows of similar length, `lengths [n]`: as `rows_of_step`, but each epoch's permutation is sorted by length
+    within windows of `WINDOW` batches, whose order is then shuffled."""
+
+    WINDOW = 32
+
+    def __init__(self, lengths: np.ndarray, batch: int, seed: int):
+        self.lengths, self.batch, self.seed = lengths, batch, seed
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The row numbers of step `step` (from 0)."""
+        n = len(self.lengths)
+        places = np.arange(step * self.batch, (step + 1) * self.batch)
+        return np.array([self.order(epoch)[place] for epoch, place in zip(places // n, places % n)])
+
+    def width(self, rows: np.ndarray) -> int:
+        """The padded length of a batch: its longest row's, rounded up to an eighth of the longest of all rows (so that programs
+        are compiled for at most eight shapes) and to a multiple of 8."""
+        piece = -(-int(self.lengths.max()) // 64) * 8
+        return -(-int(self.lengths[rows].max()) // piece) * piece
+
+    def _order(self, epoch: int) -> np.ndarray:
+        rows, pieces = _permutation(len(self.lengths), self.seed, epoch), []
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch + (1 << 32)]))
+        for start in range(0, len(rows), self.WINDOW * self.batch):
+            window = rows[start : start + self.WINDOW * self.batch]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+            whole, rest = np.split(window, [len(window) // self.batch * self.batch])
+            pieces += [rng.permutation(whole.reshape(-1, self.batch)).reshape(-1), rest]
+        return np.concatenate(pieces)
+
+
 def pad_tokens(
     rows: Sequence[Sequence[int]], length: int | None = None, multiple: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
