@@ -96,6 +96,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--injection", help="replace or norm_matched_addition (default: what the AV's sidecar names)")
     sub.add_argument("--injection-block", type=int, help="behind which block, from 0 (default -1: input embeddings)")
     sub.add_argument("--out", required=True, help="a new or empty folder")
+
+    from nla_jax.benchmark.settings import add_arguments
+
+    add_arguments(verb("benchmark", benchmark, "how fast the programs run at any shape, with random weights"))
     return parser
 
 
@@ -223,6 +227,13 @@ def import_pair(arguments: argparse.Namespace) -> None:
         raise InputError("--injection-block says where, but not how; give --injection too.")
     load_pair(arguments.av, arguments.ar, base=arguments.base, injection=injection).merged().save(out)
     print_written(out)
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    """Times a program of the package: JSON on standard output, an account of it on standard error."""
+    from nla_jax.benchmark.measure import run
+
+    run(arguments)
 
 
 def empty_folder(name: str) -> Path:
