@@ -13,9 +13,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """Variants: "" (start from the shipped subject), "subject" (train the subject from scratch), "tiny" (a test's size)."""
     c = ConfigDict()
     c.seed = 0
-    c.compute = ConfigDict(
-        dict(dtype="float32", remat="")
-    )  # on TPU and GPU: bfloat16, and a jax.checkpoint_policies name
+    # On TPU and GPU: bfloat16. `remat` names a policy of jax.checkpoint_policies: what blocks keep for the backward pass.
+    c.compute = ConfigDict(dict(dtype="float32", remat="dots_with_no_batch_dims_saveable"))
     c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
 
     # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
