@@ -97,9 +97,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--injection-block", type=int, help="behind which block, from 0 (default -1: input embeddings)")
     sub.add_argument("--out", required=True, help="a new or empty folder")
 
+    from nla_jax import plan
     from nla_jax.benchmark.settings import add_arguments
 
     add_arguments(verb("benchmark", benchmark, "how fast the programs run at any shape, with random weights"))
+    plan.add_arguments(
+        verb("plan", plan.main, "what a study needs on a TPU slice, from its programs compiled without one")
+    )
     return parser
 
 

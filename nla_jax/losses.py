@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nla_jax.models.transformer import Transformer
+from nla_jax.models.transformer import Transformer, batch_sharded, batch_ways, whole_head
 
 FAILED_REWARD = -2.0  # truncated or unparsable responses: below every good reconstruction, and trained on
 
@@ -47,12 +47,17 @@ def token_statistics(
     *,
     temperature: float = 1.0,
     reference: tuple[dict, Float[Array, "B R D"]] | None = None,
-    chunk: int = 2048,
+    chunk: int = 1024,
 ) -> TokenStatistics:
     """Statistics of `targets` under softmax(logits(hidden) / temperature); `reference` is another model's parameters and
-    its states at the same tokens. Works through `chunk` tokens at a time and recomputes logits in the backward pass:
-    never `[B·R, V]` at once. The KL is exact (a sum over the vocabulary), so its gradient has no sampling noise and
-    nothing in it can overflow as the k3 estimator does."""
+    its states at the same tokens. Works through `chunk` tokens a device at a time and recomputes logits in the backward pass:
+    never `[B·R, V]` at once. Chunks are cut along the responses: cut along the batch, which lies across the devices, a chunk
+    would stand on few of them. The KL is exact (a sum over the vocabulary), so its gradient has no sampling noise and nothing
+    in it can overflow as the k3 estimator does."""
+
+    params = whole_head(params, model.config)
+    if reference is not None:
+        reference = whole_head(reference[0], model.config), reference[1]
 
     def log_softmax(params, hidden):
         return jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits") / temperature)
@@ -67,12 +72,18 @@ def token_statistics(
         chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
         return TokenStatistics(chosen, -jnp.sum(p * logp, -1), kl)
 
-    shape, N = targets.shape, targets.size
-    chunk = min(chunk, N)
-    rows = lambda x: jnp.pad(x.reshape(N, -1), ((0, -N % chunk), (0, 0))).reshape(-1, chunk, x.size // N)
-    inputs = rows(hidden), rows(targets)[..., 0], rows(hidden if reference is None else reference[1])
+    B, R = targets.shape
+    c = min(R, max(1, chunk * batch_ways() // B))
+
+    def chunks(x):  # [B, R, ...] -> [R/c, B·c, ...]
+        x = jnp.pad(x, ((0, 0), (0, -R % c), *[(0, 0)] * (x.ndim - 2)))
+        x = x.reshape(B, -1, c, *x.shape[2:]).swapaxes(0, 1)
+        return batch_sharded(x.reshape(len(x), B * c, *x.shape[3:]), axis=1)
+
+    inputs = chunks(hidden), chunks(targets), chunks(hidden if reference is None else reference[1])
     statistics = jax.lax.map(lambda x: of_chunk(*x), inputs)
-    return jax.tree.map(lambda x: x.reshape(-1)[:N].reshape(shape), statistics)
+    whole = lambda x: x.reshape(-1, B, c).swapaxes(0, 1).reshape(B, -1)[:, :R]
+    return jax.tree.map(whole, statistics)
 
 
 def masked_mean(x: Float[Array, "*B"], mask: Bool[Array, "*B"]) -> Float[Array, ""]:

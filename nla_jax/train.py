@@ -216,6 +216,7 @@ def rl(run: Run) -> None:
                     for j, part in enumerate(jnp.split(vectors, c.rollout_chunks))
                 ]  # fmt: skip
                 sampled = [jax.device_get(piece) for piece in pieces]
+                del sampler, pieces  # a whole copy of the AV, which the step below has no room for
                 clock.append(time.monotonic())
 
                 texts = [t for s in sampled for t in pair.prompts.read_responses(s.tokens, s.mask, s.finished)]

@@ -105,13 +105,27 @@ class Dense(nn.Module):
         return y
 
 
-def batch_sharded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Keeps a batch cut over data and fsdp, where the mesh in use divides it: left alone, the compiler follows the weights'
-    cut along `fsdp` instead, replicates the batch and all-reduces every layer's result."""
+def batch_ways() -> int:
+    """Into how many parts the mesh in use cuts a batch: over data and fsdp together."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharded(x: Array, axis: int = 0) -> Array:
+    """Keeps a batch (`axis` of x) cut over data and fsdp, where the mesh in use divides it: left alone, the compiler follows
+    the weights' cut along `fsdp` instead, replicates the batch and all-reduces every layer's result."""
+    if jax.sharding.get_abstract_mesh().empty or x.shape[axis] % batch_ways():
         return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(("data", "fsdp")))
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*[None] * axis, ("data", "fsdp")))
+
+
+def whole_head(params: dict, config: TransformerConfig) -> dict:
+    """The parameters with the output head cast and gathered over fsdp, for loops that would else gather it every turn."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    name, spec = ("embedding", ("tensor", None)) if config.tied_head else ("head", (None, "tensor"))
+    head = jax.lax.with_sharding_constraint(params[name].astype(config.dtype), jax.sharding.PartitionSpec(*spec))
+    return params | {name: head}
 
 
 class Block(nn.Module):
