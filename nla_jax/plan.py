@@ -34,7 +34,7 @@ from nla_jax.models.pretrained import read_config
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.optimizer import adamw
 from nla_jax.sampling import rollout
-from nla_jax.sharding import AXES, DECODE, TRAIN, relayout, shardings
+from nla_jax.sharding import AXES, DECODE, TRAIN, batch_sharding, relayout, shardings
 from nla_jax.train_step import (
     Frozen,
     JointBatch,
@@ -168,7 +168,8 @@ class Study:
 
     @functools.cached_property
     def reconstructor(self) -> Reconstructor:
-        return Reconstructor(Transformer(self.model.truncated(self.layer + 1)), lora=self.ar_lora)
+        prefix = tuple(range(self.text_prefix))
+        return Reconstructor(Transformer(self.model.truncated(self.layer + 1)), prefix, self.ar_lora)
 
 
 # Model FLOPs: what the method needs, however it is computed. Recomputation in the backward pass does not count.
@@ -223,12 +224,7 @@ def placed(mesh: Mesh, boxed: Any, rules=TRAIN, dtype: Any = None) -> Any:
 
 def placed_batch(mesh: Mesh, tree: Any) -> Any:
     """Shapes with the shardings that `place_batch` gives to arrays."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def place(x):
-        spec = PartitionSpec(("data", "fsdp")) if x.ndim and x.shape[0] % ways == 0 else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape))
     return jax.tree.map(place, tree)
 
 
@@ -477,9 +473,3 @@ def main(arguments: argparse.Namespace) -> None:
     study = Study(config, **{name: getattr(arguments, name) for name in names})
     result = plan(study, arguments.topology, arguments.mesh, arguments.programs)
     print(json.dumps(result, indent=1) if arguments.json else table(result))
-
-
-if __name__ == "__main__":
-    flags = argparse.ArgumentParser(prog="nla plan", description=__doc__)
-    add_arguments(flags)
-    main(flags.parse_args())

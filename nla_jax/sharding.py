@@ -55,15 +55,15 @@ def shardings(mesh: Mesh, abstract: Any, rules=TRAIN) -> Any:
     return jax.tree_util.tree_map_with_path(checked, nn.unbox(abstract), specs)
 
 
-def place_batch(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays onto the mesh, their first axis over data and fsdp together; what those do not divide is replicated."""
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Of an array whose first axis is a batch: over data and fsdp together; replicated where those do not divide it."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")) if shape and shape[0] % ways == 0 else PartitionSpec())
 
-    def place(x):
-        spec = PartitionSpec(("data", "fsdp")) if x.ndim and x.shape[0] % ways == 0 else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, tree)
+def place_batch(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays onto the mesh, each with its `batch_sharding`."""
+    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)), tree)
 
 
 def relayout(mesh: Mesh, abstract: Any, dtype: Any, rules: Any):

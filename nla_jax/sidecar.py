@@ -128,7 +128,7 @@ class Sidecar:
                 "critic.num_hidden_layers",
                 least=0,
                 **({"default": None} if role == "av" else {}),
-            ),  # fmt: skip
+            ),
             injection_scale=scale,
             marker=Marker(get("tokens.injection_char", kind=str), *marker),
             verbalizer_template=get("prompt_templates.av", "prompt_templates.actor", kind=str),

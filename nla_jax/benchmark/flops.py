@@ -73,7 +73,9 @@ def verbalizer_flops(s: Settings, activations: int, group: int, response: int) -
 def reconstructor_flops(s: Settings, rows: int, text: int) -> Flops:
     """The AR on texts of `text` tokens in its template, whose prefix runs once; its linear head reads one token a row."""
     c = s.config.truncated(s.ar_blocks)
-    return blocks(c, [(1, s.ar_prefix, 0), (rows, text + s.ar_suffix, s.ar_prefix)], s.ar_lora) + Flops(trained=2 * c.width**2 * rows)
+    return blocks(c, [(1, s.ar_prefix, 0), (rows, text + s.ar_suffix, s.ar_prefix)], s.ar_lora) + Flops(
+        trained=2 * c.width**2 * rows
+    )
 
 
 def weight_bytes(s: Settings, layers: int, rank: int = 0, vocabulary: bool = True) -> int:

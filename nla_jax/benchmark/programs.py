@@ -188,7 +188,7 @@ def rl(s: Settings, mesh: Mesh) -> Program:
     train = jax.jit(joint, donate_argnums=0)
     sampler = Sampler(s, mesh, verbalizer, base)
     rng, width = np.random.default_rng(s.seed), s.ar_prefix + s.response + s.ar_suffix
-    before, after = (rng.integers(0, s.vocab, n).tolist() for n in (s.ar_prefix, s.ar_suffix))
+    after = rng.integers(0, s.vocab, s.ar_suffix).tolist()
 
     def step(clock: Clock) -> dict:
         nonlocal state
@@ -198,7 +198,7 @@ def rl(s: Settings, mesh: Mesh) -> Program:
             sampled = sampler.sample(sampler.relayout(state.verbalizer), vectors, key, s.response)
         with clock.phase("host"):
             whole = jax.tree.map(lambda *x: np.concatenate(x), *sampled)
-            rows = [[*before, *row[mask].tolist(), *after] for row, mask in zip(whole.tokens, whole.mask)]
+            rows = [[*reconstructor.prefix, *row[mask].tolist(), *after] for row, mask in zip(whole.tokens, whole.mask)]
             texts, lengths = pad_tokens(rows, width)
             batch = JointBatch(
                 vectors, whole.tokens, whole.mask, whole.logprobs, texts, lengths, np.ones(len(rows), bool)
