@@ -17,6 +17,18 @@ def get_config(variant: str = "") -> ConfigDict:
     c.compute = ConfigDict(dict(dtype="float32", remat="dots_with_no_batch_dims_saveable"))
     c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
 
+    # Of every training loop. Kept: the newest `keep` checkpoints, those of steps that `keep_every` divides (0: none), and the
+    # newest from before trouble. Trouble: over `window` steps metrics are not finite, or one of RL's stays outside its limit;
+    # training then stops. A step that does not move for `stall_minutes` is reported.
+    c.checkpoints = ConfigDict(dict(keep=2, keep_every=0))
+    c.watchdog = ConfigDict(
+        dict(
+            window=20, stall_minutes=10.0, min_extraction_rate=0.25, min_entropy=0.02, min_length=2.0,
+            max_length_share=0.98,  # of prompts.max_new_tokens
+            max_identical_texts=0.9,  # share of texts that another of their group equals
+        )
+    )  # fmt: skip
+
     # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
     c.corpus = ConfigDict(
         dict(source="python_docs", text_field="text", id_field="id", split="train", min_chars=300, max_documents=10**9)

@@ -1,57 +1,148 @@
 """Checkpoints of a training state: asynchronous, sharded, atomic, restorable onto another mesh (Orbax)."""
 
 import contextlib
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, Stopped
+
+# The settings that may differ between the runs that share a working folder: what they name says where and how a result is
+# computed and how often it is looked at, not what it is. A field is free where its name, or that of one above it, stands here.
+FREE = frozenset({"mesh", "remat", "micro_batches", "rollout_chunks", "checkpoint_every", "heldout_every"})
+UNTIL_FINISHED = frozenset({"steps"})  # free, too, as long as the stage has not finished
+
+
+def differences(made: dict, now: dict, free: frozenset[str] = FREE) -> list[str]:
+    """`name = old -> new` for each setting of two nested dictionaries that differs and is not `free`."""
+    made, now = _flat(made), _flat(now)
+    names = [name for name in sorted(made.keys() | now.keys()) if free.isdisjoint(name.split("."))]
+    shown = lambda tree, name: repr(tree[name]) if name in tree else "(not there)"
+    return [
+        f"{name} = {shown(made, name)} -> {shown(now, name)}"
+        for name in names
+        if name not in made or name not in now or made[name] != now[name]
+    ]
+
+
+def _flat(tree: Any, path: str = "") -> dict:
+    if not isinstance(tree, dict):
+        return {path: list(tree) if isinstance(tree, tuple) else tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}" if path else name).items()}
+
+
+def _newest(steps: Sequence[int], limit: int) -> int | None:
+    return max((step for step in steps if step <= limit), default=None)
 
 
 class Checkpoints:
-    """The checkpoints of one training loop: one every `every` steps and one at the end, the newest `keep` of them kept.
+    """The checkpoints of one training loop: one every `every` steps, one at the end, and one when SIGTERM asks to stop. The
+    newest `keep` of them are kept, those of steps that `keep_every` divides (where it is not 0), and the newest up to step
+    `good`, behind which a watchdog saw no trouble.
 
-    A step appears under its name only when it is complete; an interrupted save leaves the previous one in place."""
+    A step appears under its name only when it is complete; an interrupted save leaves the previous one in place. With the
+    state, `settings` are saved: what it was made from (JSON).
 
-    def __init__(self, folder: Path, every: int, keep: int = 2):
+    As a context it takes SIGTERM as a request (in the main thread of a single process; several processes agree on a step
+    through JAX's preemption service), and waits for saves under way when it ends without an error."""
+
+    def __init__(self, folder: Path, every: int, keep: int = 2, keep_every: int = 0, settings: dict | None = None):
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every, max_to_keep=keep, cleanup_tmp_directories=True
+            save_interval_steps=every, preservation_policy=self, cleanup_tmp_directories=True
         )
-        self.folder = folder
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder, self.keep, self.keep_every, self.settings = folder, keep, keep_every, settings or {}
+        self.good, self._asked, self._handler = 0, False, None
+        with self._writing():
+            self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question which of the checkpoints (ascending) are kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.keep :], _newest(steps, self.good)}
+        return [step in kept or bool(self.keep_every) and step % self.keep_every == 0 for step in steps]
+
+    def newest_good(self) -> int | None:
+        """The newest checkpoint that is known to be good; None where there is none."""
+        return _newest(self.manager.all_steps(), self.good)
 
     def save(self, step: int, state: Any, force: bool = False) -> None:
         """Saves the state after `step` steps where the interval (or `force`) says so; returns before it is written.
 
-        Raises `InputError` where this save or the one before it cannot be written (a full disk, no permission)."""
-        if step != self.manager.latest_step():
-            with self._writing():
-                self.manager.save(step, args=ocp.args.StandardSave(state), force=force)
+        Raises `InputError` where this save or the one before it cannot be written (a full disk, no permission), and `Stopped`
+        where SIGTERM has asked to stop: the state is then saved and written."""
+        stop = self._asked or self.manager.reached_preemption(step)
+        with self._writing():
+            if step != self.manager.latest_step():
+                items = ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
+                )
+                self.manager.save(step, args=items, force=force or stop)
+            if stop:
+                self.manager.wait_until_finished()
+        if stop:
+            raise Stopped(
+                f"stopped by SIGTERM; step {step} is saved under {self.folder}, and the same command continues from there.",
+                status=128 + signal.SIGTERM,
+            )
 
-    def restore(self, state: Any) -> tuple[int, Any]:
+    def restore(self, state: Any, steps: int) -> tuple[int, Any]:
         """The newest checkpoint as `(steps done, state)`, in the shapes, dtypes and shardings of `state`; `(0, state)` where
-        there is none. Raises `InputError` where the newest one cannot be read into that structure."""
+        there is none.
+
+        Raises `InputError` where the newest one cannot be read into that structure, was made from other settings, or stands
+        beyond the `steps` that are to be made."""
         step = self.manager.latest_step()
         if step is None:
             return 0, state
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        path, free = self.folder / str(step), FREE | UNTIL_FINISHED
         try:
-            return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            # A user who has removed the settings takes the state over into a run with others.
+            if (self.manager.directory / str(step) / "settings").exists():
+                made = self.manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
+                if changed := differences(made, self.settings, free):
+                    raise InputError(
+                        f"Checkpoint {path} was made with other settings: {'; '.join(changed)}. Go back to them, use another "
+                        f"--workdir, or remove {path / 'settings'} to continue from it all the same."
+                    )
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            restored = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        except InputError:
+            raise
         except Exception as error:  # tensorstore, JSON and structure errors have no common class
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"Checkpoint {self.folder / str(step)} cannot be restored ({reason}); "
-                f"remove that folder to continue from the one before it."
+                f"Checkpoint {path} cannot be restored ({reason}); remove that folder to continue from the one before it."
             ) from None
+        if step > steps:
+            raise InputError(
+                f"Checkpoint {path} is beyond the {steps} steps that the config asks for; ask for {step} or more."
+            )
+        return step, restored.state
 
     def close(self) -> None:
         """Waits for saves under way; raises `InputError` where one cannot be written."""
         with self._writing():
             self.manager.wait_until_finished()
         self.manager.close()
+
+    def __enter__(self) -> Self:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            # Behind any other error the processes may disagree, and would wait for each other.
+            if kind is None or issubclass(kind, Stopped):
+                self.close()
+        finally:
+            if self._handler is not None:
+                signal.signal(signal.SIGTERM, self._handler)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

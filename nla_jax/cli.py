@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, Stopped
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
 STAGES = {
@@ -29,7 +29,8 @@ DEFAULT_CONFIG = "configs/quickstart.py"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, or 1 after one sentence on standard error where an input is wrong."""
+    """Runs one verb; returns the exit status: 0; 1 after one sentence on standard error where an input is wrong or
+    training has broken down; 143 where SIGTERM ended it and the same command continues."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments, overrides = parser().parse_known_args(argv)
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"nla: {sentence(error)}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"nla: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("nla: stopped; the same command continues from the last checkpoint.", file=sys.stderr)
         return 130

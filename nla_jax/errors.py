@@ -1,5 +1,15 @@
-"""The one exception that reaches a user as a sentence."""
+"""The exceptions that reach a user as a sentence."""
 
 
 class InputError(ValueError):
     """A user's input is wrong; the message is one clear sentence: what is wrong, where, what to do."""
+
+
+class Stopped(RuntimeError):
+    """A training loop ended before its last step, in good order: the message says why, at which step, and what to do.
+
+    `status` is the exit status: 143 (128 + SIGTERM) where the same command continues, 1 where it would not help."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status

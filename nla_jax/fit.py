@@ -14,6 +14,7 @@ from nla_jax.metrics import MetricLog, Progress
 from nla_jax.run import resolve
 from nla_jax.sharding import place_batch, shardings
 from nla_jax.train_step import SupervisedStep
+from nla_jax.watchdog import Phases, Watchdog
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -31,35 +32,39 @@ def fit(
     mesh: Mesh,
     batch_of_step: Callable,
     steps: int,
-    checkpoint_every: int,
+    checkpoints: Checkpoints,
+    watchdog: ConfigDict,
     log_every: int = 20,
     base: dict | None = None,
 ) -> dict:
-    """Trains `params` (which are consumed) for `steps` steps and returns them, sharded; continues from the newest checkpoint
-    under `folder`.
+    """Trains `params` (which are consumed) for `steps` steps and returns them, sharded; continues from the newest of the
+    `checkpoints`. Metrics go to `folder`. `watchdog` is that part of the config.
 
     `abstract`: the shapes of `params` with their logical axis names. `base`: the frozen model beneath an adapter.
     `batch_of_step(step)` is a pure function, so that a
-    resumed run sees the batches it would have seen."""
+    resumed run sees the batches it would have seen. Raises `Stopped` on SIGTERM, and where the loss stays NaN."""
     layout = shardings(mesh, jax.eval_shape(step_fn.init, abstract))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), checkpoints, Phases(name, watchdog.stall_minutes) as phases:
         init = jax.jit(step_fn.init, out_shardings=layout, donate_argnums=0)
-        checkpoints = Checkpoints(folder / "checkpoints", checkpoint_every)
-        start, state = checkpoints.restore(init(jax.device_put(params, layout.params)))
+        start, state = checkpoints.restore(init(jax.device_put(params, layout.params)), steps)
         train = jax.jit(step_fn, donate_argnums=0)
         log, progress = MetricLog(folder, start), Progress(name, steps, start)
+        guard = Watchdog(checkpoints, watchdog.window, records=log.records)
         clock = time.monotonic()
         for i in range(start, steps):
-            state, metrics = train(state, place_batch(mesh, batch_of_step(i)), base)
+            phases.enter("waiting for data", i + 1)
+            batch = place_batch(mesh, batch_of_step(i))
+            phases.enter("train step")
+            state, metrics = train(state, batch, base)
             shown = {}
             if (i + 1) % log_every == 0 or i + 1 == steps:
                 values = jax.device_get(metrics)
                 now = time.monotonic()
-                log.write(i + 1, values | {"seconds": now - clock})
+                guard.observe(log.write(i + 1, values | {"seconds": now - clock}))
                 clock, shown = now, {"loss": float(values["loss"])}
             progress.update(**shown)
+            phases.enter("checkpoint")
             checkpoints.save(i + 1, state, force=i + 1 == steps)
         progress.close()
         log.close()
-        checkpoints.close()
     return state.params

@@ -27,7 +27,8 @@ class MetricLog:
         self.stream = open(self.path, "a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> dict:
+        """Adds a record and returns it as it stands in the file: NaN and infinities are None."""
         record = {"step": step} | {name: _number(value) for name, value in values.items()}
         self.records.append(record)
         self.stream.write(json.dumps(record) + "\n")
@@ -35,6 +36,7 @@ class MetricLog:
         for name, value in record.items():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, step)
+        return record
 
     def close(self) -> None:
         self.stream.close()

@@ -47,9 +47,10 @@ def pretrain(run: Run) -> None:
         train, heldout = (token_stream(tokenizer, texts[held]) for held in (False, True))
         step = SupervisedStep(language_model_loss(model), make_optimizer(c.optimizer, c.steps))
         batch = lambda step: text_windows(train, step, c.batch, c.length, run.config.seed)
+        place = run.workdir / "train/pretrain"
         params = fit(
-            run.workdir / "train/pretrain", "pretrain", step, params, abstract_params(model.config), run.mesh, batch,
-            c.steps, c.checkpoint_every,
+            place, "pretrain", step, params, abstract_params(model.config), run.mesh, batch,
+            c.steps, run.checkpoints("pretrain", place), run.config.watchdog,
         )  # fmt: skip
 
         result["subject_loss"] = heldout_loss(model, params, heldout, c.length)

@@ -11,6 +11,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from nla_jax.checkpoint import FREE, UNTIL_FINISHED, Checkpoints, differences
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.errors import InputError
 from nla_jax.metrics import write_atomically
@@ -66,7 +67,8 @@ class Run:
     def stage(self, name: str) -> Iterator[dict | None]:
         """Runs a stage once: yields None where it has finished before, else a dict to fill with its result.
 
-        Raises `InputError` where the folder holds this stage made from other settings, naming the first that differs."""
+        Raises `InputError` where the folder holds this stage made from other settings, naming all that differ and are not free
+        (`nla_jax.checkpoint.FREE`; the number of steps is until the stage has finished)."""
         if self.result(name) is not None:
             self._check(name)
             yield None
@@ -96,13 +98,22 @@ class Run:
         write_atomically(self._file(stage), json.dumps(record, indent=1) + "\n")
 
     def _check(self, stage: str) -> None:
-        made, now = (_flat(x) for x in (self._record(stage)["basis"], json.loads(json.dumps(self.basis(stage)))))
-        for field in sorted(made.keys() | now.keys()):
-            if made.get(field) != now.get(field):
-                raise InputError(
-                    f"{self.workdir} holds stage {stage!r} made with {field} = {made.get(field)!r}, but the config now says "
-                    f"{now.get(field)!r}; use another --workdir, or delete {self._file(stage)} and what the stage wrote."
-                )
+        record = self._record(stage)
+        free = FREE if "result" in record else FREE | UNTIL_FINISHED
+        if changed := differences(record["basis"], self.basis(stage), free):
+            raise InputError(
+                f"{self.workdir} holds stage {stage!r} made with other settings (old -> new): {'; '.join(changed)}. Go back to the "
+                f"old ones, use another --workdir, or delete {self._file(stage)} and what the stage wrote."
+            )
+
+    def checkpoints(self, stage: str, folder: Path, **base: str) -> Checkpoints:
+        """The checkpoints of a training loop of a stage, under `folder`; `base`: what the loop reads of frozen weights, with
+        their hashes. A run on other settings or another base does not continue from them."""
+        c = self.config
+        return Checkpoints(
+            folder / "checkpoints", c[stage].checkpoint_every, c.checkpoints.keep, c.checkpoints.keep_every,
+            self.basis(stage) | {"base": base},
+        )  # fmt: skip
 
     # What several stages read.
 
@@ -121,12 +132,6 @@ class Run:
     @property
     def subject_folder(self) -> str | Path:
         return self.config.subject.path or self.workdir / "subject"
-
-
-def _flat(tree, path: str = "") -> dict:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}" if path else name).items()}
 
 
 def resolve(name: str) -> Callable:

@@ -1,7 +1,7 @@
 """The training loops: the supervised warm start, then reinforcement learning. Read top to bottom."""
 
 import dataclasses
-import time
+import math
 from collections.abc import Callable, Iterable
 
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nla_jax.autoencoder import Injection
-from nla_jax.checkpoint import Checkpoints
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.errors import InputError
@@ -34,6 +33,7 @@ from nla_jax.train_step import (
     reconstructor_loss,
     verbalizer_loss,
 )
+from nla_jax.watchdog import Phases, Watchdog
 
 
 def sft(run: Run) -> None:
@@ -50,15 +50,17 @@ def sft(run: Run) -> None:
             av_lora=lora(c.av.lora), ar_lora=lora(c.ar.lora), seed=run.config.seed, mesh=run.mesh,
         )  # fmt: skip
         result["injection_scale"] = pair.sidecar.injection_scale
+        subject = pair.sidecar.provenance["base_hash"]
+        av_place, ar_place = run.workdir / "train/sft_av", run.workdir / "train/sft_ar"
 
         responses = map(pair.prompts.response_ids, av_rows.pieces("api_explanation"))
         tokens, lengths, kept = fixed_width(responses, run.config.prompts.max_new_tokens)
         result["labels_too_long"] = 1 - len(kept) / len(av_rows)
         step = SupervisedStep(verbalizer_loss(pair.verbalizer), make_optimizer(c.av.optimizer, c.av.steps))
         av = fit(
-            run.workdir / "train/sft_av", "sft av", step, pair.verbalizer_params, pair.verbalizer.abstract_params(), run.mesh,
+            av_place, "sft av", step, pair.verbalizer_params, pair.verbalizer.abstract_params(), run.mesh,
             text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed),
-            c.av.steps, c.checkpoint_every, base=pair.base,
+            c.av.steps, run.checkpoints("sft", av_place, subject=subject), run.config.watchdog, base=pair.base,
         )  # fmt: skip
 
         width = reconstructor_width(pair.prompts, run.config.prompts.max_new_tokens)
@@ -67,9 +69,9 @@ def sft(run: Run) -> None:
         every = np.arange(len(ar_rows))
         step = SupervisedStep(reconstructor_loss(pair.reconstructor), make_optimizer(c.ar.optimizer, c.ar.steps))
         ar = fit(
-            run.workdir / "train/sft_ar", "sft ar", step, pair.reconstructor_params, pair.reconstructor.abstract_params(),
+            ar_place, "sft ar", step, pair.reconstructor_params, pair.reconstructor.abstract_params(),
             run.mesh, text_batches(ar_tokens, ar_lengths, ar_rows.vectors, every, c.ar.batch, run.config.seed),
-            c.ar.steps, c.checkpoint_every, base=pair.base,
+            c.ar.steps, run.checkpoints("sft", ar_place, subject=subject), run.config.watchdog, base=pair.base,
         )  # fmt: skip
 
         dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar).save(run.workdir / "pair_warm")
@@ -183,7 +185,13 @@ def rl(run: Run) -> None:
         )
         boxed = pair.verbalizer.abstract_params(), pair.reconstructor.abstract_params()
         layout = shardings(mesh, jax.eval_shape(joint.init, jax.random.key(0), *boxed))
-        with jax.set_mesh(mesh):
+        place = run.workdir / "train/rl"
+        base = {"warm_av": fingerprint(run.workdir / "pair_warm/av")}
+        if pair.base:
+            base["subject"] = fingerprint(locate(run.subject_folder))
+        checkpoints = run.checkpoints("rl", place, **base)
+        phases = Phases("rl", run.config.watchdog.stall_minutes)
+        with jax.set_mesh(mesh), checkpoints, phases:
             to_training, to_decoding = (
                 relayout(mesh, boxed[0], run.config.compute.dtype, rules) for rules in (TRAIN, DECODE)
             )
@@ -197,15 +205,16 @@ def rl(run: Run) -> None:
             train = jax.jit(joint, donate_argnums=0)
 
             # Resume where the newest checkpoint stands.
-            checkpoints = Checkpoints(run.workdir / "train/rl/checkpoints", c.checkpoint_every)
-            start, state = checkpoints.restore(state)
-            log, progress = MetricLog(run.workdir / "train/rl", start), Progress("rl", c.steps, start)
+            start, state = checkpoints.restore(state, c.steps)
+            log, progress = MetricLog(place, start), Progress("rl", c.steps, start)
+            watchdog = Watchdog(checkpoints, run.config.watchdog.window, limits(run), log.records)
 
             for i in range(start, c.steps):
+                phases.enter("waiting for data", i + 1)
                 rows = rows_of_step(len(data), c.activations, i, run.config.seed)
                 vectors = place_batch(mesh, data.vectors[rows])
 
-                clock = [time.monotonic()]
+                phases.enter("rollout")
                 sampler = pair.verbalizer.assemble(to_decoding(state.verbalizer), decoding_base)
                 key = jax.random.fold_in(state.rng, i)
                 pieces = [
@@ -217,8 +226,8 @@ def rl(run: Run) -> None:
                 ]  # fmt: skip
                 sampled = [jax.device_get(piece) for piece in pieces]
                 del sampler, pieces  # a whole copy of the AV, which the step below has no room for
-                clock.append(time.monotonic())
 
+                phases.enter("reading texts")
                 texts = [t for s in sampled for t in pair.prompts.read_responses(s.tokens, s.mask, s.finished)]
                 tokens, lengths = pair.prompts.reconstructor_batch([text or "" for text in texts], width)
                 whole = jax.tree.map(lambda *x: np.concatenate(x), *sampled)
@@ -227,20 +236,21 @@ def rl(run: Run) -> None:
                     sampler_logprobs=whole.logprobs, texts=tokens, text_lengths=lengths,
                     valid=np.array([text is not None for text in texts]),
                 )  # fmt: skip
-                clock.append(time.monotonic())
 
+                phases.enter("train step")
                 state, metrics = train(state, frozen, place_batch(mesh, batch))
                 metrics = jax.device_get(metrics)
-                clock.append(time.monotonic())
 
-                phases = dict(zip(("seconds_rollout", "seconds_host", "seconds_train"), np.diff(clock).tolist()))
-                speed = {"samples_per_second": len(texts) / (clock[-1] - clock[0])}
+                phases.enter("evaluation")
+                seconds = [phases.seconds[name] for name in ("rollout", "reading texts", "train step")]
+                metrics |= dict(zip(("seconds_rollout", "seconds_host", "seconds_train"), seconds))
+                metrics["samples_per_second"] = len(texts) / sum(seconds)
                 if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
                     metrics["heldout_fve"] = heldout_fve(pair, state, heldout, limit, run.config.evaluate.temperature)
-                log.write(i + 1, metrics | phases | speed)
+                watchdog.observe(log.write(i + 1, metrics))
                 progress.update(fve=float(metrics["fve"]), reward=float(metrics["reward"]))
+                phases.enter("checkpoint")
                 checkpoints.save(i + 1, state, force=i + 1 == c.steps)
-            checkpoints.close()
             progress.close()
             log.close()
         trained(pair, state).save(run.workdir / "pair")
@@ -248,6 +258,17 @@ def rl(run: Run) -> None:
         result["steps"] = c.steps
         result["skipped"] = sum(bool(record["skipped"]) for record in log.records)
         result["logprob_gap_max"] = max(gaps, default=None)
+
+
+def limits(run: Run) -> dict[str, tuple[float, float]]:
+    """The lowest and highest healthy values of RL metrics, from the config."""
+    c = run.config.watchdog
+    return {
+        "extraction_rate": (c.min_extraction_rate, math.inf),
+        "entropy": (c.min_entropy, math.inf),
+        "length": (c.min_length, c.max_length_share * run.config.prompts.max_new_tokens),
+        "identical_texts": (-math.inf, c.max_identical_texts),
+    }
 
 
 def trained(pair: Pair, state) -> Pair:

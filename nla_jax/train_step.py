@@ -171,9 +171,17 @@ class JointStep:
             "entropy": masked_mean(samples["tokens"].entropy, batch.response_mask),
             "length": batch.response_mask.sum(1).mean(),
             "extraction_rate": batch.valid.mean(),
+            "identical_texts": identical_share(batch.texts, batch.valid, len(batch.vectors)),
             "logprob_gap_mean": masked_mean(gap, batch.response_mask),
             "logprob_gap_max": jnp.max(jnp.where(batch.response_mask, gap, 0)),
         }
+
+
+def identical_share(texts: Int[Array, "B T"], valid: Bool[Array, "B"], groups: int) -> Float[Array, ""]:
+    """The share of the valid texts that another valid text of the same group equals, token by token."""
+    texts, valid = texts.reshape(groups, -1, texts.shape[1]), valid.reshape(groups, -1)
+    equal = jnp.all(texts[:, :, None] == texts[:, None], -1) & valid[:, None] & ~jnp.eye(valid.shape[1], dtype=bool)
+    return jnp.sum(equal.any(-1) & valid) / jnp.maximum(valid.sum(), 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["data.batches", "data.corpus", "data.labels", "data.python_docs", "data.tokenizer"],
     ["prompts", "metrics", "checkpoint", "report"],
     ["sidecar", "subject"],
-    ["pair", "data.extraction", "data.reference"],
+    ["watchdog", "pair", "data.extraction", "data.reference"],
     ["evaluate.fve", "explain", "run"],
     ["fit", "data.dataset"],
     ["benchmark", "plan", "pretrain", "train", "evaluate.evaluation"],

@@ -455,9 +455,12 @@ def locate(name: str | os.PathLike) -> Path:
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """A hash of a checkpoint's weights and config, for recording what a run was based on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in [Path(folder) / "config.json", *sorted({tensor.file for tensor in stored_tensors(folder).values()})]:
+    """A hash of the weights and config of a checkpoint (or a PEFT adapter), for recording what a run was based on."""
+    digest, folder = hashlib.blake2b(digest_size=16), Path(folder)
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    if not files[0].is_file():
+        files = [folder / "config.json", *sorted({tensor.file for tensor in stored_tensors(folder).values()})]
+    for file in files:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 24):
                 digest.update(block)
