@@ -79,7 +79,9 @@ class Watchdog:
 
 
 def _shown(values: list) -> str:
-    texts = [value if isinstance(value, str) else f"{value:.3g}" for value in values]
+    if isinstance(values[0], str):  # names of metrics
+        return "; ".join(dict.fromkeys(values))
+    texts = [f"{value:.3g}" for value in values]
     return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "…", *texts[-3:]])
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny tokenizer, tiny random models, and a tiny pair. Eight CPU devices stand in for a pod."""
+"""Shared fixtures: a tiny tokenizer, tiny random models, a tiny pair, and a tiny run. Eight CPU devices stand in for a pod."""
 
 import os
 
@@ -16,14 +16,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import dataclasses
+import json
+import shutil
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
+from nla_jax.cli import LOOP, main
 from nla_jax.data.tokenizer import train_tokenizer
+from nla_jax.metrics import read_metrics
 from nla_jax.models.pretrained import save_model
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.pair import Pair, new_pair
@@ -188,3 +195,71 @@ def reconstructor(pair) -> Reconstructor:
 @pytest.fixture(scope="session")
 def vectors() -> np.ndarray:
     return np.random.default_rng(2).normal(size=(4, TINY.width)).astype(np.float32)
+
+
+# The whole loop on a tiny config, as a user runs it
+
+CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+SPLITS = ("av_sft", "ar_sft", "rl", "heldout")
+TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Forty real documents: Python's help topics."""
+    path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
+    chosen = [(name, text[:1500]) for name, text in sorted(topics.items()) if len(text) > 800][:40]
+    path.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, tmp_path_factory) -> Path:
+    """The working folder of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    assert nla_main("quickstart", workdir, corpus) == 0
+    return workdir
+
+
+def nla_main(verb: str, workdir: Path, corpus: Path, *overrides: str) -> int:
+    return main([verb, "--config", CONFIG, "--workdir", str(workdir), f"--config.corpus.source={corpus}", *overrides])
+
+
+def copy_before(finished: Path, tmp_path: Path, stage: str) -> Path:
+    """A copy of a finished run in which `stage` and all after it never happened."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    for later in LOOP[LOOP.index(stage) :]:
+        (workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
+    made = {"rl": ["train/rl", "pair"], "sft": ["train/sft_av", "train/sft_ar", "train/rl", "pair", "pair_warm"]}
+    for folder in made.get(stage, []) + ["activations"] * (stage == "extract"):
+        shutil.rmtree(workdir / folder)
+    shutil.rmtree(workdir / "evaluation", ignore_errors=True)
+    return workdir
+
+
+def weights(workdir: Path) -> dict:
+    """All tensors of a run's trained pair."""
+    files = [
+        workdir / "pair" / file
+        for file in ("av/model.safetensors", "ar/model.safetensors", "ar/value_head.safetensors")
+    ]
+    return {f"{file.parent.name}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def history(workdir: Path) -> list[dict]:
+    """The RL metrics without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(workdir / "train/rl/metrics.jsonl")]
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert history(a) == history(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def one_line(capsys) -> str:
+    """What was printed on standard error by `nla` itself: one line."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nla: ")]
+    assert len(lines) == 1
+    return lines[0]

@@ -1,16 +1,9 @@
-"""The whole loop on a tiny config, as a user runs it: results, resuming, and what wrong input is answered with."""
+"""The whole loop on a tiny config, as a user runs it: results, and what wrong input is answered with."""
 
 import dataclasses
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import jax
 import numpy as np
@@ -20,70 +13,13 @@ import yaml
 from safetensors.numpy import load_file
 
 import nla_jax as nla
-import nla_jax.train
-from conftest import close
+from conftest import CONFIG, SPLITS, close, copy_before, history, nla_main, one_line, same_run, weights
 from nla_jax.cli import LOOP, main
 from nla_jax.data import labels
 from nla_jax.data.corpus import Document, split_of
 from nla_jax.data.dataset import load_rows
-from nla_jax.metrics import read_metrics
 from nla_jax.models.lora import Lora
 from nla_jax.pair import new_pair
-
-CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
-SPLITS = ("av_sft", "ar_sft", "rl", "heldout")
-TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """Forty real documents: Python's help topics."""
-    path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
-    chosen = [(name, text[:1500]) for name, text in sorted(topics.items()) if len(text) > 800][:40]
-    path.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen))
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory) -> Path:
-    """The working folder of an undisturbed run."""
-    workdir = tmp_path_factory.mktemp("run") / "tiny"
-    assert nla_main("quickstart", workdir, corpus) == 0
-    return workdir
-
-
-def nla_main(verb: str, workdir: Path, corpus: Path, *overrides: str) -> int:
-    return main([verb, "--config", CONFIG, "--workdir", str(workdir), f"--config.corpus.source={corpus}", *overrides])
-
-
-def copy_before(finished: Path, tmp_path: Path, stage: str) -> Path:
-    """A copy of a finished run in which `stage` and all after it never happened."""
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished, workdir)
-    for later in LOOP[LOOP.index(stage) :]:
-        (workdir / "stages" / f"{later}.json").unlink()
-    made = {"rl": ["train/rl", "pair"], "sft": ["train/sft_av", "train/sft_ar", "train/rl", "pair", "pair_warm"]}
-    for folder in made.get(stage, []) + ["activations"] * (stage == "extract"):
-        shutil.rmtree(workdir / folder)
-    shutil.rmtree(workdir / "evaluation", ignore_errors=True)
-    return workdir
-
-
-def weights(workdir: Path) -> dict:
-    """All tensors of a run's trained pair."""
-    files = [workdir / "pair" / file for file in ("av/model.safetensors", "ar/model.safetensors", "ar/value_head.safetensors")]
-    return {f"{file.parent.name}/{name}": value for file in files for name, value in load_file(file).items()}
-
-
-def history(workdir: Path) -> list[dict]:
-    """The RL metrics without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(workdir / "train/rl/metrics.jsonl")]
-
-
-def same_run(a: Path, b: Path) -> None:
-    assert history(a) == history(b)
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
 def test_summary_report_and_pair(finished):
@@ -130,7 +66,15 @@ def test_python_interface(finished):
 
 
 def test_explain(finished, capsys):
-    flags = ["explain", "--pair", str(finished / "pair"), "--text", "The import statement finds", "--max-new-tokens", "8"]
+    flags = [
+        "explain",
+        "--pair",
+        str(finished / "pair"),
+        "--text",
+        "The import statement finds",
+        "--max-new-tokens",
+        "8",
+    ]
     assert main([*flags, "--tokens", "all", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "".join(row["token"] for row in rows) == "The import statement finds"
@@ -144,63 +88,6 @@ def test_a_second_run_changes_nothing(finished, corpus, capsys):
     assert nla_main("quickstart", finished, corpus) == 0
     assert capsys.readouterr().err.count("already done") == len(LOOP)
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.*") if path.name != "config.json"}
-
-
-@pytest.mark.parametrize("moment", ["rollout", "place_batch"])
-def test_rl_stopped_and_resumed_is_the_undisturbed_run(finished, corpus, tmp_path, monkeypatch, moment):
-    workdir, calls = copy_before(finished, tmp_path, "rl"), 0
-    original = getattr(nla_jax.train, moment)
-
-    def stop(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(nla_jax.train, moment, stop)
-    while (status := nla_main("rl", workdir, corpus)) == 130:
-        assert not (workdir / "pair").exists()
-    assert status == 0 and calls > 3
-    same_run(finished, workdir)
-
-
-def test_other_settings_in_the_same_folder_are_refused(finished, corpus, capsys):
-    assert nla_main("rl", finished, corpus, "--config.rl.kl_coefficient=0.5") == 1
-    assert "rl.kl_coefficient = " in capsys.readouterr().err
-
-
-def test_a_damaged_shard_and_a_damaged_checkpoint(finished, corpus, tmp_path, capsys):
-    workdir = copy_before(finished, tmp_path, "sft")
-    shard = sorted((workdir / "activations").glob("av_sft*.parquet"))[0]
-    shard.write_bytes(shard.read_bytes()[:200])
-    assert nla_main("sft", workdir, corpus) == 1
-    assert shard.name in one_line(capsys)
-
-    workdir = tmp_path / "second"
-    shutil.copytree(finished, workdir)
-    (workdir / "stages/rl.json").unlink()
-    for file in (workdir / "train/rl/checkpoints/4").rglob("*"):
-        if file.is_file() and file.stat().st_size > 100:
-            file.write_bytes(b"x" * 50)
-    assert nla_main("rl", workdir, corpus) == 1
-    assert "checkpoints/4" in one_line(capsys)
-
-
-@pytest.mark.parametrize(("stage", "room"), [("sft", 20_000), ("rl", 20_000), ("extract", 4_000), ("evaluate", 1_000)])
-def test_a_full_disk_gets_one_sentence_and_costs_nothing(finished, corpus, tmp_path, capsys, stage, room):
-    """A limit on the size of files stands in for a full disk; with room again, the run goes on and ends as it would have."""
-    workdir = copy_before(finished, tmp_path, stage)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        status = nla_main(stage, workdir, corpus)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert status == 1 and len(one_line(capsys)) < 500
-    assert nla_main(stage, workdir, corpus) == 0
-    if stage == "rl":
-        same_run(finished, workdir)
 
 
 # Files of others in and out
@@ -329,13 +216,6 @@ def test_the_subject_must_be_the_pairs(finished, tmp_path, capsys):
     assert "not the subject" in one_line(capsys)
 
 
-def one_line(capsys) -> str:
-    """What was printed on standard error by `nla` itself: one line."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nla: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
 WRONG = {
     "no such config": (["extract", "--config", "nowhere.py"], "no config file nowhere.py"),
     "unknown variant": (["extract", "--config", CONFIG.replace("tiny", "huge")], "no variant 'huge'"),
@@ -405,7 +285,11 @@ def test_wrong_input_gets_one_sentence(case, finished, exported, corpus, tmp_pat
         places["warm"] = copy_before(finished, tmp_path, "sft")
     arguments = [argument.format(**places) for argument in arguments]
     if arguments[0] in LOOP:
-        for flag, value in (("--config", CONFIG), ("--workdir", str(tmp_path / "work")), ("--config.corpus.source", str(corpus))):
+        for flag, value in (
+            ("--config", CONFIG),
+            ("--workdir", str(tmp_path / "work")),
+            ("--config.corpus.source", str(corpus)),
+        ):
             if not any(argument.partition("=")[0] == flag for argument in arguments):
                 arguments.append(f"{flag}={value}")
     capsys.readouterr()
@@ -413,19 +297,3 @@ def test_wrong_input_gets_one_sentence(case, finished, exported, corpus, tmp_pat
     found = one_line(capsys)
     assert not (tmp_path / "new").exists()
     assert any(part in found for part in message.split("|")), found
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(finished, corpus, tmp_path):
-    """`kill -9` eight times over sft, rl and evaluate; the run that comes out is bit for bit the undisturbed one."""
-    workdir = copy_before(finished, tmp_path, "sft")
-    command = [sys.executable, "-m", "nla_jax.cli", "quickstart", "--config", CONFIG, "--workdir", str(workdir)]
-    command.append(f"--config.corpus.source={corpus}")
-    rng = np.random.default_rng(0)
-    for _ in range(8):
-        process = subprocess.Popen(command, env=os.environ, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(6, 30))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert subprocess.run(command, env=os.environ).returncode == 0
-    same_run(finished, workdir)

@@ -1,0 +1,292 @@
+"""Runs that are interrupted, moved, damaged, broken, or started with other settings, as a user meets them."""
+
+import ctypes
+import dataclasses
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nla_jax.train
+from conftest import CONFIG, close, copy_before, history, nla_main, one_line, same_run, talkative, weights
+from nla_jax.cli import main
+from nla_jax.pair import load_pair
+
+
+@pytest.fixture(scope="module")
+def arguments(subject_folder, corpus):
+    """What is typed behind `nla`: `arguments(verb, workdir, "field=value", …)`."""
+    fixed = [f"corpus.source={corpus}", f"subject.path={subject_folder}", "prompts.max_new_tokens=96"]
+    fixed += ["sft.av.steps=1", "sft.ar.steps=1"]
+
+    def arguments(verb: str, workdir: Path, *settings: str) -> list[str]:
+        flags = [f"--config.{setting}" for setting in (*fixed, *settings)]
+        return [verb, "--config", CONFIG, "--workdir", str(workdir), *flags]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def talking(arguments, tokenizer, tmp_path_factory) -> Path:
+    """The working folder of an undisturbed run whose AV writes explanations from the start: RL has something to learn from."""
+    workdir = tmp_path_factory.mktemp("talking") / "run"
+    for verb in ("extract", "label", "sft"):
+        assert main(arguments(verb, workdir)) == 0
+    pair = load_pair(workdir / "pair_warm")
+    params = talkative(pair.verbalizer_params, tokenizer)
+    dataclasses.replace(pair, verbalizer_params=params).save(workdir / "pair_warm")
+    assert main(arguments("rl", workdir)) == 0
+    assert all(0.2 < record["extraction_rate"] and record["reward"] > -2 for record in history(workdir))
+    before, after = (load_pair(workdir / name).weights for name in ("pair_warm", "pair"))
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)))
+    return workdir
+
+
+def stopping(monkeypatch, at: int, how) -> list:
+    """Calls `how` as the loop samples for the `at`-th time; returns the list that grows with each time."""
+    original, calls = nla_jax.train.rollout, []
+
+    def counted(*args, **kwargs):
+        calls.append(len(calls) + 1)
+        if len(calls) == at:
+            how()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(nla_jax.train, "rollout", counted)
+    return calls
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["rollout", "place_batch"])
+def test_rl_stopped_and_resumed_is_the_undisturbed_run(talking, arguments, tmp_path, monkeypatch, moment):
+    workdir, calls = copy_before(talking, tmp_path, "rl"), 0
+    original = getattr(nla_jax.train, moment)
+
+    def stop(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(nla_jax.train, moment, stop)
+    while (status := main(arguments("rl", workdir))) == 130:
+        assert not (workdir / "pair").exists()
+    assert status == 0 and calls > 3
+    same_run(talking, workdir)
+
+
+def test_sigterm_loses_no_step_and_nothing_else_continues_from_it(talking, arguments, tmp_path, monkeypatch, capsys):
+    workdir, free = copy_before(talking, tmp_path, "rl"), "rl.checkpoint_every=100"
+    calls = stopping(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(arguments("rl", workdir, free)) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    checkpoints = workdir / "train/rl/checkpoints"
+    assert f"stopped by SIGTERM; step 3 is saved under {checkpoints}" in one_line(capsys)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "3"]  # the first step is always saved
+    assert [record["step"] for record in history(workdir)] == [1, 2, 3]
+
+    # Other settings: refused by the stage's record, and without it by the checkpoint; likewise another base.
+    other = ["rl.kl_coefficient=0.5", "rl.av_optimizer.lr=0.1", free]
+    named = "rl.av_optimizer.lr = 0.0004 -> 0.1; rl.kl_coefficient = 0.03 -> 0.5."
+    assert main(arguments("rl", workdir, *other)) == 1
+    assert named in one_line(capsys)
+    (workdir / "stages/rl.json").unlink()
+    assert main(arguments("rl", workdir, *other)) == 1
+    assert f"Checkpoint {checkpoints}/3 was made with other settings (old -> new): {named}" in one_line(capsys)
+    (workdir / "stages/rl.json").unlink()
+    file = workdir / "pair_warm/av/model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(arguments("rl", workdir, free)) == 1
+    assert "other settings (old -> new): base.warm_av = '" in one_line(capsys)
+    file.write_bytes(content)
+    assert main(arguments("rl", workdir, free, "rl.steps=2")) == 1
+    assert "checkpoints/3 is beyond the 2 steps" in one_line(capsys)
+
+    assert len(calls) == 3
+    assert main(arguments("rl", workdir)) == 0
+    assert len(calls) == 4
+    same_run(talking, workdir)
+
+
+def test_other_settings_of_a_finished_stage_are_refused(finished, corpus, capsys):
+    assert nla_main("rl", finished, corpus, "--config.rl.kl_coefficient=0.5", "--config.rl.steps=5") == 1
+    assert "rl.kl_coefficient = 0.03 -> 0.5; rl.steps = 4 -> 5. Go back" in one_line(capsys)
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_on_another_mesh(talking, arguments, tmp_path, monkeypatch):
+    workdir = copy_before(talking, tmp_path, "rl")
+    calls = stopping(monkeypatch, 3, interrupt)
+    assert main(arguments("rl", workdir, "mesh.fsdp=8")) == 130
+    assert main(arguments("rl", workdir, "mesh.data=2", "mesh.tensor=2", "rl.micro_batches=2")) == 0
+    assert len(calls) < 7  # it did go on
+    close(weights(workdir), weights(talking), 1e-4)
+
+
+def test_a_damaged_shard_is_named(finished, corpus, tmp_path, capsys):
+    workdir = copy_before(finished, tmp_path, "sft")
+    shard = sorted((workdir / "activations").glob("av_sft*.parquet"))[0]
+    shard.write_bytes(shard.read_bytes()[:200])
+    assert nla_main("sft", workdir, corpus) == 1
+    assert shard.name in one_line(capsys)
+
+
+def unfinished(run: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of a finished run that was killed before it saved its pair, and the copy's checkpoints."""
+    workdir = folder / "copy"
+    shutil.copytree(run, workdir)
+    (workdir / "stages/rl.json").unlink()
+    shutil.rmtree(workdir / "pair")
+    return workdir, workdir / "train/rl/checkpoints"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(talking, arguments, tmp_path, capsys):
+    workdir, checkpoints = unfinished(talking, tmp_path)
+    for file in (checkpoints / "4").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert main(arguments("rl", workdir)) == 1
+    told = one_line(capsys)
+    assert f"Checkpoint {checkpoints}/4 cannot be restored" in told
+    assert "remove that folder to continue from the one before it" in told
+    shutil.rmtree(checkpoints / "4")
+    assert main(arguments("rl", workdir)) == 0
+    same_run(talking, workdir)
+
+
+@pytest.mark.parametrize(("stage", "room"), [("sft", 20_000), ("rl", 20_000), ("extract", 4_000), ("evaluate", 1_000)])
+def test_a_full_disk_gets_one_sentence_and_costs_nothing(finished, corpus, tmp_path, capsys, stage, room):
+    """A limit on the size of files stands in for a full disk; with room again, the run goes on and ends as it would have."""
+    workdir = copy_before(finished, tmp_path, stage)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        status = nla_main(stage, workdir, corpus)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1 and len(one_line(capsys)) < 500
+    assert nla_main(stage, workdir, corpus) == 0
+    if stage == "rl":
+        same_run(finished, workdir)
+
+
+def test_a_disk_that_fills_up_spares_the_checkpoint_before(talking, arguments, tmp_path, capsys, monkeypatch):
+    workdir = copy_before(talking, tmp_path, "rl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        while not (workdir / "train/rl/checkpoints/2").exists():  # saves are asynchronous
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+
+    calls = stopping(monkeypatch, 3, fill)
+    try:
+        assert main(arguments("rl", workdir)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the one before it is intact" in one_line(capsys)
+    made = len(calls)
+    assert main(arguments("rl", workdir)) == 0
+    assert len(calls) == made + 2
+    same_run(talking, workdir)
+
+
+def test_a_read_only_folder_gets_one_sentence_and_costs_nothing(talking, arguments, tmp_path):
+    """In a process of its own, without root's right to write everywhere."""
+    workdir, checkpoints = unfinished(talking, tmp_path)
+    shutil.rmtree(checkpoints / "4")
+    for folder, words in ((workdir, "working folder"), (checkpoints, "checkpoint cannot be written")):
+        folder.chmod(0o555)
+        ended = subprocess.run(
+            nla(arguments("rl", workdir)), capture_output=True, text=True, preexec_fn=obey_permissions
+        )
+        folder.chmod(0o755)
+        lines = [line for line in ended.stderr.splitlines() if line.startswith("nla: ")]
+        assert ended.returncode == 1 and len(lines) == 1 and words in lines[0], ended.stderr
+        assert "Traceback" not in ended.stderr and "ermission denied" in lines[0]
+    assert main(arguments("rl", workdir)) == 0
+    same_run(talking, workdir)
+
+
+def obey_permissions():
+    """The program that is started next loses the right to pass over permissions (CAP_DAC_OVERRIDE), if it has it."""
+    if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(24, 1, 0, 0, 0):  # PR_CAPBSET_DROP
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def nla(arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", "nla_jax.cli", *arguments]
+
+
+def wrecking(steps: int, lr: float, warmup: int) -> optax.GradientTransformation:
+    """An optimizer that works for three steps and ruins the model in the fourth."""
+    return optax.adamw(lambda count: jnp.where(count < 3, 1e-4, lr))
+
+
+@pytest.mark.parametrize(
+    ("lr", "told"),
+    [
+        (0.3, "extraction_rate was below 0.25 at every recorded step from 5 to 7 (0, 0, 0)"),
+        (1e3, "metrics or gradients were not finite at every recorded step from 5 to 7 (av_grad_norm, entropy, "),
+    ],
+)
+def test_broken_training_stops_and_keeps_what_was_good(talking, arguments, tmp_path, capsys, lr, told):
+    workdir = copy_before(talking, tmp_path, "rl")
+    settings = ["rl.steps=12", f"rl.av_optimizer.lr={lr}", "rl.av_optimizer.function=test_resume:wrecking"]
+    settings += ["checkpoints.keep=1", "watchdog.window=3", "rl.heldout_every=100"]
+    for _ in range(2):  # the same command again stops at the same step again
+        assert main(arguments("rl", workdir, *settings)) == 1
+        line = one_line(capsys)
+        assert told in line and f"Checkpoint {workdir}/train/rl/checkpoints/3 is from before and is kept" in line
+        assert [record["step"] for record in history(workdir)] == [1, 2, 3, 4, 5, 6, 7]
+        assert sorted(path.name for path in (workdir / "train/rl/checkpoints").iterdir()) == ["3", "6"]
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(talking, arguments, tmp_path):
+    """`kill -9` at twenty random moments of RL runs (start-up, rollout, step and save among them), four to a run: parameters and
+    metrics come out bit for bit those of the undisturbed run."""
+    settings = ["rl.steps=12", "rl.checkpoint_every=3"]
+
+    def finish(workdir: Path) -> Path:
+        ended = subprocess.run(nla(arguments("rl", workdir, *settings)), capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        return workdir
+
+    whole = finish(copy_before(talking, tmp_path, "rl"))
+    rng, kills, runs = np.random.default_rng(0), [], 0
+    while len(kills) < 20:
+        runs += 1
+        (tmp_path / str(runs)).mkdir()
+        workdir = copy_before(talking, tmp_path / str(runs), "rl")
+        for _ in range(4):
+            made, more = last_step(workdir), rng.integers(0, 4)
+            process = subprocess.Popen(nla(arguments("rl", workdir, *settings)), stderr=subprocess.DEVNULL)
+            while more and process.poll() is None and last_step(workdir) != made - made % 3 + more:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3 if more else 15))
+            process.kill()
+            if process.wait() == -signal.SIGKILL:
+                kills.append(last_step(workdir))
+        same_run(whole, finish(workdir))
+    print(f"killed after steps {kills} of {runs} runs")
+
+
+def last_step(workdir: Path) -> int:
+    return max((record["step"] for record in history(workdir)), default=0)
