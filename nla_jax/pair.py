@@ -69,9 +69,11 @@ class Pair:
         *,
         inject: bool = True,
         batch: int = 64,
+        first: int = 0,
     ) -> list[str]:
         """One explanation for each row of `vectors [n, d]` (raw activations; `[n, slots, d]` for a prompt of several slots); ""
         where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the same texts, whatever the `batch`.
+        `first` numbers the first row: rows given in pieces get the texts they would get together.
         With `inject=False` the slot keeps the marker's own embedding: the control that shows what the prompt alone says."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
@@ -81,7 +83,7 @@ class Pair:
             part = vectors[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), *[(0, 0)] * (part.ndim - 1)), mode="edge")
             sampled = rollout(
-                verbalizer, self.weights[0], padded, jax.random.key(seed), start,
+                verbalizer, self.weights[0], padded, jax.random.key(seed), first + start,
                 group=1, max_new_tokens=max_new_tokens, temperature=temperature,
             )  # fmt: skip
             tokens, mask, finished = jax.device_get((sampled.tokens, sampled.mask, sampled.finished))

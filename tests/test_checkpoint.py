@@ -1,20 +1,25 @@
 """Checkpoints, metric logs, and a training loop that is interrupted."""
 
 import json
+import re
+import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import struct
+from ml_collections import ConfigDict
 
-from nla_jax.checkpoint import Checkpoints
+from conftest import one_sentence
+from nla_jax.checkpoint import Checkpoints, differences
 from nla_jax.errors import InputError
 from nla_jax.fit import fit
 from nla_jax.metrics import MetricLog, read_metrics, write_atomically
-from nla_jax.sharding import make_mesh, place_batch
-from nla_jax.train_step import SupervisedStep
+from nla_jax.sharding import make_mesh, shardings
+from nla_jax.train_step import JointStep, SupervisedStep
 
 
 @struct.dataclass
@@ -50,10 +55,10 @@ def written(tmp_path_factory):
 
 
 def test_newest_checkpoint_returns_bit_for_bit(written, tmp_path):
-    step, state = Checkpoints(written, every=2).restore(make_state(0))
+    step, state = Checkpoints(written, every=2).restore(make_state(0), 9)
     assert step == 6 and bits(state) == bits(make_state(6))
     assert isinstance(state, State) and jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key)
-    step, state = Checkpoints(tmp_path, every=2).restore(make_state(1))
+    step, state = Checkpoints(tmp_path, every=2).restore(make_state(1), 9)
     assert step == 0 and bits(state) == bits(make_state(1))
 
 
@@ -61,13 +66,42 @@ def test_only_the_newest_two_are_kept(written):
     assert sorted(path.name for path in written.iterdir()) == ["4", "6"]
 
 
-def test_restored_onto_another_mesh(written):
-    mesh = make_mesh(2, 2, 1)
-    state = make_state(0)
-    state = state.replace(weights=place_batch(mesh, state.weights))
-    _, restored = Checkpoints(written, every=2).restore(state)
-    assert bits(restored) == bits(make_state(6))
-    assert restored.weights["a"].sharding == state.weights["a"].sharding
+def test_more_are_kept_where_asked_for_and_where_they_are_the_last_good_ones(tmp_path):
+    def kept(folder, goods, **settings):
+        with Checkpoints(tmp_path / folder, every=1, **settings) as checkpoints:
+            for step, good in enumerate(goods, 1):
+                checkpoints.good = good
+                checkpoints.save(step, {"a": jnp.zeros(2)})
+        return sorted(int(path.name) for path in (tmp_path / folder).iterdir())
+
+    assert kept("every", [0] * 9, keep=1, keep_every=4) == [4, 8, 9]
+    assert kept("healthy", range(9), keep=2) == [8, 9]
+    assert kept("trouble", [0, 1, 2, 3, 3, 3, 3, 3], keep=1) == [3, 8]
+
+
+def test_restored_onto_another_mesh(tmp_path, pair):
+    """The whole training state, written on 1x8x1, comes back equal on every other mesh, each array in its place there."""
+    step = JointStep(pair.verbalizer, pair.reconstructor, optax.adam(1e-3), optax.adam(1e-3))
+
+    def state_on(sizes, fill):
+        boxed = pair.verbalizer.abstract_params(), pair.reconstructor.abstract_params()
+        abstract = jax.eval_shape(step.init, jax.random.key(0), *boxed)
+        layout, rng = shardings(make_mesh(*sizes), abstract), np.random.default_rng(0)
+        draw = lambda x: rng.normal(size=x.shape).astype(x.dtype) if fill else np.zeros(x.shape, x.dtype)
+        state = jax.tree.map(draw, nn.unbox(abstract).replace(rng=jax.ShapeDtypeStruct((2,), np.uint32)))
+        state = state.replace(rng=jax.random.wrap_key_data(state.rng))
+        return jax.device_put(state, layout)
+
+    made = state_on((1, 8, 1), True)
+    assert not made.verbalizer["blocks"]["q"]["kernel"].is_fully_replicated
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        checkpoints.save(1, made)
+    for sizes in (8, 1, 1), (2, 2, 2), (1, 1, 1):
+        target = state_on(sizes, False)
+        _, restored = Checkpoints(tmp_path, every=1).restore(target, 1)
+        assert bits(restored) == bits(made)
+        places = lambda state: [x.sharding for x in jax.tree.leaves(state)]
+        assert places(restored) == places(target)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -79,14 +113,34 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=f"{tmp_path}/2 cannot be restored") as error:
-        Checkpoints(tmp_path, every=1).restore(make_state(0))
+        Checkpoints(tmp_path, every=1).restore(make_state(0), 9)
     assert "\n" not in str(error.value)
 
 
 def test_another_structure_is_refused(written):
     state = make_state(0)
     with pytest.raises(InputError, match="cannot be restored"):
-        Checkpoints(written, every=2).restore(state.replace(weights={"a": state.weights["a"]}, opt=()))
+        Checkpoints(written, every=2).restore(state.replace(weights={"a": state.weights["a"]}, opt=()), 9)
+
+
+def test_other_settings_are_refused_with_all_that_differ(tmp_path):
+    old = {"seed": 0, "mesh": {"data": 1}, "rl": {"lr": 0.1, "steps": 5, "keys": (1, 2), "checkpoint_every": 1}}
+    new = {
+        "seed": 0,
+        "mesh": {"data": 8},
+        "rl": {"lr": 0.2, "steps": 9, "keys": [1, 2], "checkpoint_every": 7, "kl": None},
+    }
+    with Checkpoints(tmp_path, every=1, settings=old) as checkpoints:
+        checkpoints.save(1, {"a": jnp.zeros(2)})
+    with pytest.raises(
+        InputError, match=re.escape("(old -> new): rl.kl = (not there) -> None; rl.lr = 0.1 -> 0.2. Go")
+    ) as error:
+        Checkpoints(tmp_path, every=1, settings=new).restore({"a": jnp.ones(2)}, 9)
+    one_sentence(error)
+    shutil.rmtree(tmp_path / "1/settings")  # as the message says
+    assert Checkpoints(tmp_path, every=1, settings=new).restore({"a": jnp.ones(2)}, 9)[0] == 1
+    del new["rl"]["kl"]
+    assert differences(old, new | {"rl": new["rl"] | {"lr": 0.1}}) == ["rl.steps = 5 -> 9"]
 
 
 # Metrics
@@ -122,6 +176,7 @@ def test_atomic_writes_leave_no_part(tmp_path):
 
 # The supervised loop
 
+WATCHDOG = ConfigDict(dict(window=3, stall_minutes=10.0))
 ABSTRACT = {"w": jax.ShapeDtypeStruct((5, 3), np.float32)}
 
 
@@ -140,7 +195,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
 
     def train(folder, batches=batch_of_step):
         run = step_fn, params, ABSTRACT, make_mesh(2), batches, 9
-        return fit(tmp_path / folder, "test", *run, checkpoint_every=3, log_every=2)
+        checkpoints = Checkpoints(tmp_path / folder / "checkpoints", every=3)
+        return fit(tmp_path / folder, "test", *run, checkpoints, WATCHDOG, log_every=2)
 
     def interrupted(step):
         if step == 7:
@@ -167,7 +223,8 @@ def test_a_nan_step_is_skipped_and_said(tmp_path):
     def train(steps):
         run = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}, ABSTRACT, make_mesh()
         broken = lambda step: [np.where(step == 1, np.float32(np.nan), x) for x in batch_of_step(step)]
-        return fit(tmp_path / str(steps), "test", *run, broken, steps, checkpoint_every=10, log_every=1)
+        checkpoints = Checkpoints(tmp_path / str(steps) / "checkpoints", every=10)
+        return fit(tmp_path / str(steps), "test", *run, broken, steps, checkpoints, WATCHDOG, log_every=1)
 
     assert bits(train(2)) == bits(train(1))
     first, second = read_metrics(tmp_path / "2" / "metrics.jsonl")

@@ -14,7 +14,7 @@ from conftest import TINY, joint_batch, close, counted_compiles, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.losses import group_normalised, token_statistics
 from nla_jax.sampling import rollout
-from nla_jax.train_step import Frozen, JointBatch, JointStep
+from nla_jax.train_step import Frozen, JointBatch, JointStep, identical_share
 
 A, G, R, T = 4, 3, 5, 9
 B = A * G
@@ -194,6 +194,18 @@ def test_token_statistics_in_chunks_equal_whole_logits(model, params, reference)
     np.testing.assert_allclose(statistics.logprob, np.take_along_axis(logp, targets[..., None], -1)[..., 0], rtol=1e-4)
     np.testing.assert_allclose(statistics.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(statistics.kl, (np.exp(logp) * (logp - base)).sum(-1), rtol=1e-4)
+
+
+def test_identical_share_equals_a_count():
+    rng = np.random.default_rng(0)
+    texts, valid = rng.integers(0, 2, (12, 2)), rng.random(12) < 0.7
+    same = 0
+    for i in np.flatnonzero(valid):
+        group = [j for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i and valid[j]]
+        same += any((texts[i] == texts[j]).all() for j in group)
+    assert 0 < same < valid.sum()
+    assert float(identical_share(texts, valid, 3)) == pytest.approx(same / valid.sum())
+    assert float(identical_share(texts, np.zeros(12, bool), 3)) == 0  # failed texts, all empty, are another metric's matter
 
 
 def test_group_normalised_closed_form():

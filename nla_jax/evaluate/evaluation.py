@@ -2,7 +2,6 @@
 
 import datetime
 import json
-from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -34,22 +33,25 @@ def evaluate(run: Run) -> None:
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
         progress = Progress("evaluate", 10 + len(curve))
 
-        def texts(name: str, write: Callable[[], list[str]]) -> list[str]:
-            """The texts of one condition, kept on disk so that a restart does not sample them again."""
-            path = run.workdir / "evaluation" / f"{name}.parquet"
-            if not path.exists():
-                write_table(pa.table({"explanation": pa.array(write(), pa.string())}), path)
+        def texts(name: str, pair: Pair, temperature: float = c.temperature, inject: bool = True) -> list[str]:
+            """The texts of one condition, a file on disk for each batch of rows: a restart samples those that are missing."""
+            found = []
+            for start in range(0, len(rows), c.batch):
+                path = run.workdir / "evaluation" / f"{name}-{start:07d}.parquet"
+                if not path.exists():
+                    written = pair.verbalize(
+                        rows.vectors[start : start + c.batch], run.config.prompts.max_new_tokens, temperature,
+                        run.config.seed, inject=inject, batch=c.batch, first=start,
+                    )  # fmt: skip
+                    write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
+                found += read_table(path, ["explanation"]).column(0).to_pylist()
             progress.update()
-            return read_table(path, ["explanation"]).column(0).to_pylist()
+            return found
 
-        sample = lambda pair, **kw: pair.verbalize(
-            rows.vectors, run.config.prompts.max_new_tokens, seed=run.config.seed, batch=c.batch,
-            **{"temperature": c.temperature} | kw,
-        )  # fmt: skip
-        warm_texts = texts("warm", lambda: sample(warm))
-        rl_texts = texts("rl", lambda: sample(pair))
-        drawn_texts = texts("rl_temperature_1", lambda: sample(pair, temperature=1.0))
-        silent_texts = texts("no_injection", lambda: sample(pair, inject=False))
+        warm_texts = texts("warm", warm)
+        rl_texts = texts("rl", pair)
+        drawn_texts = texts("rl_temperature_1", pair, temperature=1.0)
+        silent_texts = texts("no_injection", pair, inject=False)
 
         def scores(texts: list[str], pair: Pair = pair) -> np.ndarray:
             recon = pair.reconstruct(texts, batch=c.batch)

@@ -1,0 +1,146 @@
+"""When a loop is stopped, what is said of it, and what is said of a loop that hangs."""
+
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from nla_jax.checkpoint import Checkpoints
+from nla_jax.errors import Stopped
+from nla_jax.fit import fit
+from nla_jax.sharding import make_mesh
+from nla_jax.train_step import SupervisedStep
+from nla_jax.watchdog import Phases, Watchdog
+from test_checkpoint import ABSTRACT, batch_of_step, regression
+
+LIMITS = {"rate": (0.5, math.inf), "length": (2, 20)}
+GOOD = {"rate": 1.0, "length": 10.0, "loss": 0.1, "skipped": False}
+
+
+def stopped_at(records, newest_good=None, window=3) -> tuple[int | None, str, int]:
+    """The step at which the rule stops, its words, and the step that is known to be good. The same must come out where an
+    interruption lies between any two records."""
+    found = set()
+    for cut in range(len(records)):
+        checkpoints = SimpleNamespace(good=0, folder=Path("f"), newest_good=lambda: newest_good)
+        watchdog, step, words = Watchdog(checkpoints, window, LIMITS, records[:cut]), None, ""
+        try:
+            for record in records[cut:]:
+                step = record["step"]
+                watchdog.observe(record)
+            step = None
+        except Stopped as stopped:
+            words = str(stopped)
+            assert stopped.status == 1
+        if not cut or step is None or cut < step:
+            found.add((step, words, checkpoints.good))
+    assert len(found) == 1
+    return found.pop()
+
+
+def series(**changed) -> list[dict]:
+    """Records of as many steps as the metric given has values."""
+    ((name, values),) = changed.items()
+    return [{"step": i, **GOOD, name: value} for i, value in enumerate(values, 1)]
+
+
+def test_healthy_runs_go_on():
+    assert stopped_at(series(rate=[1.0] * 9)) == (None, "", 8)
+    assert stopped_at(series(rate=[1, 0.4, 0.4, 0.6, 0.4, 0.4, 0.5])) == (None, "", 6)
+    assert stopped_at(series(loss=[0.1, None, None, 0.1])) == (None, "", 3)
+
+
+def test_a_metric_outside_its_limits_over_the_window_stops():
+    step, words, good = stopped_at(series(rate=[1, 0.4, 1, 1, 0.4, 0.3, 0.2, 0.1]), newest_good=3)
+    assert (step, good) == (7, 3)
+    assert "rate was below 0.5 at every recorded step from 5 to 7 (0.4, 0.3, 0.2)" in words
+    assert "Checkpoint f/3 is from before and is kept" in words
+    for values in ([25.0] * 3, [1.0] * 3):
+        step, words, good = stopped_at(series(length=values))
+        assert (step, good) == (3, 0)
+        assert "length was below 2 or above 20 at every recorded step from 1 to 3" in words
+        assert "No checkpoint under f is from before" in words
+
+
+def test_values_that_are_not_finite_stop():
+    step, words, good = stopped_at(series(loss=[1, None, None, None]))
+    assert (step, good) == (4, 0) and "not finite at every recorded step from 2 to 4 (loss)" in words
+    step, words, good = stopped_at(series(skipped=[False, False, True, True, True]))
+    assert (step, good) == (5, 1) and "from 3 to 5 (gradients)" in words
+
+
+def test_two_troubles_in_turn_are_not_one_but_spoil_what_is_saved_between():
+    records = [{"step": i, **GOOD} for i in range(1, 9)]
+    for i in (2, 3, 6):
+        records[i]["rate"] = 0.0
+    for i in (4, 5):
+        records[i]["length"] = 50.0
+    assert stopped_at(records) == (None, "", 7)
+    assert stopped_at(records[:7]) == (None, "", 1)
+
+
+def test_records_that_are_far_apart_count_by_their_steps():
+    records = [{"step": step, **GOOD, "loss": None if step > 20 else 1.0} for step in (20, 40, 60)]
+    step, words, good = stopped_at(records, window=20)
+    assert (step, good) == (60, 19) and "from 40 to 60" in words
+
+
+def test_supervised_training_that_diverges_stops(tmp_path):
+    """Gradient descent far beyond the stable step size: the loss overflows after some steps."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=1)
+    step, params = SupervisedStep(regression, optax.sgd(1e4)), {"w": np.ones((5, 3), np.float32)}
+    settings = ConfigDict(dict(window=4, stall_minutes=10.0))
+    with pytest.raises(Stopped, match="not finite at every recorded step from") as stopped:
+        fit(
+            tmp_path,
+            "test",
+            step,
+            params,
+            ABSTRACT,
+            make_mesh(),
+            batch_of_step,
+            100,
+            checkpoints,
+            settings,
+            log_every=1,
+        )
+    good, newest = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert f"from {good + 2} to {newest + 1} " in str(stopped.value) and f"checkpoints/{good} is from before" in str(
+        stopped.value
+    )
+    assert newest == good + 4
+
+
+def test_a_step_that_hangs_is_reported_and_goes_on(tmp_path, capsys):
+    def slow(step):
+        if step == 2:
+            time.sleep(1.2)
+        return batch_of_step(step)
+
+    step, params = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}
+    settings = ConfigDict(dict(window=4, stall_minutes=0.5 / 60))
+    fit(
+        tmp_path, "sft av", step, params, ABSTRACT, make_mesh(), slow, 4,
+        Checkpoints(tmp_path / "checkpoints", every=10), settings,
+    )  # fmt: skip
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step 3, phase 'waiting for data'" in line]
+    assert len(lines) == 2 and all(line.startswith("nla: sft av has not moved for 0.0") for line in lines)
+
+
+def test_phases_tell_their_seconds():
+    with Phases("rl", 1.0) as phases:
+        for step in (1, 2):
+            phases.enter("rollout", step)
+            time.sleep(0.05)
+            phases.enter("train step")
+            time.sleep(0.02)
+            phases.enter("rollout")
+            time.sleep(0.01)
+            phases.enter("checkpoint")
+    assert 0.06 <= phases.seconds["rollout"] < 0.5 and 0.02 <= phases.seconds["train step"] < 0.5
+    assert set(phases.seconds) == {"rollout", "train step"}
