@@ -23,6 +23,23 @@ from nla_jax.cli import main
 from nla_jax.pair import load_pair
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The runs of this file compile the same programs: here and in processes started from here they are kept."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def arguments(subject_folder, corpus):
     """What is typed behind `nla`: `arguments(verb, workdir, "field=value", …)`."""
