@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import json
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+import nla_jax.pair
 import nla_jax.train
 from conftest import CONFIG, close, copy_before, history, nla_main, one_line, same_run, talkative, weights
 from nla_jax.cli import main
@@ -69,9 +71,9 @@ def talking(arguments, tokenizer, tmp_path_factory) -> Path:
     return workdir
 
 
-def stopping(monkeypatch, at: int, how) -> list:
+def stopping(monkeypatch, at: int, how, module=nla_jax.train) -> list:
     """Calls `how` as the loop samples for the `at`-th time; returns the list that grows with each time."""
-    original, calls = nla_jax.train.rollout, []
+    original, calls = module.rollout, []
 
     def counted(*args, **kwargs):
         calls.append(len(calls) + 1)
@@ -79,7 +81,7 @@ def stopping(monkeypatch, at: int, how) -> list:
             how()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(nla_jax.train, "rollout", counted)
+    monkeypatch.setattr(module, "rollout", counted)
     return calls
 
 
@@ -154,6 +156,20 @@ def test_a_run_is_continued_on_another_mesh(talking, arguments, tmp_path, monkey
     assert main(arguments("rl", workdir, "mesh.data=2", "mesh.tensor=2", "rl.micro_batches=2")) == 0
     assert len(calls) < 7  # it did go on
     close(weights(workdir), weights(talking), 1e-4)
+
+
+def test_evaluation_samples_only_what_is_missing(talking, arguments, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    whole, workdir = copy_before(talking, tmp_path / "whole", "evaluate"), copy_before(talking, tmp_path, "evaluate")
+    assert main(arguments("evaluate", whole, "evaluate.batch=16")) == 0
+    calls = stopping(monkeypatch, 6, interrupt, nla_jax.pair)
+    assert main(arguments("evaluate", workdir, "evaluate.batch=4")) == 130
+    assert main(arguments("evaluate", workdir, "evaluate.batch=4")) == 0
+    assert len(calls) == 4 * 16 / 4 + 1
+    one, other = (json.loads((folder / "evaluation.json").read_text()) for folder in (whole, workdir))
+    texts = lambda page: [(row["warm"], row["rl"]) for row in page["examples"]]
+    assert texts(one) == texts(other) and one["lengths"] == other["lengths"] and any(one["lengths"])
+    assert all(one["row_fve"][name] == pytest.approx(other["row_fve"][name], abs=1e-4) for name in one["row_fve"])
 
 
 def test_a_damaged_shard_is_named(finished, corpus, tmp_path, capsys):
