@@ -1,6 +1,7 @@
 """Checkpoints of a training state: asynchronous, sharded, atomic, restorable onto another mesh (Orbax)."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from nla_jax.errors import InputError, Stopped
 
@@ -36,6 +38,11 @@ def _flat(tree: Any, path: str = "") -> dict:
     return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}" if path else name).items()}
 
 
+# JAX's preemption service stops all processes at the call behind the last one that any has made. Calls are counted through all
+# loops of a process: numbered by steps, a notice before a loop's first step would name a call that never comes.
+_calls = itertools.count(1)
+
+
 def _newest(steps: Sequence[int], limit: int) -> int | None:
     return max((step for step in steps if step <= limit), default=None)
 
@@ -52,10 +59,14 @@ class Checkpoints:
     through JAX's preemption service), and waits for saves under way when it ends without an error."""
 
     def __init__(self, folder: Path, every: int, keep: int = 2, keep_every: int = 0, settings: dict | None = None):
-        options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every, preservation_policy=self, cleanup_tmp_directories=True
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
+        self.folder, self.every, self.keep, self.keep_every, self.settings = (
+            folder,
+            every,
+            keep,
+            keep_every,
+            settings or {},
         )
-        self.folder, self.keep, self.keep_every, self.settings = folder, keep, keep_every, settings or {}
         self.good, self._asked, self._handler = 0, False, None
         with self._writing():
             self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -75,13 +86,13 @@ class Checkpoints:
 
         Raises `InputError` where this save or the one before it cannot be written (a full disk, no permission), and `Stopped`
         where SIGTERM has asked to stop: the state is then saved and written."""
-        stop = self._asked or self.manager.reached_preemption(step)
+        stop = self._asked or multihost_utils.reached_preemption_sync_point(next(_calls))
         with self._writing():
-            if step != self.manager.latest_step():
+            if (stop or force or step % self.every == 0) and step != self.manager.latest_step():
                 items = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
                 )
-                self.manager.save(step, args=items, force=force or stop)
+                self.manager.save(step, args=items, force=True)
             if stop:
                 self.manager.wait_until_finished()
         if stop:
