@@ -117,8 +117,8 @@ class Checkpoints:
                 made = self.manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
                 if changed := differences(made, self.settings, free):
                     raise InputError(
-                        f"Checkpoint {path} was made with other settings (old -> new): {'; '.join(changed)}. Go back to them, use another "
-                        f"--workdir, or remove {path / 'settings'} to continue from it all the same."
+                        f"Checkpoint {path} was made with other settings (old -> new): {'; '.join(changed)}. Go back to the "
+                        f"old ones, use another --workdir, or remove {path / 'settings'} to continue from it all the same."
                     )
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             restored = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
