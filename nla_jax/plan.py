@@ -130,6 +130,11 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in shapes))
 
 
+def attached(base: dict, adapter: dict) -> dict:
+    """What `Lora.attach` makes, of shapes."""
+    return base | {"blocks": {name: part | adapter["blocks"].get(name, {}) for name, part in base["blocks"].items()}}
+
+
 def tasks(config, mesh: Mesh) -> dict[str, Task]:
     """The programs of a config, in the order in which a run needs them, at their largest shapes.
 
@@ -153,7 +158,9 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
 
     base = on(abstract_params(model), dtype=dtype) if av.lora or ar.lora else None
     decoding_base = base and on(abstract_params(model), DECODE, dtype)
-    decoding = av.assemble(on(boxed[0], DECODE, dtype), decoding_base)
+    decoding = on(boxed[0], DECODE, dtype)
+    if av.lora:
+        decoding = attached(decoding_base, decoding)
     joint = JointStep(
         av, ar, make_optimizer(c.av_optimizer, c.steps), make_optimizer(c.ar_optimizer, c.steps),
         reward=resolve(c.reward), advantage=resolve(c.advantage), kl_coefficient=c.kl_coefficient,
@@ -308,6 +315,11 @@ def plan(config, place: Slice, mesh: Mesh, only: tuple[str, ...] = ()) -> dict:
 # Search
 
 
+def least_memory(all_tasks: dict[str, Task]) -> float:
+    """Bytes that RL needs of a device whatever the compiler does."""
+    return max(all_tasks[name].least_memory for name in RL)
+
+
 def search(config, place: Slice, file: Path) -> list[dict]:
     """Plans of RL on every mesh of all devices on which it could fit, those that fit first, the fastest first. Each with the
     fewest micro-batches that fit, which gather the weights least often.
@@ -319,7 +331,11 @@ def search(config, place: Slice, file: Path) -> list[dict]:
     basis["mesh"] = basis["rl"]["micro_batches"] = None
     basis = hashlib.blake2b(json.dumps(basis, sort_keys=True).encode(), digest_size=8).hexdigest()
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    text = file.read_text() if file.exists() else ""
+    if not text.endswith("\n"):  # killed while it wrote
+        text = text[: text.rfind("\n") + 1]
+        file.write_text(text)
+    lines = [json.loads(line) for line in text.splitlines()]
     known = {
         (line["program"], *line["mesh"], line["micro_batches"]): line["result"]
         for line in lines
@@ -332,7 +348,7 @@ def search(config, place: Slice, file: Path) -> list[dict]:
         ways = sizes[0] * sizes[1]
         micro = [n for n in range(1, A + 1) if A % n == 0 and B // n % ways == 0]
         try:
-            least = max(tasks(config, mesh_over(place.devices, sizes))[name].least_memory for name in RL)
+            least = least_memory(tasks(config, mesh_over(place.devices, sizes)))
         except InputError:
             continue
         if micro and least <= place.chip.memory:
@@ -348,11 +364,12 @@ def search(config, place: Slice, file: Path) -> list[dict]:
             changed = config.copy_and_resolve_references()
             changed.mesh.update(dict(zip(AXES, sizes)))
             changed.rl.micro_batches = n
-            programs = {}
+            programs, all_tasks = {}, None
             for name in RL:
                 key = (name, *sizes, n if name == "train_step" else 0)
                 if key not in known:
-                    known[key] = plan_program(tasks(changed, mesh)[name], place, mesh)
+                    all_tasks = all_tasks or tasks(changed, mesh)
+                    known[key] = plan_program(all_tasks[name], place, mesh)
                     line = {
                         "basis": basis,
                         "program": name,

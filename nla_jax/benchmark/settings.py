@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
