@@ -16,6 +16,8 @@ from nla_jax.errors import InputError
 from nla_jax.models.pretrained import fingerprint, load_params, load_tokenizer, locate, read_config
 from nla_jax.models.transformer import Transformer
 
+ROWS = 16  # texts that are read at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -116,7 +118,7 @@ def activations_at(
 
 
 def residual_rows(
-    subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], batch: int = 16
+    subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], batch: int = ROWS
 ) -> Iterator[np.ndarray]:
     """For each row the vectors `[len(positions), d]`, batched by length so that shapes are few and padding is small."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
