@@ -23,7 +23,7 @@ TINY = dict(
     layer_types=["sliding_attention", "full_attention", "sliding_attention"],
 )  # fmt: skip
 MESHES = {
-    "v5p_16": dict(mesh=(1, 16, 1), micro_batches=2),  # v5p:2x2x4
+    "v5p_16": dict(mesh=(1, 4, 4)),  # v5p:2x2x4
 }
 
 

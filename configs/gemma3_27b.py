@@ -23,7 +23,7 @@ TINY = dict(
     layer_types=["sliding_attention", "full_attention", "sliding_attention"],
 )  # fmt: skip
 MESHES = {
-    "v5p_64": dict(mesh=(1, 16, 4), micro_batches=2),  # v5p:4x4x4
+    "v5p_64": dict(mesh=(1, 16, 4)),  # v5p:4x4x4
 }
 
 

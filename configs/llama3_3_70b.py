@@ -24,7 +24,7 @@ TINY = dict(
     num_key_value_heads=2, head_dim=8,
 )  # fmt: skip
 MESHES = {
-    "v5p_128": dict(mesh=(1, 32, 4), micro_batches=2),  # v5p:4x4x8
+    "v5p_128": dict(mesh=(1, 16, 8)),  # v5p:4x4x8
 }
 
 

@@ -35,7 +35,17 @@ from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_
 from nla_jax.pretrain import SHIPPED
 from nla_jax.run import resolve
 from nla_jax.sampling import rollout
-from nla_jax.sharding import AXES, DECODE, TRAIN, batch_sharding, make_mesh, relayout, shardings
+from nla_jax.sharding import (
+    AXES,
+    DECODE,
+    TRAIN,
+    batch_sharding,
+    make_mesh,
+    padded_vocabulary,
+    relayout,
+    shardings,
+    ways,
+)
 from nla_jax.subject import ROWS
 from nla_jax.topology import GiB, Slice, factorisations, mesh_over, present, slice_named
 from nla_jax.train import lora
@@ -114,6 +124,7 @@ class Task:
 
 def placed(mesh: Mesh, boxed: Any, rules=TRAIN, dtype: Any = None) -> Any:
     """Shapes with their shardings, of (boxed) shapes with axis names; in `dtype` where one is given."""
+    boxed = padded_vocabulary(mesh, boxed, rules)
     shape = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding)
     return jax.tree.map(shape, nn.unbox(boxed), shardings(mesh, boxed, rules))
 
@@ -345,10 +356,10 @@ def search(config, place: Slice, file: Path) -> list[dict]:
     A, B = config.rl.activations, config.rl.activations * config.rl.group
     candidates = []
     for sizes in sorted(factorisations(len(place.devices)), key=lambda sizes: (sizes[2], sizes[0])):
-        ways = sizes[0] * sizes[1]
-        micro = [n for n in range(1, A + 1) if A % n == 0 and B // n % ways == 0]
+        mesh = mesh_over(place.devices, sizes)
+        micro = [n for n in range(1, A + 1) if A % n == 0 and B // n % ways(mesh, dict(TRAIN)["batch"]) == 0]
         try:
-            least = least_memory(tasks(config, mesh_over(place.devices, sizes)))
+            least = least_memory(tasks(config, mesh))
         except InputError:
             continue
         if micro and least <= place.chip.memory:

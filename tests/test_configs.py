@@ -68,7 +68,7 @@ def test_a_variants_mesh_divides_and_holds_the_model(name, variant):
     for program, task in tasks(c, mesh).items():
         assert task.least_memory < 0.9 * CHIPS[chip].memory, program
     rows = c.rl.activations * c.rl.group // c.rl.micro_batches
-    assert rows % (c.mesh.data * c.mesh.fsdp) == 0 and c.rl.activations % c.rl.micro_batches == 0
+    assert rows % mesh.size == 0 and c.rl.activations % c.rl.micro_batches == 0
 
 
 def test_an_unknown_variant_gets_one_sentence(capsys):

@@ -210,9 +210,7 @@ def rl(s: Settings, mesh: Mesh) -> Program:
     samples = s.activations * s.group
     policy = verbalizer_flops(verbalizer, s.activations, s.group, s.response)
     flops = policy.training + bool(s.kl) * policy.forward + reconstructor_flops(reconstructor, samples, width).training
-    one_pass = weight_bytes(s.config, verbalizer.lora) * (
-        1.5 if s.kl else 1
-    )  # the KL's reference is read forward alone
+    one_pass = weight_bytes(s.config, verbalizer.lora) * (1.5 if s.kl else 1)  # the reference is read forward alone
     one_pass += weight_bytes(reconstructor.model.config, reconstructor.lora, vocabulary=False)
     trained = count(state.verbalizer) + count(state.reconstructor)
     work = {
