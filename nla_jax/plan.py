@@ -193,7 +193,7 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
         beside = device_bytes(on(boxed[1 - which]))
         return Task(jax.jit(step, donate_argnums=0), arguments, flops.training, n, settings.steps, beside)
 
-    documents = config.corpus.max_documents
+    documents = config.corpus.max_documents or math.inf  # 10**9 and more: as many as there are
     read, tokens = verbalizer_flops(av, A, G, R), config.extract.max_tokens
     return {
         "extract": Task(
@@ -250,9 +250,6 @@ def plan_program(task: Task, place: Slice, mesh: Mesh) -> dict:
         "code": memory.generated_code_size_in_bytes,
         "beside": task.beside,
     }
-    collectives: dict[str, float] = {}
-    for (kind, _), size in counts.collectives.items():
-        collectives[kind] = collectives.get(kind, 0.0) + size
     bounds = {
         "compute": counts.flops / place.chip.flops,
         "HBM": counts.bytes / place.chip.bandwidth,
@@ -264,7 +261,7 @@ def plan_program(task: Task, place: Slice, mesh: Mesh) -> dict:
         "memory_total": sum(kinds.values()),
         "flops": counts.flops,
         "bytes": counts.bytes,
-        "collectives": collectives,
+        "collectives": by_kind(counts.collectives),
         "projected_seconds": counts.seconds,
         "seconds_by_bound": bounds,
         "bound_by": max(bounds, key=bounds.get),
@@ -280,10 +277,16 @@ def plan_program(task: Task, place: Slice, mesh: Mesh) -> dict:
             "trips": decode.trips,
             "projected_seconds_per_token": decode.body.seconds,
             "bytes_per_token": decode.body.bytes,
-            "all_gather": any(kind == "all-gather" for kind, _ in decode.body.collectives),
-            "collectives": {kind: size for (kind, _), size in decode.body.collectives.items()},
+            "all_gather": "all-gather" in by_kind(decode.body.collectives),
+            "collectives": by_kind(decode.body.collectives),
         }
     return result
+
+
+def by_kind(collectives: dict[tuple[str, int], float]) -> dict[str, float]:
+    """Bytes sent by kind of collective, over groups of any size."""
+    kinds = {kind for kind, _ in collectives}
+    return {kind: sum(size for (k, _), size in collectives.items() if k == kind) for kind in sorted(kinds)}
 
 
 def describe(config, place: Slice, mesh: Mesh, programs: dict[str, dict]) -> dict:
@@ -439,7 +442,7 @@ def table(result: dict) -> str:
             f"| {name} | {'yes' if p['fits'] else 'no'} | {p['memory_total'] / GiB:.1f} = {memory} "
             f"| {p['flops'] / 1e12:.4g} | {p['bytes'] / 1e9:.4g} | {sent or 'none'} | {p['projected_seconds']:.3g} "
             f"| {p['bound_by']} ({bounds}) | {p['projected_samples_per_second']:.3g} | {100 * p['projected_mfu']:.0f} % "
-            f"| {p['projected_hours']:.2g} |"
+            f"| {format(p['projected_hours'], '.2g') if p['runs'] else 'unknown'} |"
         )
     for name, p in result["programs"].items():
         if loop := p.get("decode_loop"):
@@ -480,11 +483,18 @@ def ranking(plans: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def mesh_sizes(text: str) -> tuple[int, ...]:
+    """`data,fsdp,tensor` of the command line."""
+    sizes = tuple(int(n) for n in text.split(","))
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError("must be three numbers: data,fsdp,tensor")
+    return sizes
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nla plan`, beside `--config` and `--workdir`."""
-    sizes = lambda text: tuple(int(n) for n in text.split(","))
     parser.add_argument("--topology", help="a TPU slice such as v5p:4x4x4 or v6e:4x4 (default: the devices present)")
-    parser.add_argument("--mesh", type=sizes, help="data,fsdp,tensor; one may be -1 (default: the config's)")
+    parser.add_argument("--mesh", type=mesh_sizes, help="data,fsdp,tensor; one may be -1 (default: the config's)")
     parser.add_argument("--programs", type=lambda text: tuple(text.split(",")), default=(), help="only these")
     parser.add_argument("--search", action="store_true", help="try meshes and micro-batches, rank those that fit")
     parser.add_argument("--json", action="store_true", help="everything as JSON")

@@ -128,7 +128,7 @@ def present(dtype: Any) -> Slice:
 def mesh_over(devices: tuple, sizes: tuple[int, int, int]) -> Mesh:
     """A mesh of all devices. Raises `InputError` where the sizes (one may be -1) do not fit them."""
     sizes = list(sizes)
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and math.prod(sizes):
         sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise InputError(f"mesh {dict(zip(AXES, sizes))} does not fit the {len(devices)} devices of the topology.")
