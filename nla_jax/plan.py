@@ -35,7 +35,7 @@ from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_
 from nla_jax.pretrain import SHIPPED
 from nla_jax.run import resolve
 from nla_jax.sampling import rollout
-from nla_jax.sharding import AXES, DECODE, TRAIN, batch_sharding, make_mesh, relayout, shardings
+from nla_jax.sharding import AXES, DECODE, TRAIN, batch_sharding, make_mesh, padded_vocabulary, relayout, shardings
 from nla_jax.subject import ROWS
 from nla_jax.topology import GiB, Slice, factorisations, mesh_over, present, slice_named
 from nla_jax.train import lora
@@ -114,6 +114,7 @@ class Task:
 
 def placed(mesh: Mesh, boxed: Any, rules=TRAIN, dtype: Any = None) -> Any:
     """Shapes with their shardings, of (boxed) shapes with axis names; in `dtype` where one is given."""
+    boxed = padded_vocabulary(mesh, boxed, rules)
     shape = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding)
     return jax.tree.map(shape, nn.unbox(boxed), shardings(mesh, boxed, rules))
 
