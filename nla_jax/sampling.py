@@ -112,7 +112,7 @@ def rollout(
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
     model = Transformer(config)
     verbalizer = dataclasses.replace(verbalizer, model=model)
-    past, first = verbalizer.read_prompt(params, vectors)
+    past, first = verbalizer.read_prompt(params, cut_batch(vectors, rules=DECODE))
     B, R = len(vectors) * group, max_new_tokens
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(B))
 

@@ -10,12 +10,14 @@ training no all-reduce of activations.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.errors import InputError
@@ -43,7 +45,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     count = int(np.prod(sizes))
     if not 0 < count <= len(devices):
         raise InputError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
-    return Mesh(np.array(devices[:count]).reshape(sizes), AXES)
+    return device_mesh(sizes, devices[:count])
+
+
+def device_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """The devices as a mesh whose axes follow the wires between them, where they are known."""
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
 
 
 def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:

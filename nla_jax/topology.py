@@ -8,12 +8,11 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from nla_jax.errors import InputError
 from nla_jax.hlo import Machine
-from nla_jax.sharding import AXES
+from nla_jax.sharding import AXES, device_mesh
 
 GiB = 2**30
 
@@ -132,7 +131,7 @@ def mesh_over(devices: tuple, sizes: tuple[int, int, int]) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise InputError(f"mesh {dict(zip(AXES, sizes))} does not fit the {len(devices)} devices of the topology.")
-    return Mesh(np.array(devices).reshape(sizes), AXES)
+    return device_mesh(sizes, devices)
 
 
 def factorisations(n: int) -> list[tuple[int, int, int]]:

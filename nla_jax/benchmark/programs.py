@@ -129,8 +129,9 @@ class Sampler:
     def __init__(self, s: Settings, mesh: Mesh, verbalizer: Verbalizer, base: dict | None):
         self.s, self.mesh, self.verbalizer = s, mesh, verbalizer
         self.to_decoding = relayout(mesh, verbalizer.abstract_params(), s.dtype, DECODE)
-        layout = base and shardings(mesh, abstract_params(s.config), DECODE)
-        self.base = base and jax.device_put(base, layout)
+        self.base = base
+        if base and mesh.size > 1:
+            self.base = relayout(mesh, abstract_params(s.config), s.dtype, DECODE)(base)
         self.rows, self.steps = s.activations // s.rollout_chunks, (s.response - 1) * s.rollout_chunks
         self.per_step = decode_bytes(verbalizer, self.rows, s.group, s.response, s.data * s.fsdp)
         self.work = Work(
