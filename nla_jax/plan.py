@@ -169,6 +169,8 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
 
     base = on(abstract_params(model), dtype=dtype) if av.lora or ar.lora else None
     decoding_base = base and on(abstract_params(model), DECODE, dtype)
+    # One device decodes with the frozen base itself, several with a copy.
+    second, shared = (device_bytes(decoding_base), 0.0) if mesh.size > 1 else (0.0, device_bytes(base))
     decoding = on(boxed[0], DECODE, dtype)
     if av.lora:
         decoding = attached(decoding_base, decoding)
@@ -209,18 +211,18 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
         ),
         "relayout": Task(
             relayout(mesh, boxed[0], dtype, DECODE), (state.verbalizer,), 0.0, B, c.steps,
-            kept - device_bytes(state.verbalizer) + device_bytes(decoding_base),
+            kept - device_bytes(state.verbalizer) + second,
         ),
         "rollout": Task(
             rollout, (av, decoding, rollout_batch, rng, 0), read.forward / c.rollout_chunks, B // c.rollout_chunks,
-            c.steps * c.rollout_chunks, kept,
+            c.steps * c.rollout_chunks, kept - shared,
             dict(group=G, max_new_tokens=R, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p),
             loop="jit(rollout)/while",
         ),
         "train_step": Task(
             jax.jit(joint, donate_argnums=0), (state, frozen, joint_batch),
             read.training + bool(c.kl_coefficient) * read.forward + reconstructor_flops(ar, B, T).training, B, c.steps,
-            device_bytes(decoding_base),
+            second,
         ),
     }  # fmt: skip
 
