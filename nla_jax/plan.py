@@ -40,6 +40,7 @@ from nla_jax.sharding import (
     DECODE,
     TRAIN,
     batch_sharding,
+    host_mesh,
     make_mesh,
     padded_vocabulary,
     relayout,
@@ -105,8 +106,10 @@ def hub_folder(name: str) -> Path:
 class Task:
     """One program: a jitted function and the shapes that it is called with. `flops` that the method needs on all devices,
     `samples` that it works on, how often it `runs` in the configured run; `beside`: bytes a device holds beside the
-    arguments; `loop`: the name of the decode loop, where it has one."""
+    arguments; `loop`: the name of the decode loop, where it has one; `copies` of it that run at a time, each on its own
+    `mesh`."""
 
+    mesh: Mesh
     function: Any
     arguments: tuple
     flops: float
@@ -115,6 +118,7 @@ class Task:
     beside: float = 0.0
     options: dict = dataclasses.field(default_factory=dict)
     loop: str | None = None
+    copies: int = 1
 
     @property
     def least_memory(self) -> float:
@@ -193,15 +197,21 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
         start = on(jax.eval_shape(step.init, boxed[which]))
         arguments = start, batch(TextBatch(i32(n, width), i32(n), f32(n, D))), base
         beside = device_bytes(on(boxed[1 - which]))
-        return Task(jax.jit(step, donate_argnums=0), arguments, flops.training, n, settings.steps, beside)
+        return Task(mesh, jax.jit(step, donate_argnums=0), arguments, flops.training, n, settings.steps, beside)
 
+    hosts = {device.process_index for device in mesh.devices.flat}
+    own, hosts = host_mesh(mesh, min(hosts)), len(hosts)  # hosts extract from documents of their own
     documents = config.corpus.max_documents or math.inf  # 10**9 and more: as many as there are
     read, tokens = verbalizer_flops(av, A, G, R), config.extract.max_tokens
     return {
         "extract": Task(
-            jax.jit(residual, static_argnums=0),
-            (Transformer(subject), on(abstract_params(subject, truncated=True), dtype=dtype), batch(i32(ROWS, tokens))),
-            blocks(subject, [(ROWS, tokens, 0)]).forward, ROWS, -(-documents // ROWS) if documents < 10**9 else 0,
+            own, jax.jit(residual, static_argnums=0),
+            (
+                Transformer(subject), placed(own, abstract_params(subject, truncated=True), dtype=dtype),
+                placed_batch(own, i32(ROWS, tokens)),
+            ),
+            blocks(subject, [(ROWS, tokens, 0)]).forward, ROWS,
+            -(-documents // (ROWS * hosts)) if documents < 10**9 else 0, copies=hosts,
         ),
         "sft_av": supervised(
             0, verbalizer_loss(av), config.sft.av, R, verbalizer_flops(av, config.sft.av.batch, 1, R)
@@ -210,17 +220,17 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
             1, reconstructor_loss(ar), config.sft.ar, T, reconstructor_flops(ar, config.sft.ar.batch, T)
         ),
         "relayout": Task(
-            relayout(mesh, boxed[0], dtype, DECODE), (state.verbalizer,), 0.0, B, c.steps,
+            mesh, relayout(mesh, boxed[0], dtype, DECODE), (state.verbalizer,), 0.0, B, c.steps,
             kept - device_bytes(state.verbalizer) + second,
         ),
         "rollout": Task(
-            rollout, (av, decoding, rollout_batch, rng, 0), read.forward / c.rollout_chunks, B // c.rollout_chunks,
+            mesh, rollout, (av, decoding, rollout_batch, rng, 0), read.forward / c.rollout_chunks, B // c.rollout_chunks,
             c.steps * c.rollout_chunks, kept - shared,
             dict(group=G, max_new_tokens=R, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p),
             loop="jit(rollout)/while",
         ),
         "train_step": Task(
-            jax.jit(joint, donate_argnums=0), (state, frozen, joint_batch),
+            mesh, jax.jit(joint, donate_argnums=0), (state, frozen, joint_batch),
             read.training + bool(c.kl_coefficient) * read.forward + reconstructor_flops(ar, B, T).training, B, c.steps,
             second,
         ),
@@ -230,11 +240,11 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
 # The plan
 
 
-def plan_program(task: Task, place: Slice, mesh: Mesh) -> dict:
+def plan_program(task: Task, place: Slice) -> dict:
     """One program compiled for its mesh: what it needs, and what it would take."""
     clock = time.monotonic()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(task.mesh):
             compiled = task.function.lower(*task.arguments, **task.options).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -267,8 +277,8 @@ def plan_program(task: Task, place: Slice, mesh: Mesh) -> dict:
         "projected_seconds": counts.seconds,
         "seconds_by_bound": bounds,
         "bound_by": max(bounds, key=bounds.get),
-        "projected_samples_per_second": task.samples / counts.seconds,
-        "projected_mfu": task.flops / (mesh.size * place.chip.flops * counts.seconds),
+        "projected_samples_per_second": task.copies * task.samples / counts.seconds,
+        "projected_mfu": task.flops / (task.mesh.size * place.chip.flops * counts.seconds),
         "runs": task.runs,
         "projected_hours": task.runs * counts.seconds / 3600,
         "compile_seconds": seconds,
@@ -324,7 +334,7 @@ def plan(config, place: Slice, mesh: Mesh, only: tuple[str, ...] = ()) -> dict:
     for name, task in all_tasks.items():
         if not only or name in only:
             print(f"compiling {name} for {place.name} …", file=sys.stderr, flush=True)
-            programs[name] = plan_program(task, place, mesh)
+            programs[name] = plan_program(task, place)
     return describe(config, place, mesh, programs)
 
 
@@ -385,7 +395,7 @@ def search(config, place: Slice, file: Path) -> list[dict]:
                 key = (name, *sizes, n if name == "train_step" else 0)
                 if key not in known:
                     all_tasks = all_tasks or tasks(changed, mesh)
-                    known[key] = plan_program(all_tasks[name], place, mesh)
+                    known[key] = plan_program(all_tasks[name], place)
                     line = {
                         "basis": basis,
                         "program": name,

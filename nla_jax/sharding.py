@@ -53,6 +53,13 @@ def device_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
 
 
+def host_mesh(mesh: Mesh, host: int | None = None) -> Mesh:
+    """One host's devices of a mesh (default: this host's), over which weights are cut: for work that hosts share out."""
+    host = jax.process_index() if host is None else host
+    own = [device for device in mesh.devices.flat if device.process_index == host]
+    return device_mesh((1, len(own), 1), own)
+
+
 def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     """Into how many parts these mesh axes cut an array's axis."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))

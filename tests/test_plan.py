@@ -430,14 +430,14 @@ def test_wrong_flags_are_one_sentence(capsys, monkeypatch, flags, said):
 def uncompiled(monkeypatch):
     """What `search` asks for, as (mesh, micro-batches), of programs of which a train step fits from four micro-batches on,
     and takes as many hours as it has micro-batches, times the mesh's tensor axis."""
-    asked, real = [], planning.tasks
+    asked, shapes = [], planning.tasks
 
     def all_tasks(config, mesh):
-        return {name: (name, config.rl.micro_batches, task) for name, task in real(config, mesh).items()}
+        return {name: (name, config.rl.micro_batches, task) for name, task in shapes(config, mesh).items()}
 
-    def program(task, place, mesh):
-        name, micro, _ = task
-        sizes = tuple(mesh.shape.values())
+    def program(task, place):
+        name, micro, real = task
+        sizes = tuple(real.mesh.shape.values())
         asked.append((sizes, micro))
         return {"fits": name != "train_step" or micro >= 4, "memory": {}, "memory_total": 1.0, "bound_by": "compute",
                 "projected_hours": sizes[2] * micro, "projected_mfu": 0.5}  # fmt: skip
