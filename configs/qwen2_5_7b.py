@@ -21,7 +21,7 @@ TINY = dict(
     num_key_value_heads=2,
 )  # fmt: skip
 MESHES = {
-    "v5e_32": dict(mesh=(1, 8, 4), micro_batches=2),  # v5e:4x8
+    "v5e_32": dict(mesh=(1, 8, 4)),  # v5e:4x8
     "v6e_16": dict(mesh=(1, 4, 4), micro_batches=2),  # v6e:4x4
     "v5p_16": dict(mesh=(1, 4, 4)),  # v5p:2x2x4
 }

@@ -250,9 +250,20 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Prints what a config's programs would need of memory and time."""
-    from nla_jax.plan import main
+    from nla_jax.plan import plan, table
+    from nla_jax.search import ranking, search
+    from nla_jax.sharding import AXES, make_mesh
+    from nla_jax.topology import mesh_over, present, slice_named
 
-    main(load_config(arguments.config, arguments.overrides), workdir(arguments), arguments)
+    config = load_config(arguments.config, arguments.overrides)
+    place = slice_named(arguments.topology) if arguments.topology else present(config.compute.dtype)
+    if arguments.search:
+        result, words = search(config, place, workdir(arguments) / "plan.jsonl"), ranking
+    else:
+        sizes = arguments.mesh or tuple(config.mesh[axis] for axis in AXES)
+        mesh = mesh_over(place.devices, sizes) if arguments.topology else make_mesh(*sizes)
+        result, words = plan(config, place, mesh, arguments.programs), table
+    print(json.dumps(result, indent=1) if arguments.json else words(result))
 
 
 def empty_folder(name: str) -> Path:

@@ -10,8 +10,6 @@ puts between its two halves.
 import argparse
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import sys
 import time
@@ -29,26 +27,22 @@ from nla_jax.errors import InputError
 from nla_jax.fit import make_optimizer
 from nla_jax.flops import Flops, blocks, reconstructor_flops, verbalizer_flops
 from nla_jax.hlo import Program
-from nla_jax.metrics import Progress
 from nla_jax.models.pretrained import locate, model_config, read_config
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.pretrain import SHIPPED
 from nla_jax.run import resolve
 from nla_jax.sampling import rollout
 from nla_jax.sharding import (
-    AXES,
     DECODE,
     TRAIN,
     batch_sharding,
     host_mesh,
-    make_mesh,
     padded_vocabulary,
     relayout,
     shardings,
-    ways,
 )
 from nla_jax.subject import ROWS
-from nla_jax.topology import GiB, Slice, factorisations, mesh_over, present, slice_named
+from nla_jax.topology import GiB, Slice
 from nla_jax.train import lora
 from nla_jax.train_step import (
     Frozen,
@@ -338,97 +332,6 @@ def plan(config, place: Slice, mesh: Mesh, only: tuple[str, ...] = ()) -> dict:
     return describe(config, place, mesh, programs)
 
 
-# Search
-
-
-def least_memory(all_tasks: dict[str, Task]) -> float:
-    """Bytes that RL needs of a device whatever the compiler does."""
-    return max(all_tasks[name].least_memory for name in RL)
-
-
-def search(config, place: Slice, file: Path) -> list[dict]:
-    """Plans of RL on every mesh of all devices on which it could fit, those that fit first, the fastest first. Each with the
-    fewest micro-batches that fit, which gather the weights least often.
-
-    A mesh that does not divide the model, or whose arguments alone outweigh a device, is passed over uncompiled. Every
-    program that is compiled goes to `file`, one JSON object a line, and is not compiled again: an interrupted search continues
-    there."""
-    basis = json.loads(config.to_json_best_effort()) | {"devices": place.name, "jax": jax.__version__}
-    basis["mesh"] = basis["rl"]["micro_batches"] = None
-    basis = hashlib.blake2b(json.dumps(basis, sort_keys=True).encode(), digest_size=8).hexdigest()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = file.read_text() if file.exists() else ""
-    if not text.endswith("\n"):  # killed while it wrote
-        text = text[: text.rfind("\n") + 1]
-        file.write_text(text)
-    lines = [json.loads(line) for line in text.splitlines()]
-    known = {
-        (line["program"], *line["mesh"], line["micro_batches"]): line["result"]
-        for line in lines
-        if line["basis"] == basis
-    }
-
-    A, B = config.rl.activations, config.rl.activations * config.rl.group
-    candidates = []
-    for sizes in sorted(factorisations(len(place.devices)), key=lambda sizes: (sizes[2], sizes[0])):
-        mesh = mesh_over(place.devices, sizes)
-        micro = [n for n in range(1, A + 1) if A % n == 0 and B // n % ways(mesh, dict(TRAIN)["batch"]) == 0]
-        try:
-            least = least_memory(tasks(config, mesh))
-        except InputError:
-            continue
-        if micro and least <= place.chip.memory:
-            candidates.append((sizes, micro))
-
-    progress = Progress("search", len(candidates))
-    plans, start = [], 1
-    for sizes, micro in candidates:
-        mesh = mesh_over(place.devices, sizes)
-
-        def at(n: int) -> dict:
-            """The plan with `n` micro-batches; stops at the first program that does not fit."""
-            changed = config.copy_and_resolve_references()
-            changed.mesh.update(dict(zip(AXES, sizes)))
-            changed.rl.micro_batches = n
-            programs, all_tasks = {}, None
-            for name in RL:
-                key = (name, *sizes, n if name == "train_step" else 0)
-                if key not in known:
-                    all_tasks = all_tasks or tasks(changed, mesh)
-                    known[key] = plan_program(all_tasks[name], place)
-                    line = {
-                        "basis": basis,
-                        "program": name,
-                        "mesh": sizes,
-                        "micro_batches": key[-1],
-                        "result": known[key],
-                    }
-                    with open(file, "a") as stream:
-                        stream.write(json.dumps(line) + "\n")
-                programs[name] = known[key]
-                if not programs[name]["fits"]:
-                    break
-            return describe(changed, place, mesh, programs)
-
-        fits = lambda result: result.get("rl", {}).get("fits", False)
-        # What fitted the mesh before is the first guess; from there downwards while it fits, upwards until it does.
-        i = max(j for j, n in enumerate(micro) if n <= start or j == 0)
-        best = at(micro[i])
-        while fits(best) and i > 0 and fits(smaller := at(micro[i - 1])):
-            best, i = smaller, i - 1
-        while not fits(best) and i + 1 < len(micro) and "train_step" in best["programs"]:
-            i += 1
-            best = at(micro[i])
-        start = micro[i] if fits(best) else start
-        plans.append(best)
-        progress.update(
-            micro_batches=micro[i], samples_per_second=best.get("rl", {}).get("projected_samples_per_second")
-        )
-    progress.close()
-    speed = lambda result: (fits(result), result.get("rl", {}).get("projected_samples_per_second", 0.0))
-    return sorted(plans, key=speed, reverse=True)
-
-
 # For people
 
 
@@ -475,26 +378,6 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def ranking(plans: list[dict]) -> str:
-    """The plans of a search in Markdown."""
-    lines = [
-        "| data,fsdp,tensor | micro-batches | fits | GiB a device: relayout, rollout, train_step | samples/s | train_step MFU "
-        "| bound by |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for p in plans:
-        programs, rl = p["programs"], p.get("rl", {})
-        memory = ", ".join(f"{x['memory_total'] / GiB:.1f}" if "memory" in x else "too much" for x in programs.values())
-        shown = "| | | |"
-        if rl:
-            step = programs["train_step"]
-            speed = rl["projected_samples_per_second"]
-            shown = f"| {speed:.3g} | {100 * step['projected_mfu']:.0f} % | {step['bound_by']} |"
-        mesh = ",".join(str(n) for n in p["mesh"].values())
-        lines.append(f"| {mesh} | {p['micro_batches']} | {'yes' if rl.get('fits') else 'no'} | {memory} {shown}")
-    return "\n".join(lines)
-
-
 def mesh_sizes(text: str) -> tuple[int, ...]:
     """`data,fsdp,tensor` of the command line."""
     sizes = tuple(int(n) for n in text.split(","))
@@ -510,16 +393,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--programs", type=lambda text: tuple(text.split(",")), default=(), help="only these")
     parser.add_argument("--search", action="store_true", help="try meshes and micro-batches, rank those that fit")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
-
-
-def main(config, workdir: Path, arguments: argparse.Namespace) -> None:
-    """`nla plan`: prints what the config would need and take."""
-    place = slice_named(arguments.topology) if arguments.topology else present(config.compute.dtype)
-    if arguments.search:
-        plans = search(config, place, workdir / "plan.jsonl")
-        print(json.dumps(plans, indent=1) if arguments.json else ranking(plans))
-        return
-    sizes = arguments.mesh or tuple(config.mesh[axis] for axis in AXES)
-    mesh = mesh_over(place.devices, sizes) if arguments.topology else make_mesh(*sizes)
-    result = plan(config, place, mesh, arguments.programs)
-    print(json.dumps(result, indent=1) if arguments.json else table(result))

@@ -24,7 +24,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["pair", "data.extraction", "data.reference"],
     ["evaluate.fve", "explain", "run"],
     ["fit", "data.dataset"],
-    ["benchmark", "plan", "pretrain", "topology", "train", "evaluate.evaluation"],
+    ["benchmark", "plan", "pretrain", "search", "topology", "train", "evaluate.evaluation"],
     ["cli"],
 ]
 ALONE = {"errors": set(), "models.attention": set(), "sharding": {"errors"}}  # what these import of ours at most

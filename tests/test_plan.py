@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nla_jax import plan as planning
+from nla_jax import search as searching
 from nla_jax import topology
 from nla_jax.cli import load_config, main
 from nla_jax.errors import InputError
 from nla_jax.hlo import Machine, Program
-from nla_jax.plan import plan, ranking, search, table, tasks
+from nla_jax.plan import plan, table, tasks
+from nla_jax.search import ranking, search
 from nla_jax.topology import CHIPS, Chip, Slice, factorisations, mesh_over, present, slice_named
 
 needs_libtpu = pytest.mark.skipif(
@@ -387,7 +388,7 @@ def test_adapters_leave_the_base_out_of_the_state():
 
 
 def test_the_verb_on_devices_that_are_here(capsys, monkeypatch):
-    monkeypatch.setattr(planning, "present", lambda dtype: HERE)
+    monkeypatch.setattr(topology, "present", lambda dtype: HERE)
     flags = ["--config.prompts.max_new_tokens=8", "--config.rl.activations=2", "--config.rl.group=2"]
     command = [
         "plan",
@@ -417,7 +418,7 @@ def test_the_verb_on_devices_that_are_here(capsys, monkeypatch):
     ],
 )
 def test_wrong_flags_are_one_sentence(capsys, monkeypatch, flags, said):
-    monkeypatch.setattr(planning, "present", lambda dtype: HERE)
+    monkeypatch.setattr(topology, "present", lambda dtype: HERE)
     assert main(["plan", *flags]) == 1
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
@@ -430,7 +431,7 @@ def test_wrong_flags_are_one_sentence(capsys, monkeypatch, flags, said):
 def uncompiled(monkeypatch):
     """What `search` asks for, as (mesh, micro-batches), of programs of which a train step fits from four micro-batches on,
     and takes as many hours as it has micro-batches, times the mesh's tensor axis."""
-    asked, shapes = [], planning.tasks
+    asked, shapes = [], searching.tasks
 
     def all_tasks(config, mesh):
         return {name: (name, config.rl.micro_batches, task) for name, task in shapes(config, mesh).items()}
@@ -442,11 +443,11 @@ def uncompiled(monkeypatch):
         return {"fits": name != "train_step" or micro >= 4, "memory": {}, "memory_total": 1.0, "bound_by": "compute",
                 "projected_hours": sizes[2] * micro, "projected_mfu": 0.5}  # fmt: skip
 
-    monkeypatch.setattr(planning, "tasks", all_tasks)
+    monkeypatch.setattr(searching, "tasks", all_tasks)
     monkeypatch.setattr(
-        planning, "least_memory", lambda tasks: max(tasks[name][2].least_memory for name in planning.RL)
+        searching, "least_memory", lambda tasks: max(tasks[name][2].least_memory for name in searching.RL)
     )
-    monkeypatch.setattr(planning, "plan_program", program)
+    monkeypatch.setattr(searching, "plan_program", program)
     return asked
 
 
@@ -466,7 +467,7 @@ def test_search_ranks_meshes_with_the_fewest_micro_batches_that_fit(uncompiled, 
 def test_search_compiles_nothing_on_a_mesh_that_cannot_hold_the_arguments(uncompiled, tmp_path):
     least = {
         sizes: max(
-            task[2].least_memory for task in planning.tasks(small(), mesh_over(HERE.devices[:2], sizes)).values()
+            task[2].least_memory for task in searching.tasks(small(), mesh_over(HERE.devices[:2], sizes)).values()
         )
         for sizes in factorisations(2)
     }
