@@ -25,80 +25,81 @@ def search(config, place: Slice, file: Path) -> list[dict]:
     A mesh that does not divide the model, or whose arguments alone outweigh a device, is passed over uncompiled. Every
     program that is compiled goes to `file`, one JSON object a line, and is not compiled again: an interrupted search continues
     there."""
-    basis = json.loads(config.to_json_best_effort()) | {"devices": place.name, "jax": jax.__version__}
-    basis["mesh"] = basis["rl"]["micro_batches"] = None
-    basis = hashlib.blake2b(json.dumps(basis, sort_keys=True).encode(), digest_size=8).hexdigest()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = file.read_text() if file.exists() else ""
-    if not text.endswith("\n"):  # killed while it wrote
-        text = text[: text.rfind("\n") + 1]
-        file.write_text(text)
-    lines = [json.loads(line) for line in text.splitlines()]
-    known = {
-        (line["program"], *line["mesh"], line["micro_batches"]): line["result"]
-        for line in lines
-        if line["basis"] == basis
-    }
+    basis = _basis(config, place)
+    known = _read(file, basis)
 
-    A, B = config.rl.activations, config.rl.activations * config.rl.group
-    candidates = []
+    def at(sizes: tuple[int, int, int], micro: int) -> dict:
+        """The plan for a mesh and a number of micro-batches; it ends with the first program that does not fit."""
+        changed, mesh = config.copy_and_resolve_references(), mesh_over(place.devices, sizes)
+        changed.mesh.update(dict(zip(AXES, sizes)))
+        changed.rl.micro_batches = micro
+        programs, all_tasks = {}, None
+        for name in RL:
+            key = name, *sizes, micro if name == "train_step" else 0
+            if key not in known:
+                all_tasks = all_tasks or tasks(changed, mesh)
+                known[key] = plan_program(all_tasks[name], place)
+                with open(file, "a") as stream:
+                    stream.write(json.dumps({"basis": basis, "key": key, "result": known[key]}) + "\n")
+            programs[name] = known[key]
+            if not programs[name]["fits"]:
+                break
+        return describe(changed, place, mesh, programs)
+
+    fits = lambda result: result.get("rl", {}).get("fits", False)
+    speed = lambda result: result.get("rl", {}).get("projected_samples_per_second", 0.0)
+    meshes = candidates(config, place)
+    progress, plans, start = Progress("search", len(meshes)), [], 1
+    for sizes, micro in meshes:
+        # What fitted the mesh before is the first guess; from there downwards while it fits, upwards until it does.
+        i = max(j for j, n in enumerate(micro) if n <= start or j == 0)
+        best = at(sizes, micro[i])
+        while fits(best) and i > 0 and fits(smaller := at(sizes, micro[i - 1])):
+            best, i = smaller, i - 1
+        while not fits(best) and i + 1 < len(micro) and "train_step" in best["programs"]:
+            i += 1
+            best = at(sizes, micro[i])
+        start = micro[i] if fits(best) else start
+        plans.append(best)
+        progress.update(micro_batches=micro[i], samples_per_second=speed(best))
+    progress.close()
+    return sorted(plans, key=lambda result: (fits(result), speed(result)), reverse=True)
+
+
+def candidates(config, place: Slice) -> list[tuple[tuple[int, int, int], list[int]]]:
+    """The meshes worth compiling for, smallest tensor axis first, each with the numbers of micro-batches that leave every
+    device rows of its own."""
+    A, B, found = config.rl.activations, config.rl.activations * config.rl.group, []
     for sizes in sorted(factorisations(len(place.devices)), key=lambda sizes: (sizes[2], sizes[0])):
         mesh = mesh_over(place.devices, sizes)
         micro = [n for n in range(1, A + 1) if A % n == 0 and B // n % ways(mesh, dict(TRAIN)["batch"]) == 0]
         try:
-            least = least_memory(tasks(config, mesh))
-        except InputError:
+            if micro and least_memory(tasks(config, mesh)) <= place.chip.memory:
+                found.append((sizes, micro))
+        except InputError:  # the mesh does not divide the model
             continue
-        if micro and least <= place.chip.memory:
-            candidates.append((sizes, micro))
+    return found
 
-    progress = Progress("search", len(candidates))
-    plans, start = [], 1
-    for sizes, micro in candidates:
-        mesh = mesh_over(place.devices, sizes)
 
-        def at(n: int) -> dict:
-            """The plan with `n` micro-batches; stops at the first program that does not fit."""
-            changed = config.copy_and_resolve_references()
-            changed.mesh.update(dict(zip(AXES, sizes)))
-            changed.rl.micro_batches = n
-            programs, all_tasks = {}, None
-            for name in RL:
-                key = (name, *sizes, n if name == "train_step" else 0)
-                if key not in known:
-                    all_tasks = all_tasks or tasks(changed, mesh)
-                    known[key] = plan_program(all_tasks[name], place)
-                    line = {
-                        "basis": basis,
-                        "program": name,
-                        "mesh": sizes,
-                        "micro_batches": key[-1],
-                        "result": known[key],
-                    }
-                    with open(file, "a") as stream:
-                        stream.write(json.dumps(line) + "\n")
-                programs[name] = known[key]
-                if not programs[name]["fits"]:
-                    break
-            return describe(changed, place, mesh, programs)
+def _basis(config, place: Slice) -> str:
+    """A hash of all that a compiled program depends on, but for mesh and micro-batches."""
+    settings = json.loads(config.to_json_best_effort()) | {"mesh": None, "devices": place.name, "jax": jax.__version__}
+    settings["rl"]["micro_batches"] = None
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
-        fits = lambda result: result.get("rl", {}).get("fits", False)
-        # What fitted the mesh before is the first guess; from there downwards while it fits, upwards until it does.
-        i = max(j for j, n in enumerate(micro) if n <= start or j == 0)
-        best = at(micro[i])
-        while fits(best) and i > 0 and fits(smaller := at(micro[i - 1])):
-            best, i = smaller, i - 1
-        while not fits(best) and i + 1 < len(micro) and "train_step" in best["programs"]:
-            i += 1
-            best = at(micro[i])
-        start = micro[i] if fits(best) else start
-        plans.append(best)
-        progress.update(
-            micro_batches=micro[i], samples_per_second=best.get("rl", {}).get("projected_samples_per_second")
-        )
-    progress.close()
-    speed = lambda result: (fits(result), result.get("rl", {}).get("projected_samples_per_second", 0.0))
-    return sorted(plans, key=speed, reverse=True)
+
+def _read(file: Path, basis: str) -> dict[tuple, dict]:
+    """The results of a file that have this basis, by key; a last line that a kill cut short is removed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = file.read_text() if file.exists() else ""
+    if not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        file.write_text(text)
+    lines = map(json.loads, text.splitlines())
+    return {tuple(line["key"]): line["result"] for line in lines if line["basis"] == basis}
 
 
 def ranking(plans: list[dict]) -> str:
