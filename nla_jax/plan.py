@@ -144,8 +144,9 @@ def attached(base: dict, adapter: dict) -> dict:
     return base | {"blocks": {name: part | adapter["blocks"].get(name, {}) for name, part in base["blocks"].items()}}
 
 
-def tasks(config, mesh: Mesh) -> dict[str, Task]:
-    """The programs of a config, in the order in which a run needs them, at their largest shapes.
+def tasks(config, mesh: Mesh, host: Mesh | None = None) -> dict[str, Task]:
+    """The programs of a config, in the order in which a run needs them, at their largest shapes. `host`: the devices of one
+    host, which extracts from documents of its own (default: those of the mesh's first).
 
     Raises `InputError` where the mesh does not divide a parameter."""
     model, c, p = subject_config(config), config.rl, config.plan
@@ -194,15 +195,15 @@ def tasks(config, mesh: Mesh) -> dict[str, Task]:
         return Task(mesh, jax.jit(step, donate_argnums=0), arguments, flops.training, n, settings.steps, beside)
 
     hosts = {device.process_index for device in mesh.devices.flat}
-    own, hosts = host_mesh(mesh, min(hosts)), len(hosts)  # hosts extract from documents of their own
+    host, hosts = host or host_mesh(mesh, min(hosts)), len(hosts)
     documents = config.corpus.max_documents or math.inf  # 10**9 and more: as many as there are
     read, tokens = verbalizer_flops(av, A, G, R), config.extract.max_tokens
     return {
         "extract": Task(
-            own, jax.jit(residual, static_argnums=0),
+            host, jax.jit(residual, static_argnums=0),
             (
-                Transformer(subject), placed(own, abstract_params(subject, truncated=True), dtype=dtype),
-                placed_batch(own, i32(ROWS, tokens)),
+                Transformer(subject), placed(host, abstract_params(subject, truncated=True), dtype=dtype),
+                placed_batch(host, i32(ROWS, tokens)),
             ),
             blocks(subject, [(ROWS, tokens, 0)]).forward, ROWS,
             -(-documents // (ROWS * hosts)) if documents < 10**9 else 0, copies=hosts,
@@ -321,7 +322,7 @@ def describe(config, place: Slice, mesh: Mesh, programs: dict[str, dict]) -> dic
 
 def plan(config, place: Slice, mesh: Mesh, only: tuple[str, ...] = ()) -> dict:
     """Compiles the programs of a config (all, or those named) for a mesh; says on standard error which one is under way."""
-    all_tasks = tasks(config, mesh)
+    all_tasks = tasks(config, mesh, place.host(mesh))
     if unknown := set(only) - all_tasks.keys():
         raise InputError(f"There is no program {min(unknown)!r}; there are {', '.join(all_tasks)}.")
     programs = {}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from nla_jax.errors import InputError
 from nla_jax.hlo import Machine
-from nla_jax.sharding import AXES, device_mesh
+from nla_jax.sharding import AXES, device_mesh, host_mesh
 
 GiB = 2**30
 
@@ -70,6 +70,16 @@ class Slice:
             if filled < n and size > 1:
                 links, filled = links + 1 + closed, filled * size
         return max(links, 1)
+
+    def host(self, mesh: Mesh) -> Mesh:
+        """One host's devices of a mesh. Of a TPU slice as a slice of that size: its compiler takes no part of one."""
+        first = min(device.process_index for device in mesh.devices.flat)
+        own = host_mesh(mesh, first)
+        if not self.sizes or own.size == mesh.size:
+            return own
+        sizes = [max(axis) - min(axis) + 1 for axis in zip(*(device.coords for device in own.devices.flat))]
+        name = f"{self.name.partition(':')[0]}:{'x'.join(map(str, sizes[: len(self.sizes)]))}"
+        return device_mesh((1, own.size, 1), slice_named(name).devices)
 
     @property
     def machine(self) -> Machine:

@@ -293,6 +293,18 @@ def test_every_program_on_a_real_topology():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name, sizes", [("v5e:4x4", (1, 4, 4)), ("v5p:2x2x2", (2, 2, 2))])
+def test_each_host_extracts_alone(name, sizes):
+    """On a part of a slice as large as a host, which some compilers refuse inside a larger one."""
+    place = slice_named(name)
+    config = small(num_key_value_heads=4)
+    result = plan(config, place, mesh_over(place.devices, sizes), ("extract",))["programs"]["extract"]
+    hosts = len(place.devices) // 4
+    assert result["fits"] and result["runs"] == -(-50 // hosts)
+    assert result["projected_samples_per_second"] == pytest.approx(hosts * 16 / result["projected_seconds"])
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_said():
     config = small(hidden_size=16384, intermediate_size=65536, num_attention_heads=128, num_hidden_layers=8)
     place = slice_named("v5e:2x2")
