@@ -169,6 +169,7 @@ class Block(nn.Module):
             x = x + (norm("mlp_post_norm")(y) if c.post_norms else y)
         if edit is not None:
             x = edit(x, layer)
+        x = cut_batch(x, rules=c.rules)
         return (x, cache), (k, v) if cache is None else None
 
 
@@ -200,7 +201,7 @@ class Transformer(nn.Module):
         c = self.config
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         if not c.decoding:  # looked up where the table lies: not the table crosses devices, but what was found
-            x = constrained(x, (*[None] * tokens.ndim, "embed"))
+            x = cut_batch(constrained(x, (*[None] * tokens.ndim, "embed")))
         return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, c.dtype)
 
     def __call__(
