@@ -21,7 +21,11 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def joint(verbalizer, reconstructor) -> JointStep:
-    return JointStep(verbalizer, reconstructor, adamw(STEPS, 1e-3, warmup=1), adamw(STEPS, 1e-3), kl_coefficient=0.1)
+    """Well-conditioned, so that float32's rounding stays rounding: with Adam's usual eps a gradient of nearly 0 moves its
+    weight by ± the learning rate, and near-equal rewards over their own spread are noise."""
+    optimizer = adamw(STEPS, 1e-3, warmup=1, eps=1e-4)
+    centred = lambda rewards: rewards - rewards.mean(1, keepdims=True)
+    return JointStep(verbalizer, reconstructor, optimizer, optimizer, advantage=centred, kl_coefficient=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +77,8 @@ def test_meshes_agree(train, sizes):
     for (tokens, metrics), (expected_tokens, expected_metrics) in zip(history, expected, strict=True):
         assert np.array_equal(tokens, expected_tokens)
         assert max(metrics.pop("logprob_gap_max"), metrics.pop("logprob_gap_mean")) < 1e-4
-        close(metrics, {name: expected_metrics[name] for name in metrics}, 2e-5)
-    close(found, params, 1e-4)
+        close(metrics, {name: expected_metrics[name] for name in metrics}, 1e-5)
+    close(found, params, 1e-5)
     assert compiles == [1, 0, 0]
 
 

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 MASKED = -1e30  # a finite stand-in for -inf: a segment without visible keys gets weight exp(-1e30 - max) = 0, not NaN
+SAVED = "attention"  # the name by which a remat policy knows what the backward pass of `attend` wants kept
 
 
 @struct.dataclass
@@ -37,14 +39,20 @@ def causal_mask(length: int) -> Bool[Array, "1 T T"]:
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def attend(
     q: Float[Array, "B T M H"], segments: Sequence[Segment], scale: float, cap: float | None = None
 ) -> Float[Array, "B T M H"]:
     """softmax(scale · q kᵀ) v over the union of all segments' keys; scores and softmax in float32.
 
     M query heads share N key/value heads in groups of M/N (grouped-query attention). `cap` bends scores as Gemma 2 does
-    (`soft_cap`).
-    """
+    (`soft_cap`). The backward pass is flash attention's: it keeps the result and the logarithm of each row's sum, and
+    computes the scores again."""
+    return _forward(q, segments, scale, cap)[0]
+
+
+def _forward(q, segments: Sequence[Segment], scale: float, cap: float | None):
+    """The result `[B, T, M, H]` and the log-sum-exp of each row's scores `[B, T, M]`."""
     parts = [_partial(q, segment, scale, cap) for segment in segments]
     top = functools.reduce(jnp.maximum, [part[0] for part in parts])
     total, out = 0.0, 0.0
@@ -52,7 +60,7 @@ def attend(
         weight = jnp.exp(part_top - top)
         total += part_total * weight
         out += part_out * weight[..., None]
-    return (out / total[..., None]).astype(q.dtype)
+    return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
 
 def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
@@ -60,16 +68,66 @@ def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def _attend_forward(q, segments, scale, cap):
+    out, log_total = (checkpoint_name(x, SAVED) for x in _forward(q, segments, scale, cap))
+    return out, (q, segments, out, log_total)
+
+
+def _attend_backward(scale, cap, saved, d_out):
+    """With P = exp(scores - log_total): dv = Pᵀ do, d(scores) = P · (do vᵀ - Σ do · o). The products that give dk and dv are
+    written so that the small operand (of width H, not S) is the one read by columns, which CPUs do slowly."""
+    q, segments, out, log_total = saved
+    d_out = d_out.astype(q.dtype)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    d_q, d_segments = 0.0, []
+    for segment in segments:
+        queries, d_o, log, mean = (_fold(x, segment) for x in (q, d_out, log_total, delta))
+        scores, slope = _scores(queries, segment, scale, cap)
+        weights = jnp.exp(scores - log[..., None])
+        d_scores = weights * (_dot(d_o, segment.v, 5, 3) - mean[..., None]) * slope
+        weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+        d_q += _unfold(_dot(d_scores, segment.k, 5, 2), q.shape)
+        rows = (2, 3, 4)
+        d_k, d_v = (_dot(a, b, rows, rows).swapaxes(2, 3) for a, b in ((queries, d_scores), (d_o, weights)))
+        d_segments.append(Segment(d_k.astype(segment.k.dtype), d_v.astype(segment.v.dtype), None, segment.start))
+    return d_q.astype(q.dtype), d_segments
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
 def _partial(q, segment: Segment, scale: float, cap: float | None):
     """One segment's maximum `[B, T, M]`, sum of exponentials `[B, T, M]` and unnormalised values `[B, T, M, H]`."""
-    B, T, M, H = q.shape
-    b, N, S, _ = segment.k.shape
-    q = q.reshape(b, B // b, T, N, M // N, H)
-    scores = scale * jnp.einsum("brtngh,bnsh->bngrts", q, segment.k, preferred_element_type=jnp.float32)
-    scores = jnp.where(segment.mask[:, None, None, None], soft_cap(scores, cap), MASKED)
-    # The merged result does not depend on the reference point, so no gradient need flow through it.
-    top = jax.lax.stop_gradient(scores.max(-1))
+    scores, _ = _scores(_fold(q, segment), segment, scale, cap)
+    top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
-    out = jnp.einsum("bngrts,bnsh->brtngh", weights.astype(q.dtype), segment.v, preferred_element_type=jnp.float32)
-    rows = lambda x: x.transpose(0, 3, 4, 1, 2).reshape(B, T, M)
-    return rows(top), rows(weights.sum(-1)), out.reshape(B, T, M, H)
+    out = _dot(weights.astype(q.dtype), segment.v, 5, 2)
+    return [_unfold(x, q.shape) for x in (top, weights.sum(-1), out)]
+
+
+def _scores(queries, segment: Segment, scale: float, cap: float | None):
+    """Masked scores `[b, N, r, T, M/N, S]` of folded queries, and the derivative of each by the dot product q·k."""
+    scores, slope = scale * _dot(queries, segment.k, 5, 3), scale
+    if cap is not None:
+        scores = soft_cap(scores, cap)
+        slope = scale * (1 - (scores / cap) ** 2)
+    return jnp.where(segment.mask[:, None, None, :, None], scores, MASKED), slope
+
+
+def _dot(x, y, x_axes, y_axes):
+    """The product of x and y over the named axes, for each of their first two (batch, key/value head), in float32."""
+    axes = tuple((a,) if isinstance(a, int) else a for a in (x_axes, y_axes))
+    return jax.lax.dot_general(x, y, (axes, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def _fold(x, segment: Segment):
+    """`[B, T, M, ...]` as `[b, N, r, T, M/N, ...]`: beside each row and head of a segment all the queries that read it."""
+    b, N = segment.k.shape[:2]
+    B, T, M, *rest = x.shape
+    x = x.reshape(b, B // b, T, N, M // N, *rest)
+    return jnp.moveaxis(x, 3, 1)
+
+
+def _unfold(x, shape):
+    """The inverse of `_fold`, for queries of the given shape `[B, T, M, H]`."""
+    return jnp.moveaxis(x, 1, 3).reshape(*shape[:3], *x.shape[5:])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nla_jax.models.attention import MASKED, Segment, attend, causal_mask, soft_cap
+from nla_jax.models.attention import MASKED, SAVED, Segment, attend, causal_mask, soft_cap
 from nla_jax.models.rope import Rope, rotate
 from nla_jax.sharding import DECODE, TRAIN, constrained, cut_batch, gathered
 
@@ -52,7 +52,9 @@ class TransformerConfig:
     local: tuple[bool, ...] = ()  # which layers are local; () none
     local_rope: Rope | None = None  # Gemma 3: the rope of local layers, where it is another one
     dtype: Any = jnp.float32
-    remat: str | None = None  # name of a `jax.checkpoint_policies` policy, or None to keep every activation
+    # What a block keeps for its backward pass: the name of a `jax.checkpoint_policies` policy (what attention's backward pass
+    # wants is kept beside it, but by `nothing_saveable`), or None to keep everything.
+    remat: str | None = None
     decoding: bool = False  # on a mesh: weights stay cut as sharding.DECODE says, where training gathers them
     vocab_rows: int | None = None  # of embedding and head, where they are padded for a mesh (None: vocab_size)
 
@@ -90,6 +92,32 @@ class RMSNorm(nn.Module):
         return (y * (self.offset + scale)).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Array, kernel: Array, axes: int) -> Array:
+    """x · kernel over the last `axes` axes of x and the first of the kernel. Its own rule for the gradient of the kernel
+    says which operand a CPU must transpose for it: the smaller one. (JAX would always transpose the gradient of the result,
+    which in an MLP is the larger one.)"""
+    return jnp.tensordot(x, kernel, axes)
+
+
+def _linear_forward(x, kernel, axes):
+    return linear(x, kernel, axes), (x, kernel)
+
+
+def _linear_backward(axes, saved, d_y):
+    x, kernel = saved
+    outputs, rows = kernel.ndim - axes, list(range(x.ndim - axes))
+    d_x = jnp.tensordot(d_y, kernel, [list(range(-outputs, 0))] * 2)
+    if x.size <= d_y.size:
+        d_kernel = jnp.tensordot(x, d_y, (rows, rows))
+    else:
+        d_kernel = jnp.moveaxis(jnp.tensordot(d_y, x, (rows, rows)), range(outputs), range(-outputs, 0))
+    return d_x, d_kernel
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 class Dense(nn.Module):
     """A linear map over the last axes of x, with a bias where there is one. Where the parameters hold a low-rank pair
     (`lora_a`, `lora_b`, attached by models/lora.py), x · a · b is added."""
@@ -106,7 +134,7 @@ class Dense(nn.Module):
         n = len(self.inputs)
         kernel = self.param("kernel", _init(*self.axes), self.inputs + self.outputs)
         use = (lambda weight, axes: weight) if self.decoding else gathered
-        y = jnp.tensordot(x.astype(self.dtype), use(kernel.astype(self.dtype), self.axes), n)
+        y = linear(x.astype(self.dtype), use(kernel.astype(self.dtype), self.axes), n)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
             y += self.param("bias", zeros, self.outputs).astype(self.dtype)
@@ -169,6 +197,7 @@ class Block(nn.Module):
             x = x + (norm("mlp_post_norm")(y) if c.post_norms else y)
         if edit is not None:
             x = edit(x, layer)
+        x = cut_batch(x, rules=c.rules)
         return (x, cache), (k, v) if cache is None else None
 
 
@@ -183,7 +212,11 @@ class Transformer(nn.Module):
         self.embedding = self.param("embedding", _init("vocab", "embed"), (rows, c.width))
         block = Block
         if c.remat:
-            block = nn.remat(Block, policy=getattr(jax.checkpoint_policies, c.remat), prevent_cse=False)
+            policies = jax.checkpoint_policies
+            policy = getattr(policies, c.remat)
+            if policy is not policies.nothing_saveable:
+                policy = policies.save_from_both_policies(policy, policies.save_only_these_names(SAVED))
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -200,7 +233,7 @@ class Transformer(nn.Module):
         c = self.config
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         if not c.decoding:  # looked up where the table lies: not the table crosses devices, but what was found
-            x = constrained(x, (*[None] * tokens.ndim, "embed"))
+            x = cut_batch(constrained(x, (*[None] * tokens.ndim, "embed")))
         return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, c.dtype)
 
     def __call__(
