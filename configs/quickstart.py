@@ -35,8 +35,9 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     c.split = ConfigDict(dict(av_sft=0.60, ar_sft=0.20, rl=0.14, heldout=0.06))  # shares of the documents
 
-    # The subject: a folder or hub id; "" means the one that `pretrain` writes.
-    c.subject = ConfigDict(dict(path="", layer=2))
+    # The subject: a folder or hub id; "" means the one that `pretrain` writes. `architecture`: the content of its
+    # config.json, for `nla plan` where it is not here.
+    c.subject = ConfigDict(dict(path="", layer=2, architecture={}))
     c.pretrain = ConfigDict(
         dict(
             init_from="shipped",  # a folder, "shipped" (comes with the package), or "" (random)
@@ -93,6 +94,9 @@ def get_config(variant: str = "") -> ConfigDict:
     )  # fmt: skip
     c.evaluate = ConfigDict(dict(rows=2000, temperature=0.0, batch=128, examples=30))
     c.report = ConfigDict(dict(title="Quickstart"))
+    # What only a tokenizer knows, in tokens, for `nla plan`: the AV's prompt before the marker and from it to the response;
+    # the AR's template before the text and in all.
+    c.plan = ConfigDict(dict(prefix=11, suffix=2, text_prefix=1, text=4))
 
     if variant == "subject":
         c.pretrain.update(init_from="", steps=1200)

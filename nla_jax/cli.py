@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments, overrides = parser().parse_known_args(argv)
-        allowed = "--config." if arguments.function is run_stages else ()
+        allowed = "--config." if hasattr(arguments, "config") else ()
         if unknown := [flag for flag in overrides if not flag.startswith(allowed)]:
             raise InputError(f"Unknown argument {unknown[0]!r}; see `nla {arguments.verb} --help`.")
         arguments.overrides, arguments.command = overrides, shlex.join(["nla", *argv])
@@ -68,10 +68,14 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    for name, text in STAGES.items():
-        sub = verb(name, run_stages, text, epilog="--config.field=value overrides any field of the config.")
+    def configured(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+        sub = verb(name, function, text, epilog="--config.field=value overrides any field of the config.")
         sub.add_argument("--config", default=DEFAULT_CONFIG, help="config file, optionally file.py:variant")
         sub.add_argument("--workdir", default=None, help="where everything of this run is written (default runs/NAME)")
+        return sub
+
+    for name, text in STAGES.items():
+        configured(name, run_stages, text)
 
     sub = verb("explain", explain, "what activations of a text say")
     sub.add_argument("--pair", required=True, help="folder with av/ and ar/")
@@ -101,12 +105,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--injection-block", type=int, help="behind which block, from 0 (default -1: input embeddings)")
     sub.add_argument("--out", required=True, help="a new or empty folder")
 
-    from nla_jax import plan
-    from nla_jax.benchmark.settings import add_arguments
+    from nla_jax.benchmark import settings
+    from nla_jax.plan import add_arguments
 
-    add_arguments(verb("benchmark", benchmark, "how fast the programs run at any shape, with random weights"))
-    plan.add_arguments(
-        verb("plan", plan.main, "what a study needs on a TPU slice, from its programs compiled without one")
+    settings.add_arguments(verb("benchmark", benchmark, "how fast the programs run at any shape, with random weights"))
+    add_arguments(
+        configured("plan", plan, "what a config needs on a TPU slice, from its programs compiled without one")
     )
     return parser
 
@@ -143,9 +147,8 @@ def run_stages(arguments: argparse.Namespace) -> None:
     from nla_jax.train import rl, sft
 
     functions = dict(zip(LOOP, (pretrain, extract, label, sft, rl, evaluate, report), strict=True))
-    workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     enable_compile_cache()
-    run = Run(config, workdir, arguments.command)
+    run = Run(config, workdir(arguments), arguments.command)
     stages = LOOP if arguments.verb == "quickstart" else (arguments.verb,)
     if arguments.verb == "quickstart" and config.subject.path:
         stages = LOOP[1:]
@@ -156,6 +159,11 @@ def run_stages(arguments: argparse.Namespace) -> None:
         print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
     if stages[-1] == "report":
         print_headline(run)
+
+
+def workdir(arguments: argparse.Namespace) -> Path:
+    """The working folder that was asked for, else one named after the config."""
+    return Path(arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem)
 
 
 def print_headline(run) -> None:
@@ -242,6 +250,24 @@ def benchmark(arguments: argparse.Namespace) -> None:
     from nla_jax.benchmark.measure import run
 
     run(arguments)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Prints what a config's programs would need of memory and time."""
+    from nla_jax.plan import plan, table
+    from nla_jax.search import ranking, search
+    from nla_jax.sharding import AXES, make_mesh
+    from nla_jax.topology import mesh_over, present, slice_named
+
+    config = load_config(arguments.config, arguments.overrides)
+    place = slice_named(arguments.topology) if arguments.topology else present(config.compute.dtype)
+    if arguments.search:
+        result, words = search(config, place, workdir(arguments) / "plan.jsonl"), ranking
+    else:
+        sizes = arguments.mesh or tuple(config.mesh[axis] for axis in AXES)
+        mesh = mesh_over(place.devices, sizes) if arguments.topology else make_mesh(*sizes)
+        result, words = plan(config, place, mesh, arguments.programs), table
+    print(json.dumps(result, indent=1) if arguments.json else words(result))
 
 
 def empty_folder(name: str) -> Path:

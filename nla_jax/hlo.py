@@ -4,7 +4,8 @@ XLA's own cost analysis counts the body of a loop once, so that a model whose la
 every computation is counted as often as it runs. All figures are those of one device: the text is that of the
 partitioned program.
 
-    FLOPs         2 · multiply-adds of dots and convolutions (the form that matrix products have on TPUs), nothing else
+    FLOPs         2 · multiply-adds of dots, convolutions (the form that matrix products have on TPUs) and calls of a GPU's
+                  matrix product, nothing else
     bytes         operands and results of each instruction or fusion, as laid out (padding to tiles included); of a slice
                   what is read, of an update in place what is written; on-chip memory spaces cost nothing
     collectives   bytes that a device sends over its links in the ring algorithm, by kind: n devices send (n - 1)/n of
@@ -373,6 +374,10 @@ def _flops(i: Instruction, scope: dict[str, Instruction]) -> float:
         sizes = scope[i.operands[0]].arrays[0].sizes
         contracted = [sizes[int(n)] for n in re.findall(r"\d+", i.attribute("lhs_contracting_dims"))]
         return 2.0 * math.prod(i.arrays[0].sizes) * math.prod(contracted)
+    if i.opcode == "custom-call" and "__cublas$" in i.text:  # results: the product, a workspace
+        sizes = scope[i.operands[0]].arrays[0].sizes
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.text)[1]
+        return 2.0 * math.prod(i.arrays[0].sizes) * math.prod(sizes[int(n)] for n in re.findall(r"\d+", contracted))
     if i.opcode == "convolution":
         return _convolution_flops(i, *(scope[name].arrays[0].sizes for name in i.operands))
     return 0.0

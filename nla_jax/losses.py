@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nla_jax.models.transformer import Transformer, batch_sharded, batch_ways, whole_head
+from nla_jax.models.transformer import Transformer, whole_head
+from nla_jax.sharding import batch_ways, cut_batch
 
 FAILED_REWARD = -2.0  # truncated or unparsable responses: below every good reconstruction, and trained on
 
@@ -73,12 +74,12 @@ def token_statistics(
         return TokenStatistics(chosen, -jnp.sum(p * logp, -1), kl)
 
     B, R = targets.shape
-    c = min(R, max(1, chunk * batch_ways() // B))
+    c = min(R, max(1, chunk * batch_ways(B) // B))
 
     def chunks(x):  # [B, R, ...] -> [R/c, B·c, ...]
         x = jnp.pad(x, ((0, 0), (0, -R % c), *[(0, 0)] * (x.ndim - 2)))
         x = x.reshape(B, -1, c, *x.shape[2:]).swapaxes(0, 1)
-        return batch_sharded(x.reshape(len(x), B * c, *x.shape[3:]), axis=1)
+        return cut_batch(x.reshape(len(x), B * c, *x.shape[3:]), axis=1)
 
     inputs = chunks(hidden), chunks(targets), chunks(hidden if reference is None else reference[1])
     statistics = jax.lax.map(lambda x: of_chunk(*x), inputs)

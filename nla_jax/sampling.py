@@ -1,14 +1,17 @@
 """The rollout: sampling explanations with a key/value cache inside one jitted program."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
-from nla_jax.models.transformer import empty_cache
+from nla_jax.models.transformer import Transformer, empty_cache
+from nla_jax.sharding import DECODE, cut_batch, vocabulary_parts
 
 
 @struct.dataclass
@@ -23,29 +26,70 @@ class Rollout:
     finished: Bool[Array, "B"]
 
 
-def sample_token(
-    rng: Array, logits: Float[Array, "V"], temperature: float, top_k: int | None, top_p: float | None
-) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """One token of one row and its log-probability under softmax(logits / temperature); temperature 0 is greedy (the
-    log-probability is then that of temperature 1). `top_k` and `top_p` restrict what can be drawn, in float32."""
+def sample_tokens(
+    keys: Array, logits: Float[Array, "B V"], temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """One token of each row and its log-probability under softmax(logits / temperature); temperature 0 is greedy (the
+    log-probability is then that of temperature 1). `top_k` and `top_p` restrict what can be drawn, in float32.
+
+    The mesh may cut the vocabulary over `tensor`. All that is needed of other devices are sums, maxima and minima over it:
+    a few numbers a row, never the logits."""
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0))
     if temperature == 0:
-        token = jnp.argmax(logp)
-        return token, logp[token]
-    allowed = logp
+        token = _likeliest(logp)
+        return token, _at(logp, token)
+    p = jnp.exp(logp)
+    mass = p
     if top_k is not None:
-        allowed = jnp.where(logp >= jax.lax.top_k(logp, top_k)[0][-1], allowed, -jnp.inf)
+        mass = jnp.where(logp >= _threshold(logp, 1, top_k), mass, 0)
     if top_p is not None:
-        ordered = jnp.sort(logp)[::-1]
-        before = jnp.cumsum(jnp.exp(ordered)) - jnp.exp(ordered)  # the mass of all likelier tokens
-        last = jnp.min(jnp.where(before < top_p, ordered, jnp.inf))
-        allowed = jnp.where(logp >= last, allowed, -jnp.inf)
-    # Inverse CDF: one uniform number a row, where the Gumbel trick draws one for every entry of the vocabulary.
-    mass = jnp.cumsum(jnp.exp(allowed))
-    token = jnp.searchsorted(mass, mass[-1] * (1 - jax.random.uniform(rng)), side="left")
-    if allowed is not logp:  # rounding of the sum may name a token without mass
-        token = jnp.where(allowed[token] > -jnp.inf, token, jnp.argmax(allowed))
-    return token, logp[token]
+        mass = jnp.where(logp >= _threshold(logp, p, top_p), mass, 0)
+    token = _inverse_cdf(mass, jax.vmap(jax.random.uniform)(keys))
+    if mass is not p or vocabulary_parts(logits.shape[-1]) > 1:  # rounding of the sums may name a token without mass
+        token = jnp.where(_at(mass, token) > 0, token, _likeliest(mass))
+    return token, _at(logp, token)
+
+
+def _inverse_cdf(mass: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first token up to which the share `1 - uniform` of a row's mass lies: one random number a row, where the Gumbel
+    trick draws one for every entry of the vocabulary. First the part of the vocabulary, then the token in it."""
+    B, V = mass.shape
+    parts = vocabulary_parts(V)
+    upto = jnp.cumsum(mass.reshape(B, parts, V // parts), -1)
+    part = upto[..., -1]
+    earlier = np.tri(parts, k=-1, dtype=np.float32)
+    before = cut_batch(jnp.sum(part[:, None] * earlier, -1), rules=DECODE)  # the mass of all earlier parts
+    target = jnp.sum(part, -1) * (1 - uniform)
+    chosen = jnp.sum(before < target[:, None], -1) - 1
+    rest = jnp.minimum(target[:, None] - before, part)
+    place = jax.vmap(jax.vmap(jnp.searchsorted))(upto, rest) + np.arange(parts) * (V // parts)
+    return jnp.sum(jnp.where(np.arange(parts) == chosen[:, None], place, 0), -1)
+
+
+def _at(x: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
+    return jnp.take_along_axis(x, token[:, None], 1)[:, 0]
+
+
+def _likeliest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """argmax, which would gather the row where it is cut."""
+    V = x.shape[-1]
+    return jnp.min(jnp.where(x == x.max(-1, keepdims=True), np.arange(V), V - 1), -1)
+
+
+def _threshold(logp: Float[Array, "B V"], weight: Float[Array, "B V"] | int, limit: float) -> Float[Array, "B 1"]:
+    """The least t for which the entries above t weigh less than `limit` together: of weight 1 the limit-th largest entry,
+    of weight p the least likely entry of the nucleus. Exact, by bisection over the bits of -t, whose order is its own."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+        above = logp > -jax.lax.bitcast_convert_type(middle, jnp.float32)
+        light = jnp.sum(jnp.where(above, weight, 0), -1, keepdims=True) < limit
+        return jnp.where(light, middle, low), jnp.where(light, high, middle - 1)
+
+    zero, infinity = (jnp.full((len(logp), 1), bits, jnp.int32) for bits in (0, 0x7F800000))
+    bits = jax.lax.fori_loop(0, 31, halve, (zero, infinity))[0]
+    return -jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("verbalizer", "group", "max_new_tokens", "temperature", "top_k", "top_p"))
@@ -64,16 +108,17 @@ def rollout(
 ) -> Rollout:
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
 
-    Row i draws from `fold_in(rng, first_row + i)`: the text does not depend on how a batch is cut or sharded."""
-    model = verbalizer.model
-    past, first = verbalizer.read_prompt(params, vectors)
+    On a mesh `params` lie as `sharding.relayout` gives them for DECODE. Row i draws from `fold_in(rng, first_row + i)`: the text does not depend on how a batch is cut or sharded."""
+    config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
+    model = Transformer(config)
+    verbalizer = dataclasses.replace(verbalizer, model=model)
+    past, first = verbalizer.read_prompt(params, cut_batch(vectors, rules=DECODE))
     B, R = len(vectors) * group, max_new_tokens
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(B))
 
     def sample(t, hidden):
         logits = model.apply({"params": params}, hidden, method="logits")
-        draw = lambda key, row: sample_token(jax.random.fold_in(key, t), row, temperature, top_k, top_p)
-        return jax.vmap(draw)(keys, logits)
+        return sample_tokens(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, temperature, top_k, top_p)
 
     def write(state: Rollout, t, token, logp) -> Rollout:
         running = ~state.finished

@@ -1,25 +1,36 @@
 """The device mesh and where every array lives on it.
 
-Parameters carry logical axis names; two tables map them to the mesh axes (data, fsdp, tensor). Under `TRAIN` weights are
-cut over `fsdp` along their width and gathered where a layer needs them. Under `DECODE` they are cut over `tensor` alone, so
-that no all-gather stands inside the decode loop: the parameters are re-laid out once per rollout.
+Parameters carry logical axis names; two tables map them to the mesh axes (data, fsdp, tensor). `TRAIN`: every weight is cut
+along its width over fsdp and tensor together, and gathered whole where a layer computes with it; the batch is cut over all
+devices. `DECODE`: weights are cut over tensor along heads, MLP and vocabulary and stay so; the batch is cut over data and
+fsdp. No all-gather stands inside the decode loop: the parameters are re-laid out once per rollout (`relayout`), which is also
+where a vocabulary that tensor does not divide is padded. So `tensor` says how small a device's decoding copy is, and costs
+training no all-reduce of activations.
 """
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 TRAIN = (
-    ("layers", None), ("embed", "fsdp"), ("embed_out", None), ("vocab", "tensor"), ("heads", "tensor"),
-    ("kv_heads", "tensor"), ("head_dim", None), ("mlp", "tensor"), ("lora_rank", None),
+    ("batch", AXES), ("layers", None), ("embed", ("fsdp", "tensor")), ("embed_out", None), ("vocab", None),
+    ("heads", None), ("kv_heads", None), ("head_dim", None), ("mlp", None), ("lora_rank", None),
 )  # fmt: skip
-DECODE = tuple((name, None if axis == "fsdp" else axis) for name, axis in TRAIN)
+DECODE = (
+    ("batch", ("data", "fsdp")), ("layers", None), ("embed", None), ("embed_out", None), ("vocab", "tensor"),
+    ("heads", "tensor"), ("kv_heads", "tensor"), ("head_dim", None), ("mlp", "tensor"), ("lora_rank", None),
+)  # fmt: skip
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -34,7 +45,24 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     count = int(np.prod(sizes))
     if not 0 < count <= len(devices):
         raise InputError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
-    return Mesh(np.array(devices[:count]).reshape(sizes), AXES)
+    return device_mesh(sizes, devices[:count])
+
+
+def device_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """The devices as a mesh whose axes follow the wires between them, where they are known."""
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
+
+
+def host_mesh(mesh: Mesh, host: int | None = None) -> Mesh:
+    """One host's devices of a mesh (default: this host's), over which weights are cut: for work that hosts share out."""
+    host = jax.process_index() if host is None else host
+    own = [device for device in mesh.devices.flat if device.process_index == host]
+    return device_mesh((1, len(own), 1), own)
+
+
+def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts these mesh axes cut an array's axis."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def shardings(mesh: Mesh, abstract: Any, rules=TRAIN) -> Any:
@@ -44,21 +72,40 @@ def shardings(mesh: Mesh, abstract: Any, rules=TRAIN) -> Any:
     specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def checked(path, shape, sharding):
-        for size, axis in zip(shape.shape, sharding.spec):
-            if axis is not None and size % mesh.shape[axis]:
+        for size, axes in zip(shape.shape, sharding.spec):
+            if size % ways(mesh, axes):
                 name = jax.tree_util.keystr(path)
-                raise InputError(
-                    f"{name} has {size} entries, which mesh axis {axis}={mesh.shape[axis]} does not divide."
-                )
+                sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in ((axes,) if isinstance(axes, str) else axes))
+                raise InputError(f"{name} has {size} entries, which mesh axis {sizes} does not divide.")
         return sharding
 
     return jax.tree_util.tree_map_with_path(checked, nn.unbox(abstract), specs)
 
 
+def padded_vocabulary(mesh: Mesh, abstract: Any, rules=DECODE) -> Any:
+    """The (boxed) shapes with their vocabulary axes at the next size that the mesh divides."""
+    parts = ways(mesh, dict(rules)["vocab"])
+
+    def padded(box):
+        if not isinstance(box, nn.LogicallyPartitioned):
+            return box
+        shape = [-(-n // parts) * parts if name == "vocab" else n for n, name in zip(box.value.shape, box.names)]
+        return box.replace_boxed(jax.ShapeDtypeStruct(tuple(shape), box.value.dtype))
+
+    return jax.tree.map(padded, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_axes(mesh: Mesh, size: int, rules=TRAIN) -> tuple[str, ...]:
+    """The mesh axes that cut a batch of `size`: of those of the rules the first ones, as many as divide it."""
+    axes = dict(rules)["batch"]
+    while axes and size % ways(mesh, axes):
+        axes = axes[:-1]
+    return axes
+
+
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Of an array whose first axis is a batch: over data and fsdp together; replicated where those do not divide it."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")) if shape and shape[0] % ways == 0 else PartitionSpec())
+    """Of an array whose first axis is a batch, in training."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh, shape[0]) or None) if shape else PartitionSpec())
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
@@ -68,6 +115,61 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
 
 def relayout(mesh: Mesh, abstract: Any, dtype: Any, rules: Any):
     """A jitted function that casts parameters to `dtype` and lays them out by `rules`: frozen weights for training, and
-    once per rollout the verbalizer's for decoding."""
-    cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
-    return jax.jit(cast, out_shardings=shardings(mesh, abstract, rules))
+    once per rollout the verbalizer's for decoding. Stacked layers move one by one, so that no second copy exists."""
+    padded = padded_vocabulary(mesh, abstract, rules)
+    layout, before = shardings(mesh, padded, rules), shardings(mesh, abstract, TRAIN)
+    stacked = jax.tree.map(lambda spec: tuple(spec)[:1] == ("layers",), nn.get_partition_spec(abstract))
+
+    def move(x, shape, place, old, stacked):
+        if stacked and not place.is_equivalent_to(old, x.ndim):
+            layer = NamedSharding(mesh, PartitionSpec(*place.spec[1:]))
+            return jax.lax.map(lambda x: jax.lax.with_sharding_constraint(x.astype(dtype), layer), x)
+        return jnp.pad(x.astype(dtype), [(0, n - m) for n, m in zip(shape.shape, x.shape)])
+
+    return jax.jit(
+        lambda params: jax.tree.map(move, params, nn.unbox(padded), layout, before, stacked), out_shardings=layout
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(weight: Any, names: tuple[str, ...]) -> Any:
+    """A weight with these axis names as a training step computes with it: whole on every device. Its gradient goes straight
+    to where the weight lies; the transpose of a plain constraint would have it all-reduced whole first."""
+    return constrained(weight, (None,) * weight.ndim)
+
+
+gathered.defvjp(
+    lambda weight, names: (gathered(weight, names), None),
+    lambda names, _, gradient: (constrained(gradient, names),),
+)
+
+
+def batch_ways(size: int) -> int:
+    """Into how many parts the mesh in use cuts a training batch of `size`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else ways(mesh, batch_axes(mesh, size))
+
+
+def vocabulary_parts(size: int) -> int:
+    """Into how many parts the mesh in use cuts a vocabulary of `size` for decoding."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["tensor"]
+    return 1 if size % parts else parts
+
+
+def cut_batch(x: Any, axis: int = 0, rules=TRAIN) -> Any:
+    """Keeps a batch (`axis` of x) cut as the rules say, and everything else of x whole: left alone, the compiler follows the
+    weights' cut instead, replicates the batch and all-reduces every layer's result."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    axes = batch_axes(mesh, x.shape[axis], rules) or None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, axes))
+
+
+def constrained(x: Any, names: tuple[str | None, ...], rules=TRAIN) -> Any:
+    """x, cut along the axes with these names as the rules say; as it is where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(names, rules))

@@ -1,5 +1,6 @@
 """The frozen subject: a language model cut after block K, and its activations at token positions."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -8,13 +9,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
 from nla_jax.data.batches import pad_tokens
 from nla_jax.errors import InputError
 from nla_jax.models.pretrained import fingerprint, load_params, load_tokenizer, locate, read_config
-from nla_jax.models.transformer import Transformer
+from nla_jax.models.transformer import Transformer, abstract_params
+from nla_jax.sharding import place_batch, shardings
+
+ROWS = 16  # texts that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Subject:
     model: Transformer
     params: dict
     tokenizer: PreTrainedTokenizerBase
+    mesh: Mesh | None = None  # where the parameters lie
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -50,8 +56,10 @@ class Activations:
         return len(self.vectors)
 
 
-def load_subject(name: str | Path, layer: int, dtype=jnp.float32) -> Subject:
-    """Loads blocks 0..`layer` of a model folder or hub id. Raises `InputError` for a layer that the model does not have."""
+def load_subject(name: str | Path, layer: int, dtype=jnp.float32, mesh: Mesh | None = None) -> Subject:
+    """Loads blocks 0..`layer` of a model folder or hub id in `dtype`, on a `mesh` straight into their training place.
+
+    Raises `InputError` for a layer that the model does not have, and where the mesh does not divide it."""
     folder = locate(name)
     config = read_config(folder, dtype)
     if not 0 <= layer < config.layers:
@@ -59,8 +67,9 @@ def load_subject(name: str | Path, layer: int, dtype=jnp.float32) -> Subject:
             f"Layer {layer} does not exist: {name} has blocks 0 to {config.layers - 1}; set subject.layer."
         )
     config = config.truncated(layer + 1)
-    params = load_params(folder, config, truncated=True)
-    return Subject(str(name), folder, layer, Transformer(config), jax.device_put(params), load_tokenizer(folder))
+    layout = shardings(mesh, abstract_params(config, truncated=True)) if mesh else None
+    params = load_params(folder, config, truncated=True, dtype=dtype, layout=layout)
+    return Subject(str(name), folder, layer, Transformer(config), params, load_tokenizer(folder), mesh)
 
 
 def extract(
@@ -116,7 +125,7 @@ def activations_at(
 
 
 def residual_rows(
-    subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], batch: int = 16
+    subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], batch: int = ROWS
 ) -> Iterator[np.ndarray]:
     """For each row the vectors `[len(positions), d]`, batched by length so that shapes are few and padding is small."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -124,12 +133,14 @@ def residual_rows(
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         tokens, _ = pad_tokens([rows[i] for i in part] + [[0]] * (batch - len(part)), multiple=64)
-        hidden = _residual(subject.model, subject.params, tokens)
         most = max(len(positions[i]) for i in part)
         index = np.zeros((batch, max(most, 1)), np.int32)
         for j, i in enumerate(part):
             index[j, : len(positions[i])] = positions[i]
-        chosen = np.asarray(_gather(hidden, index))
+        with jax.set_mesh(subject.mesh) if subject.mesh else contextlib.nullcontext():
+            if subject.mesh:
+                tokens, index = place_batch(subject.mesh, (tokens, index))
+            chosen = np.asarray(_gather(_residual(subject.model, subject.params, tokens), index))
         for j, i in enumerate(part):
             found[i] = chosen[j, : len(positions[i])]
     for i in range(len(rows)):

@@ -196,7 +196,9 @@ def rl(run: Run) -> None:
                 relayout(mesh, boxed[0], run.config.compute.dtype, rules) for rules in (TRAIN, DECODE)
             )
             frozen = Frozen(to_training(pair.verbalizer_params), pair.base)
-            decoding_base = pair.base and jax.device_put(pair.base, shardings(mesh, pair.abstract_base(), DECODE))
+            decoding_base = pair.base
+            if pair.base and mesh.size > 1:
+                decoding_base = relayout(mesh, pair.abstract_base(), run.config.compute.dtype, DECODE)(pair.base)
             init = jax.jit(joint.init, out_shardings=layout, donate_argnums=(1, 2))
             placed = jax.device_put(
                 (pair.verbalizer_params, pair.reconstructor_params), (layout.verbalizer, layout.reconstructor)

@@ -13,13 +13,16 @@ import pytest
 
 from conftest import one_sentence
 from nla_jax.autoencoder import residual
-from nla_jax.benchmark import flops, measure
+from nla_jax import flops
+from nla_jax.benchmark import measure
 from nla_jax.benchmark.programs import count
 from nla_jax.benchmark.settings import PROGRAMS as VERBS
 from nla_jax.benchmark.settings import Settings, add_arguments
 from nla_jax.cli import main
 from nla_jax.errors import InputError
 from nla_jax.losses import token_statistics
+from nla_jax.models.families import FAMILIES
+from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.sampling import rollout
 from nla_jax.train_step import TextBatch, reconstructor_loss, verbalizer_loss
@@ -172,7 +175,7 @@ def test_verbalizer_training_flops(rank):
         jax.grad(lambda p, base: loss(p, text_batch(s, t), base)[0]), ones(model.abstract_params()),
         ones(abstract_params(s.config)),
     )  # fmt: skip
-    expected = flops.verbalizer_flops(s, s.batch, 1, t)
+    expected = flops.verbalizer_flops(model, s.batch, 1, t)
     masked = 3 * unseen(s, (1, s.prefix), (s.batch, s.suffix), (s.batch, t - 1)) - (2 if rank else 3) * unused(
         s, s.prefix
     )
@@ -190,7 +193,7 @@ def test_reconstructor_training_flops(rank):
         jax.grad(lambda p, base: loss(p, text_batch(s, length), base)[0]), ones(model.abstract_params()),
         ones(abstract_params(s.config)),
     )  # fmt: skip
-    expected = flops.reconstructor_flops(s, s.batch, s.sft_response)
+    expected = flops.reconstructor_flops(model, s.batch, length)
     rest = length - s.ar_prefix
     masked = 3 * unseen(s, (1, s.ar_prefix), (s.batch, rest))  # here XLA keeps what ends in the prefix's last state
     masked -= first_layer(s, s.ar_prefix + s.batch * rest) if rank else 0
@@ -205,7 +208,7 @@ def test_policy_forward_flops():
         hidden = model.read_responses(params, vectors, responses)
         return token_statistics(model.model, params, hidden, responses)
 
-    expected = flops.verbalizer_flops(WIDE, WIDE.activations, WIDE.group, WIDE.response).forward
+    expected = flops.verbalizer_flops(model, WIDE.activations, WIDE.group, WIDE.response).forward
     masked = unseen(WIDE, (1, WIDE.prefix), (WIDE.activations, WIDE.suffix), (rows, WIDE.response - 1)) - unused(
         WIDE, WIDE.prefix
     )
@@ -220,7 +223,7 @@ def test_rollout_flops():
         lambda p: rollout(model, p, vectors, jax.random.key(0), group=s.group, max_new_tokens=2),
         ones(model.abstract_params()),
     )
-    expected = flops.verbalizer_flops(s, s.activations, s.group, 2).forward
+    expected = flops.verbalizer_flops(model, s.activations, s.group, 2).forward
     near(counted, expected + unseen(s, (1, s.prefix), (s.activations, s.suffix)) - unused(s, s.prefix))
 
 
@@ -232,7 +235,32 @@ def test_decode_bytes_are_those_of_the_arrays():
     expected = 4 * (count((matrices, adapter)) + s.vocab * s.width)
     cache = 2 * 4 * s.layers * s.kv_heads * s.head_dim
     positions = s.prefix + s.activations * (s.suffix + s.group * s.response / 2)
-    assert flops.decode_bytes(s) == {"weights": expected, "cache": cache * positions}
+    found = flops.decode_bytes(s.verbalizer(), s.activations, s.group, s.response, copies=2)
+    assert found == {"weights": 2 * expected, "cache": cache * positions}
+
+
+def test_visible_pairs():
+    """Against the mask itself, with and without a window."""
+    for window in (None, 1, 5, 100):
+        query, key = np.arange(3, 12)[:, None], np.arange(12)
+        mask = (key <= query) & (True if window is None else query - key < window)
+        assert flops.visible_pairs(9, 3, window) == mask.sum()
+
+
+def test_an_adapter_costs_what_it_stands_beside():
+    lora = Lora(4, targets=("q", "down"))
+    config = dataclasses.replace(WIDE, layers=3).config
+    assert 3 * flops.adapter_params(config, lora) == count(ones(lora.abstract_params(config)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_measured(capsys, family):
+    """With its defaults: windows, soft caps, norms. What the model holds is what its family's entry says."""
+    report = run(capsys, "sft_ar", family=family, steps=1)
+    assert all(math.isfinite(x) and x >= 0 for x in numbers(report))
+    config = Settings.read({"program": "sft_ar"} | TINY | {"family": family}).config
+    assert (config.family, config.width, config.head_dim, config.kv_heads) == (family, 32, 8, 2)
+    assert config.qk_norm == (family in ("qwen3", "gemma3_text")) and bool(config.post_norms) == ("gemma" in family)
 
 
 # Input

@@ -26,6 +26,7 @@ from nla_jax.data.extraction import (
 from nla_jax.errors import InputError
 from nla_jax.evaluate.evaluation import derangement
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
+from nla_jax.sharding import host_mesh, make_mesh
 from nla_jax.subject import extract, load_subject
 from nla_jax.train import fixed_width, norm_and_variance, text_batches
 
@@ -385,3 +386,12 @@ def test_shuffled_rows_come_from_other_documents(sizes):
         assert all(target[i] != i for i in range(len(ids)))
         same = sum(ids[i] == ids[target[i]] for i in range(len(ids)))
         assert same == max(0, 2 * max(sizes) - len(ids))  # the fewest that any permutation has
+
+
+def test_extraction_on_a_mesh_is_that_on_one_device(subject_folder):
+    mesh = host_mesh(make_mesh(2, 2, 2))
+    one, many = load_subject(subject_folder, 1), load_subject(subject_folder, 1, mesh=mesh)
+    embedding = many.params["embedding"]
+    assert embedding.sharding.shard_shape(embedding.shape)[1] == embedding.shape[1] // 8
+    expected = extract(one, SENTENCES, "all").vectors
+    np.testing.assert_allclose(extract(many, SENTENCES, "all").vectors, expected, atol=1e-5 * np.abs(expected).max())

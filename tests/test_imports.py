@@ -16,7 +16,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["models.pretrained"],
     ["models.lora"],
     ["autoencoder"],
-    ["losses", "optimizer", "sampling"],
+    ["flops", "losses", "optimizer", "sampling"],
     ["train_step"],
     ["data.batches", "data.corpus", "data.labels", "data.python_docs", "data.tokenizer"],
     ["prompts", "metrics", "checkpoint", "report"],
@@ -24,7 +24,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["watchdog", "pair", "data.extraction", "data.reference"],
     ["evaluate.fve", "explain", "run"],
     ["fit", "data.dataset"],
-    ["benchmark", "plan", "pretrain", "train", "evaluate.evaluation"],
+    ["benchmark", "plan", "pretrain", "search", "topology", "train", "evaluate.evaluation"],
     ["cli"],
 ]
 ALONE = {"errors": set(), "models.attention": set(), "sharding": {"errors"}}  # what these import of ours at most

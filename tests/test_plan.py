@@ -1,9 +1,8 @@
 """The counters agree with XLA where XLA counts right, and the real programs compile for a TPU that is not there."""
 
-import argparse
-import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +10,41 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nla_jax import plan as planning
+from nla_jax import search as searching
+from nla_jax import topology
+from nla_jax.cli import load_config, main
 from nla_jax.errors import InputError
 from nla_jax.hlo import Machine, Program
-from nla_jax.models.transformer import TransformerConfig
-from nla_jax.plan import CHIPS, Study, forward_flops, mesh_over, plan, slice_named, table
+from nla_jax.plan import plan, table, tasks
+from nla_jax.search import ranking, search
+from nla_jax.topology import CHIPS, Chip, Slice, factorisations, mesh_over, present, slice_named
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the libtpu wheel is not installed"
 )
 LAYERS, WIDTH, MLP = 4, 512, 2048
-SMALL = TransformerConfig(
-    vocab_size=1024, width=256, layers=3, heads=4, kv_heads=2, head_dim=128, mlp_width=512, tied_head=False,
-    dtype=jnp.bfloat16, remat="nothing_saveable",
-)  # fmt: skip
-STUDY = Study(
-    SMALL, layer=1, activations=8, group=2, prefix=8, suffix=4, response=16, text=24, sft_batch=8, extract_batch=8,
-    extract_tokens=32, rl_steps=10,
-)  # fmt: skip
+CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py")
+SMALL = {
+    "model_type": "qwen2", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+PROGRAMS = ["extract", "sft_av", "sft_ar", "relayout", "rollout", "train_step"]
+
+
+def small(**architecture):
+    """The quickstart at a test's sizes, with a subject that exists nowhere."""
+    config = load_config(CONFIG, [])
+    config.compute.update(dtype="bfloat16", remat="nothing_saveable")
+    config.subject.update(path="nobody/small", layer=1)
+    config.subject.architecture = type(config)(SMALL | architecture)
+    config.prompts.max_new_tokens = 16
+    config.corpus.max_documents = 800
+    config.extract.max_tokens = 32
+    config.plan.update(prefix=8, suffix=4, text_prefix=2, text=6)
+    for model in (config.sft.av, config.sft.ar):
+        model.update(batch=8, steps=10)
+    config.rl.update(steps=10, activations=8, group=2)
+    return config
 
 
 def layer(x, w):
@@ -242,52 +258,83 @@ def test_bytes_as_laid_out():
     assert Program(text).counts.bytes == 4 * 8 * 128 + 4 * 4 * 6
 
 
-def test_model_flops_are_those_of_a_dense_model():
-    """2 FLOPs a parameter and token where there is no attention to speak of."""
-    config = dataclasses.replace(SMALL, tied_head=True)
-    weights = config.layers * (256 * 128 * (4 + 2 + 2 + 4) + 3 * 256 * 512)
-    assert forward_flops(config, 7, 0, 0) == 2 * 7 * weights
-    assert forward_flops(config, 0, 0, 5) == 2 * 5 * 256 * 1024
+def test_a_gpus_matrix_product():
+    text = """ENTRY %e (p: f32[8,32], q: f32[32,16]) -> f32[8,16] {
+  %p = f32[8,32]{1,0} parameter(0)
+  %q = f32[32,16]{1,0} parameter(1)
+  %gemm = (f32[8,16]{1,0}, s8[4096]{0}) custom-call(%p, %q), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]}}}
+  ROOT %r = f32[8,16]{1,0} get-tuple-element(%gemm), index=0
+}
+"""
+    assert Program(text).counts.flops == 2 * 8 * 32 * 16
+
+
+# The plan of a config
 
 
 @needs_libtpu
 def test_every_program_on_a_real_topology():
-    result = plan(STUDY, "v5p:2x2x1", (1, 4, 1))
-    assert list(result["programs"]) == ["extract", "sft_av", "sft_ar", "relayout", "rollout", "train_step"]
+    config, place = small(), slice_named("v5p:2x2x1")
+    result = plan(config, place, mesh_over(place.devices, (1, 4, 1)))
+    assert list(result["programs"]) == PROGRAMS
     for name, program in result["programs"].items():
         assert program["fits"] and program["memory_total"] < CHIPS["v5p"].memory, name
         assert program["projected_seconds"] > 0
     assert not result["programs"]["rollout"]["decode_loop"]["all_gather"]
-    assert result["programs"]["rollout"]["decode_loop"]["trips"] == STUDY.response - 1
+    assert result["programs"]["rollout"]["decode_loop"]["trips"] == config.prompts.max_new_tokens - 1
     assert result["programs"]["relayout"]["collectives"]["all-gather"] > 0
     assert 0 < result["programs"]["train_step"]["projected_mfu"] < 1
+    assert result["programs"]["extract"]["runs"] == 50  # 16 documents at a time
     assert result["rl"]["projected_samples_per_second"] > 0
+    hours = sum(p["runs"] * p["projected_seconds"] for p in result["programs"].values()) / 3600
+    assert result["projected_hours"] == pytest.approx(hours)
     assert "all-gather inside decode loop: no" in table(result)
     json.dumps(result)
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name, sizes", [("v5e:4x4", (1, 4, 4)), ("v5p:2x2x2", (2, 2, 2))])
+def test_each_host_extracts_alone(name, sizes):
+    """On a part of a slice as large as a host, which some compilers refuse inside a larger one."""
+    place = slice_named(name)
+    config = small(num_key_value_heads=4)
+    result = plan(config, place, mesh_over(place.devices, sizes), ("extract",))["programs"]["extract"]
+    hosts = len(place.devices) // 4
+    assert result["fits"] and result["runs"] == -(-50 // hosts)
+    assert result["projected_samples_per_second"] == pytest.approx(hosts * 16 / result["projected_seconds"])
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_said():
-    huge = dataclasses.replace(SMALL, width=16384, mlp_width=65536, heads=128, layers=8)
-    result = plan(dataclasses.replace(STUDY, model=huge), "v5e:2x2", (1, 4, 1), ("sft_av",))
+    config = small(hidden_size=16384, intermediate_size=65536, num_attention_heads=128, num_hidden_layers=8)
+    place = slice_named("v5e:2x2")
+    result = plan(config, place, mesh_over(place.devices, (1, 4, 1)), ("sft_av",))
     assert not result["programs"]["sft_av"]["fits"]
     assert "| sft_av | no" in table(result)
 
 
-@needs_libtpu
 def test_wrong_sizes_are_refused():
+    devices = tuple(jax.devices()[:4])
     with pytest.raises(InputError, match="does not fit the 4 devices"):
-        plan(STUDY, "v5p:2x2x1", (1, 3, 1))
+        mesh_over(devices, (1, 3, 1))
     with pytest.raises(InputError, match=r"has 2 entries, which mesh axis tensor=4"):
-        plan(STUDY, "v5p:2x2x1", (1, 1, 4))
+        tasks(small(), mesh_over(devices, (1, 1, 4)))
     with pytest.raises(InputError, match="no program 'x'"):
-        plan(STUDY, "v5p:2x2x1", (1, 4, 1), ("x",))
+        plan(small(), HERE, mesh_over(devices, (1, 4, 1)), ("x",))
+    config = small()
+    config.subject.layer = 3
+    with pytest.raises(InputError, match="layer 3 does not exist"):
+        tasks(config, mesh_over(devices, (1, 4, 1)))
+
+
+@needs_libtpu
+def test_a_topology_that_there_is_not():
     with pytest.raises(InputError, match="no topology"):
         slice_named("v5p:3x5x7")
 
 
 def test_without_the_compiler_one_sentence_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
         slice_named("v5p:4x4x4")
     with pytest.raises(InputError, match="is no topology"):
@@ -297,6 +344,7 @@ def test_without_the_compiler_one_sentence_says_how_to_get_it(monkeypatch):
 def test_mesh_over():
     devices = tuple(jax.devices())
     assert dict(mesh_over(devices, (1, -1, 2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert sorted(factorisations(4)) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
 
 
 @needs_libtpu
@@ -310,18 +358,158 @@ def test_links():
     assert slice_named("v4:2x2x1").chip.flops == CHIPS["v4"].flops / 2  # two devices a chip
 
 
-@needs_libtpu
-def test_the_verb(tmp_path, capsys):
-    config = {
-        "model_type": "qwen2", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    parser = argparse.ArgumentParser()
-    planning.add_arguments(parser)
-    flags = f"--subject {tmp_path} --layer 0 --topology v5p:2x2x1 --programs extract --extract-batch 8 --json".split()
-    planning.main(parser.parse_args(flags))
+# Where there is no TPU and no compiler for one
+
+HERE = Slice("8 × cpu", Chip(1e11, 1e9, 1e10, 1e10), (), tuple(jax.devices()))
+
+
+def test_the_devices_present(monkeypatch):
+    """Measured where no table has them; a known GPU has its published peaks and its own memory."""
+    place = present("float32")
+    assert place.devices == tuple(jax.devices()) and place.links(8) == 1
+    assert place.chip.flops > 1e8 and place.chip.bandwidth > 1e7 and place.chip.memory > 1e8
+
+    class Gpu:
+        platform, device_kind = "gpu", "NVIDIA H200"
+        memory_stats = lambda self: {"bytes_limit": 1000}
+
+    monkeypatch.setattr(topology.jax, "devices", lambda: [Gpu(), Gpu()])
+    place = present("bfloat16")
+    assert (place.chip.flops, place.chip.memory, len(place.devices)) == (989e12, 1000, 2)
+
+
+def test_model_flops_are_those_that_xla_counts():
+    """On one device and unrolled nothing is counted twice: the AR's forward pass of the plan against the compiled one."""
+    config = small(num_hidden_layers=2)
+    config.subject.layer = 0
+    config.compute.dtype = "float32"
+    mesh = mesh_over(tuple(jax.devices()[:1]), (1, 1, 1))
+    task = tasks(config, mesh)["extract"]
+    with jax.set_mesh(mesh):
+        compiled = task.function.lower(*task.arguments).compile()
+    unseen = 16 * 4 * 4 * 128 * 32 * 31 / 2  # the masked half of the scores, which the plain path computes
+    close(Program(compiled.as_text()).counts.flops, task.flops + unseen)
+
+
+def test_adapters_leave_the_base_out_of_the_state():
+    config, mesh = small(), mesh_over(tuple(jax.devices()[:4]), (1, 4, 1))
+    whole = tasks(config, mesh)["train_step"]
+    config.sft.av.lora.rank = config.sft.ar.lora.rank = 2
+    adapters = tasks(config, mesh)["train_step"]
+    assert adapters.least_memory < whole.least_memory / 2 and adapters.flops < whole.flops
+
+
+def test_the_verb_on_devices_that_are_here(capsys, monkeypatch):
+    monkeypatch.setattr(topology, "present", lambda dtype: HERE)
+    flags = ["--config.prompts.max_new_tokens=8", "--config.rl.activations=2", "--config.rl.group=2"]
+    command = [
+        "plan",
+        "--config",
+        f"{CONFIG}:tiny",
+        "--programs",
+        "relayout,rollout",
+        "--mesh",
+        "1,2,1",
+        "--json",
+        *flags,
+    ]
+    assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    assert result["programs"]["extract"]["fits"]
+    assert result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1} and result["devices"] == "8 × cpu"
+    assert result["programs"]["rollout"]["fits"] and result["programs"]["rollout"]["decode_loop"]["trips"] == 7
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--topology", "v5p"], "is no topology"),
+        (["--config", "configs/none.py"], "no config file"),
+        (["--config.rl.nothing=1"], "is not valid"),
+        (["--subject", "x"], "Unknown argument"),
+        (["--mesh", "1,99,1"], "needs 99 devices"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(capsys, monkeypatch, flags, said):
+    monkeypatch.setattr(topology, "present", lambda dtype: HERE)
+    assert main(["plan", *flags]) == 1
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+# The search, with programs that nobody compiles
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What `search` asks for, as (mesh, micro-batches), of programs of which a train step fits from four micro-batches on,
+    and takes as many hours as it has micro-batches, times the mesh's tensor axis."""
+    asked, shapes = [], searching.tasks
+
+    def all_tasks(config, mesh):
+        return {name: (name, config.rl.micro_batches, task) for name, task in shapes(config, mesh).items()}
+
+    def program(task, place):
+        name, micro, real = task
+        sizes = tuple(real.mesh.shape.values())
+        asked.append((sizes, micro))
+        return {"fits": name != "train_step" or micro >= 4, "memory": {}, "memory_total": 1.0, "bound_by": "compute",
+                "projected_hours": sizes[2] * micro, "projected_mfu": 0.5}  # fmt: skip
+
+    monkeypatch.setattr(searching, "tasks", all_tasks)
+    monkeypatch.setattr(
+        searching, "least_memory", lambda tasks: max(tasks[name][2].least_memory for name in searching.RL)
+    )
+    monkeypatch.setattr(searching, "plan_program", program)
+    return asked
+
+
+def slice_of(devices: int, memory: float = 1e9) -> Slice:
+    return Slice(f"{devices} × cpu", Chip(1e11, memory, 1e10, 1e10), (), tuple(jax.devices()[:devices]))
+
+
+def test_search_ranks_meshes_with_the_fewest_micro_batches_that_fit(uncompiled, tmp_path):
+    plans = search(small(), slice_of(4), tmp_path / "plan.jsonl")
+    found = [(tuple(p["mesh"].values()), p["micro_batches"]) for p in plans]
+    assert {mesh for mesh, _ in found} == {(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2)}  # 2 key/value heads
+    assert all(micro == 4 for _, micro in found)
+    assert [mesh[2] for mesh, _ in found] == [1, 1, 1, 2, 2]  # fastest first
+    assert ranking(plans).count("| yes |") == 5
+
+
+def test_search_compiles_nothing_on_a_mesh_that_cannot_hold_the_arguments(uncompiled, tmp_path):
+    least = {
+        sizes: max(
+            task[2].least_memory for task in searching.tasks(small(), mesh_over(HERE.devices[:2], sizes)).values()
+        )
+        for sizes in factorisations(2)
+    }
+    largest = max(least, key=least.get)
+    assert sorted(least.values())[1] < least[largest]
+    search(small(), slice_of(2, memory=least[largest] - 1), tmp_path / "plan.jsonl")
+    assert {mesh for mesh, _ in uncompiled} == least.keys() - {largest}
+
+
+def test_search_continues_where_it_was_stopped(uncompiled, tmp_path):
+    file = tmp_path / "run/plan.jsonl"
+    first, done = search(small(), slice_of(2), file), len(uncompiled)
+    lines = file.read_text().splitlines()
+    assert len(lines) == done
+
+    uncompiled.clear()
+    file.write_text("\n".join(lines[:4]) + '\n{"basis": "cut')  # killed while it wrote
+    assert search(small(), slice_of(2), file) == first
+    assert len(uncompiled) == done - 4
+    uncompiled.clear()
+    assert search(small(), slice_of(2), file) == first and not uncompiled
+
+    changed = small()
+    changed.rl.group = 4
+    search(changed, slice_of(2), file)
+    assert len(uncompiled) == done  # another study's programs are no results of this one
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_real_search(tmp_path):
+    plans = search(small(), slice_named("v5e:2x2"), tmp_path / "plan.jsonl")
+    assert plans[0]["rl"]["fits"] and plans[0]["micro_batches"] == 1

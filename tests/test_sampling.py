@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from test_transformer import full_states
 
 from conftest import close, counted_compiles
 from nla_jax.losses import token_statistics
-from nla_jax.sampling import rollout, sample_token
+from nla_jax.models.attention import MASKED
+from nla_jax.sampling import rollout, sample_tokens
+from nla_jax.sharding import make_mesh
 
 G, R = 6, 7
 
@@ -141,8 +144,8 @@ def nucleus(p, top_p):
 )
 def test_draws_follow_the_restricted_softmax(logits, temperature, top_k, top_p):
     n = 20_000
-    draw = lambda key: sample_token(key, logits, temperature, top_k, top_p)
-    tokens, logprobs = jax.device_get(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), n)))
+    draw = jax.jit(lambda keys: sample_tokens(keys, jnp.tile(logits, (n, 1)), temperature, top_k, top_p))
+    tokens, logprobs = jax.device_get(draw(jax.random.split(jax.random.key(0), n)))
     p = softmax(logits, temperature)
     np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)  # of the policy, not of the restricted softmax
 
@@ -159,8 +162,26 @@ def test_draws_follow_the_restricted_softmax(logits, temperature, top_k, top_p):
 
 
 def test_temperature_zero_is_greedy_and_tiny_mass_is_safe(logits):
-    token, logprob = sample_token(jax.random.key(0), logits, 0, None, None)
-    assert token == logits.argmax() and abs(logprob - np.log(softmax(logits).max())) < 1e-5
+    keys = jax.random.split(jax.random.key(0), 1000)
+    token, logprob = sample_tokens(keys[:1], logits[None], 0, None, None)
+    assert token[0] == logits.argmax() and abs(logprob[0] - np.log(softmax(logits).max())) < 1e-5
     certain = np.where(np.arange(40) == 17, 1e4, -1e4).astype(np.float32)
-    draw = lambda key: sample_token(key, certain, 1.0, None, 0.5)[0]
-    assert set(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 1000)).tolist()) == {17}
+    assert set(sample_tokens(keys, np.tile(certain, (1000, 1)), 1.0, None, 0.5)[0].tolist()) == {17}
+
+
+@pytest.mark.parametrize("options", [(1.0, None, None), (0.7, 7, None), (1.0, None, 0.6), (0, None, None)], ids=str)
+def test_draws_do_not_depend_on_how_the_vocabulary_is_cut(options):
+    """A row at a time on one device, and cut over eight: the same tokens; and rows of which only part is real."""
+    rng = np.random.default_rng(3)
+    logits = 3 * rng.normal(size=(256, 64)).astype(np.float32)
+    logits[:, 50:] = MASKED
+    keys = jax.random.split(jax.random.key(2), 256)
+    alone = jax.device_get(sample_tokens(keys, logits, *options))
+    mesh = make_mesh(1, 1, 8)
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(None, "tensor")))
+        program = jax.jit(lambda keys, logits: sample_tokens(keys, logits, *options)).lower(keys, cut).compile()
+        found = jax.device_get(program(jax.device_put(keys, NamedSharding(mesh, PartitionSpec())), cut))
+    assert np.array_equal(found[0], alone[0]) and found[0].max() < 50
+    close(found[1], alone[1], 1e-6)
+    assert "all-gather" not in program.as_text() and "all-reduce" in program.as_text()

@@ -1,5 +1,6 @@
 """Every mesh computes the same, and the decode loop gathers no weights."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import TINY, close, counted_compiles, random_params
+from conftest import TINY, close, counted_compiles, one_sentence, random_params
+from nla_jax.models.transformer import Transformer
 from nla_jax.optimizer import adamw
 from nla_jax.sampling import rollout
 from nla_jax.sharding import DECODE, TRAIN, make_mesh, place_batch, relayout, shardings
@@ -40,7 +42,7 @@ def train(joint, params, pair):
             state = jax.jit(joint.init, out_shardings=layout)(jax.random.key(0), params, pair.reconstructor_params)
             for name, array in (("q", state.verbalizer["blocks"]["q"]["kernel"]), ("mu", state.verbalizer_opt)):
                 array = array if name == "q" else array[1][0].mu["blocks"]["q"]["kernel"]
-                assert array.sharding.shard_shape(array.shape) == (3, 32 // sizes[1], 4 // sizes[2], 8)
+                assert array.sharding.shard_shape(array.shape) == (3, 32 // (sizes[1] * sizes[2]), 4, 8)
             reference = jax.device_put(random_params(TINY, 7), shardings(mesh, boxed[0]))
             decoding, step = relayout(mesh, boxed[0], TINY.dtype, DECODE), jax.jit(joint, donate_argnums=0)
             compiles = []
@@ -93,23 +95,53 @@ def while_bodies(text: str) -> str:
     return "\n".join(computations[name] for name in seen)
 
 
-@pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
-def test_the_decode_loop_communicates_nothing(verbalizer, params, vectors, rules):
-    """Under the decoding layout. Under the training layout (the control) every token waits for other devices."""
-    mesh = make_mesh(1, 8, 1)
+def collectives_in_loops(mesh, verbalizer, params, vectors, rules=DECODE, **options) -> set[str]:
+    """The kinds of collectives in the loops of a rollout whose parameters lie by `rules`."""
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(mesh, verbalizer.abstract_params(), rules))
         batch = place_batch(mesh, np.repeat(vectors, 2, 0))
-        program = rollout.lower(verbalizer, placed, batch, jax.random.key(0), group=G, max_new_tokens=R).compile()
-    collectives = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    found = re.findall(collectives, while_bodies(program.as_text()))
+        program = rollout.lower(verbalizer, placed, batch, jax.random.key(0), group=G, max_new_tokens=R, **options)
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return set(re.findall(kinds, while_bodies(program.compile().as_text())))
+
+
+@pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
+def test_the_decode_loop_communicates_nothing(verbalizer, params, vectors, rules):
+    """Under the decoding layout. Under the training layout (the control) every token waits for other devices."""
+    found = collectives_in_loops(make_mesh(1, 8, 1), verbalizer, params, vectors, rules)
     assert bool(found) == (rules is TRAIN), found
 
 
+@pytest.mark.parametrize(
+    "options", [{}, dict(top_k=5, top_p=0.9), dict(temperature=0.0)], ids=["plain", "top", "greedy"]
+)
+def test_a_decode_loop_over_tensor_gathers_nothing(verbalizer, params, vectors, options):
+    """Devices that share a row add up what each made of its weights, and never show each other logits or weights."""
+    assert collectives_in_loops(make_mesh(2, 2, 2), verbalizer, params, vectors, **options) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_that_does_not_divide_is_padded_for_decoding(verbalizer, vectors, tied):
+    """Only there: training, checkpoints and saved models keep the tokenizer's size. What is sampled stays the same."""
+    config = dataclasses.replace(TINY, vocab_size=317, tied_head=tied)
+    verbalizer = dataclasses.replace(verbalizer, model=Transformer(config))
+    params, mesh = random_params(config), make_mesh(1, 4, 2)
+    options = dict(group=4, max_new_tokens=12, top_p=0.95)
+    expected = jax.device_get(rollout(verbalizer, params, vectors, jax.random.key(3), **options))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(mesh, verbalizer.abstract_params()))
+        decoding = relayout(mesh, verbalizer.abstract_params(), TINY.dtype, DECODE)(placed)
+        found = jax.device_get(rollout(verbalizer, decoding, vectors, jax.random.key(3), **options))
+    assert placed["embedding"].shape == (317, 32) and decoding["embedding"].shape == (318, 32)
+    assert np.array_equal(found.tokens, expected.tokens) and found.tokens.max() < 317
+    close(found.logprobs, expected.logprobs, 1e-5)
+
+
 def test_sizes_that_do_not_divide_are_refused(verbalizer):
-    with pytest.raises(ValueError, match=r"kv_heads|\['k'\].*has 2 entries.*tensor=4"):
-        shardings(make_mesh(1, 1, 4), verbalizer.abstract_params())
-    with pytest.raises(ValueError, match=r"has 32 entries.*fsdp=5"):
+    with pytest.raises(ValueError, match=r"\['k'\].* has 2 entries.*tensor=4 ") as error:
+        shardings(make_mesh(1, 1, 4), verbalizer.abstract_params(), DECODE)
+    one_sentence(error)
+    with pytest.raises(ValueError, match=r"has 32 entries.*fsdp=5 x tensor=1 "):
         shardings(make_mesh(1, 5, 1), verbalizer.abstract_params())
 
 
@@ -127,7 +159,7 @@ def test_relayout_casts_and_replicates_over_fsdp(verbalizer, params):
     placed = jax.device_put(params, shardings(mesh, boxed))
     out = relayout(mesh, boxed, np.dtype("bfloat16"), DECODE)(placed)
     shape = lambda x: x.sharding.shard_shape(x.shape)
-    assert shape(placed["blocks"]["up"]["kernel"]) == (3, 8, 24)
+    assert shape(placed["blocks"]["up"]["kernel"]) == (3, 4, 48)
     assert shape(out["blocks"]["up"]["kernel"]) == (3, 32, 24)
     assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype("bfloat16")}
 
@@ -136,5 +168,5 @@ def test_batches_that_do_not_divide_are_replicated():
     mesh = make_mesh(2, 2, 2)
     placed = place_batch(mesh, {"even": np.arange(8), "odd": np.arange(7), "scalar": np.float32(1)})
     shape = lambda x: x.sharding.shard_shape(x.shape)
-    assert (shape(placed["even"]), shape(placed["odd"]), shape(placed["scalar"])) == ((2,), (7,), ())
+    assert (shape(placed["even"]), shape(placed["odd"]), shape(placed["scalar"])) == ((1,), (7,), ())
     assert np.array_equal(placed["even"], np.arange(8))

@@ -15,7 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
-from nla_jax.benchmark.flops import (
+from nla_jax.benchmark.settings import Settings
+from nla_jax.data.batches import pad_tokens
+from nla_jax.data.tokenizer import train_tokenizer
+from nla_jax.flops import (
     blocks,
     decode_bytes,
     reconstructor_flops,
@@ -23,9 +26,6 @@ from nla_jax.benchmark.flops import (
     verbalizer_flops,
     weight_bytes,
 )
-from nla_jax.benchmark.settings import Settings
-from nla_jax.data.batches import pad_tokens
-from nla_jax.data.tokenizer import train_tokenizer
 from nla_jax.models.pretrained import load_params, save_model
 from nla_jax.models.transformer import (
     Transformer,
@@ -37,7 +37,7 @@ from nla_jax.models.transformer import (
 from nla_jax.optimizer import adamw
 from nla_jax.sampling import rollout as sample_rollout
 from nla_jax.sharding import DECODE, TRAIN, place_batch, relayout, shardings
-from nla_jax.subject import Subject, residual_rows
+from nla_jax.subject import ROWS, Subject, residual_rows
 from nla_jax.train_step import (
     Frozen,
     JointBatch,
@@ -129,12 +129,14 @@ class Sampler:
     def __init__(self, s: Settings, mesh: Mesh, verbalizer: Verbalizer, base: dict | None):
         self.s, self.mesh, self.verbalizer = s, mesh, verbalizer
         self.to_decoding = relayout(mesh, verbalizer.abstract_params(), s.dtype, DECODE)
-        layout = base and shardings(mesh, abstract_params(s.config), DECODE)
-        self.base = base and jax.device_put(base, layout)
-        per_step, steps = decode_bytes(s), (s.response - 1) * s.rollout_chunks
+        self.base = base
+        if base and mesh.size > 1:
+            self.base = relayout(mesh, abstract_params(s.config), s.dtype, DECODE)(base)
+        self.rows, self.steps = s.activations // s.rollout_chunks, (s.response - 1) * s.rollout_chunks
+        self.per_step = decode_bytes(verbalizer, self.rows, s.group, s.response, s.data * s.fsdp)
         self.work = Work(
-            verbalizer_flops(s, s.activations, s.group, s.response).forward,
-            steps * sum(per_step.values()) + s.rollout_chunks * per_step["weights"],
+            verbalizer_flops(verbalizer, s.activations, s.group, s.response).forward,
+            self.steps * sum(self.per_step.values()) + s.rollout_chunks * self.per_step["weights"],
         )
 
     def relayout(self, params: dict) -> dict:
@@ -162,11 +164,10 @@ class Sampler:
             first.append(time.perf_counter() - start)
         prompt = statistics.median(first[1:])
         rest = seconds["rollout"] - prompt
-        steps = (s.response - 1) * s.rollout_chunks
         return {
             "decode": {
-                "steps": steps, "rows": s.activations // s.rollout_chunks * s.group, "first_token_seconds": prompt,
-                "seconds_per_step": rest / steps if rest > 0 else None, "bytes_per_step": decode_bytes(s),
+                "steps": self.steps, "rows": self.rows * s.group, "first_token_seconds": prompt,
+                "seconds_per_step": rest / self.steps if rest > 0 else None, "bytes_per_step": self.per_step,
             }
         }  # fmt: skip
 
@@ -208,15 +209,15 @@ def rl(s: Settings, mesh: Mesh) -> Program:
             return jax.device_get(metrics)
 
     samples = s.activations * s.group
-    policy = verbalizer_flops(s, s.activations, s.group, s.response)
-    flops = policy.training + bool(s.kl) * policy.forward + reconstructor_flops(s, samples, s.response).training
-    one_pass = weight_bytes(s, s.layers, s.av_lora) * (1.5 if s.kl else 1)  # the KL's reference is read forward alone
-    one_pass += weight_bytes(s, s.ar_blocks, s.ar_lora, vocabulary=False)
+    policy = verbalizer_flops(verbalizer, s.activations, s.group, s.response)
+    flops = policy.training + bool(s.kl) * policy.forward + reconstructor_flops(reconstructor, samples, width).training
+    one_pass = weight_bytes(s.config, verbalizer.lora) * (1.5 if s.kl else 1)  # the reference is read forward alone
+    one_pass += weight_bytes(reconstructor.model.config, reconstructor.lora, vocabulary=False)
     trained = count(state.verbalizer) + count(state.reconstructor)
     work = {
         "rollout": sampler.work,
         "host": Work(),
-        "train": Work(flops, training_bytes(s, trained, one_pass, s.micro_batches)),
+        "train": Work(flops, training_bytes(trained, one_pass, s.micro_batches)),
     }
     return Program(
         step, work, samples, samples * s.response, lambda seconds: sampler.decoding(state.verbalizer, seconds)
@@ -247,8 +248,8 @@ def rollout(s: Settings, mesh: Mesh) -> Program:
 def sft_av(s: Settings, mesh: Mesh) -> Program:
     """A step of the AV's warm start. Tokens are counted on whole sequences, prompt and label."""
     model = s.verbalizer()
-    flops = verbalizer_flops(s, s.batch, 1, s.sft_response).training
-    one_pass = weight_bytes(s, s.layers, s.av_lora)
+    flops = verbalizer_flops(model, s.batch, 1, s.sft_response).training
+    one_pass = weight_bytes(s.config, model.lora)
     tokens = s.batch * (s.prefix + s.suffix + s.sft_response)
     base, params = random_base(s, mesh, s.av_lora), random_verbalizer(s, mesh, model)
     return _supervised(
@@ -259,8 +260,8 @@ def sft_av(s: Settings, mesh: Mesh) -> Program:
 def sft_ar(s: Settings, mesh: Mesh) -> Program:
     """A step of the AR's warm start."""
     model, length = s.reconstructor(), s.ar_prefix + s.sft_response + s.ar_suffix
-    flops = reconstructor_flops(s, s.batch, s.sft_response).training
-    one_pass = weight_bytes(s, s.ar_blocks, s.ar_lora, vocabulary=False)
+    flops = reconstructor_flops(model, s.batch, length).training
+    one_pass = weight_bytes(model.model.config, model.lora, vocabulary=False)
     base, params = random_base(s, mesh, s.ar_lora), random_reconstructor(s, mesh, model)
     return _supervised(
         s, mesh, model, params, base, reconstructor_loss(model), length, flops, one_pass, s.batch * length
@@ -285,7 +286,7 @@ def _supervised(s, mesh, model, params, base, loss, length, flops, one_pass, tok
             state, metrics = train(state, batch, base)
             return jax.device_get(metrics)
 
-    work = {"host": Work(), "train": Work(flops, training_bytes(s, count(state.params), one_pass))}
+    work = {"host": Work(), "train": Work(flops, training_bytes(count(state.params), one_pass))}
     return Program(step, work, s.batch, tokens)
 
 
@@ -304,9 +305,9 @@ def extract(s: Settings, mesh: Mesh) -> Program:
             vectors = np.concatenate(list(residual_rows(subject, rows, positions)))
             return {"norm": np.linalg.norm(vectors, axis=1).mean()}
 
-    passes = -(-s.batch // 16)  # `residual_rows` works through 16 rows at a time
+    passes = -(-s.batch // ROWS)
     flops = blocks(config, [(s.batch, s.document, 0)]).forward
-    work = {"host": Work(), "forward": Work(flops, passes * weight_bytes(s, s.ar_blocks, vocabulary=False))}
+    work = {"host": Work(), "forward": Work(flops, passes * weight_bytes(config, vocabulary=False))}
     return Program(step, work, s.batch, s.batch * s.document)
 
 

@@ -2,19 +2,17 @@
 
 import argparse
 import dataclasses
+import functools
 
-import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.errors import InputError
+from nla_jax.models.families import FAMILIES
 from nla_jax.models.lora import Lora
-from nla_jax.models.transformer import (
-    Transformer,
-    TransformerConfig,
-)
+from nla_jax.models.pretrained import model_config
+from nla_jax.models.transformer import Transformer, TransformerConfig
 
-FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # those without further settings
 PROGRAMS = ("rl", "rollout", "sft_av", "sft_ar", "extract", "load")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
@@ -115,13 +113,16 @@ class Settings:
         if self.head_dim % 2:
             raise InputError(f"--head-dim {self.head_dim} must be even.")
 
-    @property
+    @functools.cached_property
     def config(self) -> TransformerConfig:
-        return TransformerConfig(
-            vocab_size=self.vocab, width=self.width, layers=self.layers, heads=self.heads, kv_heads=self.kv_heads,
-            head_dim=self.head_dim, mlp_width=self.mlp_width, family=self.family, tied_head=not self.untied_head,
-            dtype=jnp.dtype(self.dtype), remat=None if self.remat == "none" else self.remat, **FAMILIES[self.family],
+        """The model; what no flag says (rope, windows, soft caps) is its family's default in `transformers`."""
+        architecture = dict(
+            model_type=self.family, vocab_size=self.vocab, hidden_size=self.width, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, head_dim=self.head_dim,
+            intermediate_size=self.mlp_width, tie_word_embeddings=not self.untied_head,
         )  # fmt: skip
+        config = model_config(architecture, f"A {self.family} of these sizes", self.dtype)
+        return dataclasses.replace(config, remat=None if self.remat == "none" else self.remat)
 
     @property
     def devices(self) -> int:

@@ -24,6 +24,7 @@ from nla_jax.errors import InputError
 from nla_jax.metrics import Progress
 from nla_jax.models.pretrained import fingerprint, locate, read_config
 from nla_jax.run import Run, resolve
+from nla_jax.sharding import host_mesh
 from nla_jax.subject import load_subject
 
 
@@ -50,7 +51,8 @@ def extract(run: Run) -> None:
 def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     """Writes the shards of the config's corpus. Returns `rows` and `documents` of each split."""
     c = run.config.extract
-    subject = load_subject(run.subject_folder, run.config.subject.layer, run.config.compute.dtype)
+    dtype, mesh = run.config.compute.dtype, host_mesh(run.mesh)
+    subject = load_subject(run.subject_folder, run.config.subject.layer, dtype, mesh if mesh.size > 1 else None)
     by_split: dict[str, list] = {name: [] for name in run.config.split}
     for document in run.documents():
         by_split[run.split(document)].append(document)

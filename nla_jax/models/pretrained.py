@@ -47,33 +47,43 @@ SHARD_BYTES = 2 << 30  # of a saved file
 def read_config(folder: str | os.PathLike, dtype: Any = jnp.float32) -> TransformerConfig:
     """`config.json` as a `TransformerConfig`; of a multimodal checkpoint the text model's.
 
-    Raises `InputError` for an unknown family, an unsupported feature, a missing or malformed field."""
+    Raises `InputError` as `model_config` does, and where there is no such file."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
     try:
-        c = json.loads(file.read_text(encoding="utf-8"))
+        architecture = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON ({error}).") from None
+    return model_config(architecture, str(file), dtype)
+
+
+def model_config(c: dict, source: str, dtype: Any = jnp.float32) -> TransformerConfig:
+    """The content of a `config.json` as a `TransformerConfig`; `source` names it in messages.
+
+    Raises `InputError` for an unknown family, an unsupported feature, a missing or malformed field."""
+    try:
         # What the text model's part does not say, the wrapper does (transformers reads the tied head there).
         outer = {name: c[name] for name in ("model_type", "tie_word_embeddings") if name in c}
         c = outer | (c.get("text_config") or c)
         family = str(c.get("model_type"))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise InputError(f"{file} is not valid JSON ({error}).") from None
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{source} is not valid JSON of a model ({error}).") from None
     family = {"gemma3": "gemma3_text"}.get(family, family)
     if family not in FAMILIES:
         raise InputError(
-            f"{file}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)}); "
+            f"{source}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)}); "
             f"a family is added in nla_jax/models/families.py."
         )
     if absent := {"hidden_size", "num_hidden_layers", "intermediate_size"} - c.keys():
-        raise InputError(f"{file} lacks the field {min(absent)!r}.")
+        raise InputError(f"{source} lacks the field {min(absent)!r}.")
     try:
         # transformers knows each family's defaults (which hub files leave out) and every spelling of rope and layer types.
         full = CONFIG_MAPPING[family](**{k: v for k, v in c.items() if k != "model_type"}).to_dict()
         return TransformerConfig(**from_hf(full), dtype=jnp.dtype(dtype))
     except Exception as error:  # its validation raises many kinds
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise InputError(f"{file} cannot be used: {reason}.") from None
+        raise InputError(f"{source} cannot be used: {reason}.") from None
 
 
 @dataclasses.dataclass(frozen=True)

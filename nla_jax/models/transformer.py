@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nla_jax.models.attention import SAVED, Segment, attend, causal_mask, soft_cap
+from nla_jax.models.attention import MASKED, SAVED, Segment, attend, causal_mask, soft_cap
 from nla_jax.models.rope import Rope, rotate
+from nla_jax.sharding import DECODE, TRAIN, constrained, cut_batch, gathered
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
@@ -54,6 +55,13 @@ class TransformerConfig:
     # What a block keeps for its backward pass: the name of a `jax.checkpoint_policies` policy (what attention's backward pass
     # wants is kept beside it, but by `nothing_saveable`), or None to keep everything.
     remat: str | None = None
+    decoding: bool = False  # on a mesh: weights stay cut as sharding.DECODE says, where training gathers them
+    vocab_rows: int | None = None  # of embedding and head, where they are padded for a mesh (None: vocab_size)
+
+    @property
+    def rules(self) -> tuple:
+        """Where arrays lie on a mesh."""
+        return DECODE if self.decoding else TRAIN
 
     def truncated(self, layers: int) -> "TransformerConfig":
         return dataclasses.replace(self, layers=layers, local=self.local[:layers])
@@ -119,42 +127,28 @@ class Dense(nn.Module):
     axes: tuple[str, ...]
     dtype: Any
     bias: bool = False
+    decoding: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         n = len(self.inputs)
         kernel = self.param("kernel", _init(*self.axes), self.inputs + self.outputs)
-        y = linear(x.astype(self.dtype), kernel.astype(self.dtype), n)
+        use = (lambda weight, axes: weight) if self.decoding else gathered
+        y = linear(x.astype(self.dtype), use(kernel.astype(self.dtype), self.axes), n)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
             y += self.param("bias", zeros, self.outputs).astype(self.dtype)
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            a, b = use(a, (*self.axes[:n], "lora_rank")), use(b, ("lora_rank", *self.axes[n:]))
             y += jnp.tensordot(jnp.tensordot(x.astype(self.dtype), a, n), b, 1)
         return y
 
 
-def batch_ways() -> int:
-    """Into how many parts the mesh in use cuts a batch: over data and fsdp together."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def batch_sharded(x: Array, axis: int = 0) -> Array:
-    """Keeps a batch (`axis` of x) cut over data and fsdp, where the mesh in use divides it: left alone, the compiler follows
-    the weights' cut along `fsdp` instead, replicates the batch and all-reduces every layer's result."""
-    if jax.sharding.get_abstract_mesh().empty or x.shape[axis] % batch_ways():
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*[None] * axis, ("data", "fsdp")))
-
-
 def whole_head(params: dict, config: TransformerConfig) -> dict:
-    """The parameters with the output head cast and gathered over fsdp, for loops that would else gather it every turn."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return params
-    name, spec = ("embedding", ("tensor", None)) if config.tied_head else ("head", (None, "tensor"))
-    head = jax.lax.with_sharding_constraint(params[name].astype(config.dtype), jax.sharding.PartitionSpec(*spec))
-    return params | {name: head}
+    """The parameters with the output head cast and gathered, for loops that would else gather it every turn."""
+    name, axes = ("embedding", ("vocab", "embed")) if config.tied_head else ("head", ("embed", "vocab"))
+    return params | {name: gathered(params[name].astype(config.dtype), axes)}
 
 
 class Block(nn.Module):
@@ -169,13 +163,14 @@ class Block(nn.Module):
     def __call__(self, carry, past_kv, layer, kind, masks, ropes, offset, edit):
         c = self.config
         x, cache = carry
-        x = batch_sharded(x)
+        x = cut_batch(x, rules=c.rules)
         norm = lambda name: RMSNorm(c.norm_eps, "embed", c.norm_offset, name=name)
         head_norm = lambda name: RMSNorm(c.norm_eps, "head_dim", c.norm_offset, name=name)
-        project = lambda name, heads, axis: Dense(
-            (c.width,), (heads, c.head_dim), ("embed", axis, "head_dim"), c.dtype, c.qkv_bias, name=name
+        dense = functools.partial(Dense, dtype=c.dtype, decoding=c.decoding)
+        project = lambda name, heads, axis: dense(
+            (c.width,), (heads, c.head_dim), ("embed", axis, "head_dim"), bias=c.qkv_bias, name=name
         )
-        mlp = lambda name: Dense((c.width,), (c.mlp_width,), ("embed", "mlp"), c.dtype, name=name)
+        mlp = lambda name: dense((c.width,), (c.mlp_width,), ("embed", "mlp"), name=name)
 
         with jax.named_scope("attention"):
             y = norm("attention_norm")(x)
@@ -192,16 +187,17 @@ class Block(nn.Module):
             all_kv = [*past_kv, (own_k, own_v)]
             segments = [Segment(k, v, mask[kind]) for (k, v), mask in zip(all_kv, masks, strict=True)]
             y = attend(q, segments, c.attention_scale or c.head_dim**-0.5, c.attention_cap)
-            y = Dense((c.heads, c.head_dim), (c.width,), ("heads", "head_dim", "embed"), c.dtype, name="o")(y)
+            y = dense((c.heads, c.head_dim), (c.width,), ("heads", "head_dim", "embed"), name="o")(y)
             x = x + (norm("attention_post_norm")(y) if c.post_norms else y)
 
         with jax.named_scope("mlp"):
             y = norm("mlp_norm")(x)
             y = ACTIVATIONS[c.activation](mlp("gate")(y)) * mlp("up")(y)
-            y = Dense((c.mlp_width,), (c.width,), ("mlp", "embed"), c.dtype, name="down")(y)
+            y = dense((c.mlp_width,), (c.width,), ("mlp", "embed"), name="down")(y)
             x = x + (norm("mlp_post_norm")(y) if c.post_norms else y)
         if edit is not None:
             x = edit(x, layer)
+        x = cut_batch(x, rules=c.rules)
         return (x, cache), (k, v) if cache is None else None
 
 
@@ -212,7 +208,8 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = self.param("embedding", _init("vocab", "embed"), (c.vocab_size, c.width))
+        rows = c.vocab_rows or c.vocab_size
+        self.embedding = self.param("embedding", _init("vocab", "embed"), (rows, c.width))
         block = Block
         if c.remat:
             policies = jax.checkpoint_policies
@@ -230,11 +227,13 @@ class Transformer(nn.Module):
         )(c)
         self.final_norm = RMSNorm(c.norm_eps, "embed", c.norm_offset)
         if not c.tied_head and (self.is_initializing() or self.has_variable("params", "head")):
-            self.head = self.param("head", _init("embed", "vocab"), (c.width, c.vocab_size))
+            self.head = self.param("head", _init("embed", "vocab"), (c.width, rows))
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         c = self.config
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+        if not c.decoding:  # looked up where the table lies: not the table crosses devices, but what was found
+            x = cut_batch(constrained(x, (*[None] * tokens.ndim, "embed")))
         return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, c.dtype)
 
     def __call__(
@@ -278,11 +277,13 @@ class Transformer(nn.Module):
         return self.blocks(carry, kv, jnp.arange(c.layers), kind, stacks, jnp.stack(ropes), offset, edit)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Final norm and output head; float32."""
+        """Final norm and output head; float32. Rows of the head that stand for no token have no mass."""
         hidden = self.final_norm(hidden)
         head = self.embedding.T if self.config.tied_head else self.head
         logits = jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return soft_cap(logits, self.config.logit_cap)
+        logits = soft_cap(logits, self.config.logit_cap)
+        real = np.arange(logits.shape[-1]) < self.config.vocab_size
+        return logits if real.all() else jnp.where(real, logits, MASKED)
 
     def next_token_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """The plain language model: logits of the token after each position."""

@@ -1,0 +1,36 @@
+"""Gemma-3-27B-IT, K = 41 of 62 blocks: the released pair's setting (256 × 8 samples a step, published FVE 0.763).
+
+    nla plan --config configs/gemma3_27b.py:v5p_64 --topology v5p:4x4x4
+    nla quickstart --config configs/gemma3_27b.py:v5p_64 --workdir runs/gemma3_27b --config.corpus.source=TEXTS
+
+TEXTS is a folder of .jsonl or .parquet files, about half web text, half chat.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+ARCHITECTURE = dict(
+    model_type="gemma3_text", vocab_size=262_208, hidden_size=5376, intermediate_size=21_504, num_hidden_layers=62,
+    num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024,
+    max_position_embeddings=131_072, rms_norm_eps=1e-6, rope_theta=1_000_000.0, rope_local_base_freq=10_000.0,
+    rope_scaling=dict(rope_type="linear", factor=8.0), tie_word_embeddings=True,
+)  # fmt: skip
+TINY = dict(
+    vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, sliding_window=32,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+)  # fmt: skip
+MESHES = {
+    "v5p_64": dict(mesh=(1, 16, 4)),  # v5p:4x4x4
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Variants: those of `MESHES` (the first is the default), and "tiny"."""
+    released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
+    return released(
+        variant, MESHES, path="google/gemma-3-27b-it", layer=41, architecture=ARCHITECTURE, tiny=TINY, marker="㈜",
+        injection_scale=60_000.0, lr=1.41e-5, activations=256, bos=True,
+    )  # fmt: skip

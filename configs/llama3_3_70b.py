@@ -1,0 +1,37 @@
+"""Llama-3.3-70B-Instruct, K = 53 of 80 blocks: the released pair's setting (128 × 8 samples a step).
+
+    nla plan --config configs/llama3_3_70b.py:v5p_128 --topology v5p:4x4x8
+    nla quickstart --config configs/llama3_3_70b.py:v5p_128 --workdir runs/llama3_3_70b --config.corpus.source=TEXTS
+
+TEXTS is a folder of .jsonl or .parquet files, about half web text, half chat.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+ARCHITECTURE = dict(
+    model_type="llama", vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072, rms_norm_eps=1e-5,
+    rope_theta=500_000.0, tie_word_embeddings=False,
+    rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    ),
+)  # fmt: skip
+TINY = dict(
+    vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8,
+)  # fmt: skip
+MESHES = {
+    "v5p_128": dict(mesh=(1, 16, 8)),  # v5p:4x4x8
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Variants: those of `MESHES` (the first is the default), and "tiny"."""
+    released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
+    return released(
+        variant, MESHES, path="meta-llama/Llama-3.3-70B-Instruct", layer=53, architecture=ARCHITECTURE, tiny=TINY,
+        marker="㎡", injection_scale=30.0, lr=5e-6, bos=True,
+    )  # fmt: skip

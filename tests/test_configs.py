@@ -1,0 +1,108 @@
+"""The configs of released settings: their values, that their meshes divide and hold their models, and that they run."""
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import flax.linen as nn
+import jax
+import pytest
+
+from conftest import random_params
+from nla_jax.cli import load_config, main
+from nla_jax.metrics import read_metrics
+from nla_jax.models.pretrained import model_config, save_model
+from nla_jax.models.transformer import abstract_params
+from nla_jax.plan import tasks
+from nla_jax.sharding import AXES, device_mesh
+from nla_jax.topology import CHIPS
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# Published: parameters of the text model in 1e9, K, blocks, width, marker, injection scale, RL learning rate, samples a step.
+RELEASED = {
+    "qwen2_5_7b": (7.62, 20, 28, 3584, "㈎", 150, 1.41e-5, 128 * 8),
+    "gemma3_12b": (11.77, 32, 48, 3840, "㈜", 80000, 1e-5, 128 * 8),
+    "gemma3_27b": (27.01, 41, 62, 5376, "㈜", 60000, 1.41e-5, 256 * 8),
+    "llama3_3_70b": (70.55, 53, 80, 8192, "㎡", 30, 5e-6, 128 * 8),
+    "qwen3_8b": (8.19, 24, 36, 4096, "", 0, 1.41e-5, 256 * 8),
+    "qwen2_5_0_5b": (0.494, 16, 24, 896, "", 0, 1.41e-5, 16 * 8),
+}
+VARIANTS = {
+    "qwen2_5_7b": ["v5e_32", "v6e_16", "v5p_16"],
+    "gemma3_12b": ["v5p_16"],
+    "gemma3_27b": ["v5p_64"],
+    "llama3_3_70b": ["v5p_128"],
+    "qwen3_8b": ["v5p_8"],
+    "qwen2_5_0_5b": ["v5e_4"],
+}
+
+
+def config(name: str, variant: str = ""):
+    return load_config(f"{CONFIGS / name}.py" + (f":{variant}" if variant else ""), [])
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_published_values(name):
+    c = config(name)
+    model = model_config(c.subject.architecture.to_dict(), name)
+    billions = sum(x.size for x in jax.tree.leaves(nn.unbox(abstract_params(model)))) / 1e9
+    parameters, *expected = RELEASED[name]
+    assert billions == pytest.approx(parameters, rel=2e-3)
+    assert [c.subject.layer, model.layers, model.width, c.prompts.marker, c.prompts.injection_scale,
+            c.rl.ar_optimizer.lr, c.rl.activations * c.rl.group] == expected  # fmt: skip
+    assert (c.rl.kl_coefficient, c.prompts.max_new_tokens, c.sft.ar.batch) == (0.01, 150, 256)
+    assert dict(c.sft.ar.optimizer) == {
+        "function": "nla_jax.optimizer:adamw",
+        "lr": 2e-5,
+        "final_lr": 2e-6,
+        "warmup": 50,
+    }
+
+
+class Device:
+    """One chip of hosts with four each."""
+
+    platform = device_kind = "none"
+
+    def __init__(self, id: int):
+        self.id, self.process_index = id, id // 4
+
+
+@pytest.mark.parametrize("name, variant", [(name, v) for name, all in VARIANTS.items() for v in all])
+def test_a_variants_mesh_divides_and_holds_the_model(name, variant):
+    """From shapes alone; that the compiled programs fit too is in docs/scaling.md."""
+    c, (chip, devices) = config(name, variant), variant.split("_")
+    mesh = device_mesh([c.mesh[axis] for axis in AXES], [Device(i) for i in range(int(devices))])
+    for program, task in tasks(c, mesh).items():
+        assert task.least_memory < 0.9 * CHIPS[chip].memory, program
+    rows = c.rl.activations * c.rl.group // c.rl.micro_batches
+    assert rows % mesh.size == 0 and c.rl.activations % c.rl.micro_batches == 0
+
+
+def test_an_unknown_variant_gets_one_sentence(capsys):
+    assert main(["plan", "--config", f"{CONFIGS / 'gemma3_27b.py'}:v9x_3"]) == 1
+    err = capsys.readouterr().err
+    assert "no variant 'v9x_3'; there are v5p_64 and tiny" in err and err.count("\n") == 1
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RELEASED if name != "gemma3_27b"]
+
+
+@pytest.mark.parametrize("name", ["gemma3_27b", *SLOW])
+def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
+    """From text to a joint step, on a random subject of the config's family."""
+    c = config(name, "tiny")
+    model = model_config(c.subject.architecture.to_dict(), name)
+    save_model(tmp_path / "subject", random_params(model), model, tokenizer)
+    texts = [(id, text[:1500]) for id, text in sorted(topics.items()) if len(text) > 800][:40]
+    (tmp_path / "topics.jsonl").write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in texts))
+    workdir = tmp_path / "run"
+    flags = [
+        "--config", f"{CONFIGS / name}.py:tiny", "--workdir", str(workdir), f"--config.subject.path={tmp_path / 'subject'}",
+        f"--config.corpus.source={tmp_path / 'topics.jsonl'}", "--config.rl.heldout_every=9", "--config.rl.steps=2",
+    ]  # fmt: skip
+    for verb in ("extract", "label", "sft", "rl"):
+        assert main([verb, *flags]) == 0
+    steps = read_metrics(workdir / "train/rl/metrics.jsonl")
+    assert [step["step"] for step in steps] == [1, 2] and all(0 < step["mse"] < 4 for step in steps)
+    assert (workdir / "pair/av/adapter_config.json").is_file() == (name == "qwen3_8b")
