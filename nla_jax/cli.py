@@ -6,12 +6,14 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from nla_jax import distributed
 from nla_jax.errors import InputError
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
@@ -40,11 +42,23 @@ def main(argv: list[str] | None = None) -> int:
         arguments.function(arguments)
         return 0
     except (InputError, OSError) as error:
-        print(f"nla: {sentence(error)}", file=sys.stderr)
-        return 1
+        return failed(sentence(error), 1)
     except KeyboardInterrupt:
-        print("nla: stopped; the same command continues from the last checkpoint.", file=sys.stderr)
-        return 130
+        return failed("stopped; the same command continues from the last checkpoint.", 130)
+    except Exception as error:
+        if distributed.host_count() == 1:
+            raise
+        if (reason := distributed.failed_host(3)) is None:  # a program fails on all hosts where it fails on one
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {sentence(error)}"
+        return failed(reason, 1)
+
+
+def failed(reason: str, status: int) -> int:
+    """Says why a verb ended; returns the exit status, or where several hosts run ends the process with it."""
+    print(f"nla: {reason}", file=sys.stderr, flush=True)
+    distributed.end(reason, status)
+    return status
 
 
 def sentence(error: Exception) -> str:
@@ -68,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
         sub = verb(name, run_stages, text, epilog="--config.field=value overrides any field of the config.")
         sub.add_argument("--config", default=DEFAULT_CONFIG, help="config file, optionally file.py:variant")
         sub.add_argument("--workdir", default=None, help="where everything of this run is written (default runs/NAME)")
+        hosts = sub.add_argument_group("several hosts", "The same command on each of them; docs/running.md.")
+        hosts.add_argument("--coordinator", help="HOST:PORT of host 0, or auto: what a TPU pod or Slurm says")
+        hosts.add_argument("--num_processes", type=int, help="how many there are")
+        hosts.add_argument("--process_id", type=int, help="which of them this one is, from 0")
+        hosts.add_argument(
+            "--join_seconds", type=int, default=300, help="how long to wait for the others (default 300)"
+        )
 
     sub = verb("explain", explain, "what activations of a text say")
     sub.add_argument("--pair", required=True, help="folder with av/ and ar/")
@@ -131,16 +152,20 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
 def run_stages(arguments: argparse.Namespace) -> None:
     """One stage of a run, or all of them."""
     config = load_config(arguments.config, arguments.overrides)
+    distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
     from nla_jax.data.dataset import extract, label
     from nla_jax.evaluate.evaluation import evaluate, report
     from nla_jax.pretrain import pretrain
-    from nla_jax.run import Run
+    from nla_jax.run import Run, flat
     from nla_jax.train import rl, sft
 
     functions = dict(zip(LOOP, (pretrain, extract, label, sft, rl, evaluate, report), strict=True))
     workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     enable_compile_cache()
+    distributed.agree(
+        {"the verb": arguments.verb} | flat(json.loads(config.to_json_best_effort())), arguments.join_seconds
+    )
     run = Run(config, workdir, arguments.command)
     stages = LOOP if arguments.verb == "quickstart" else (arguments.verb,)
     if arguments.verb == "quickstart" and config.subject.path:
@@ -149,9 +174,11 @@ def run_stages(arguments: argparse.Namespace) -> None:
         known = run.result(stage) is not None
         functions[stage](run)
         result = run.result(stage)
-        print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
-    if stages[-1] == "report":
+        if distributed.is_writer():
+            print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
+    if stages[-1] == "report" and distributed.is_writer():
         print_headline(run)
+    distributed.leave()
 
 
 def print_headline(run) -> None:

@@ -1,6 +1,7 @@
 """A run: one config and one working folder, cut into stages that remember what they were made from."""
 
 import contextlib
+import datetime
 import functools
 import importlib
 import json
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nla_jax.data.corpus import Document, load_corpus, split_of
+from nla_jax.distributed import barrier, from_writer, host_count, host_index, writer_first
 from nla_jax.errors import InputError
 from nla_jax.metrics import write_atomically
 from nla_jax.sharding import make_mesh
@@ -29,7 +31,8 @@ STAGES = {
 
 
 class Run:
-    """Working folder and config of one experiment; `command` is what the user typed."""
+    """Working folder and config of one experiment; `command` is what the user typed. Several hosts share the folder: the first
+    one writes the records, and reads them for all."""
 
     def __init__(self, config: ConfigDict, workdir: str | Path, command: str = ""):
         self.config, self.workdir, self.command = config, Path(workdir), command
@@ -38,6 +41,22 @@ class Run:
             write_atomically(self.workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         except OSError as error:
             raise InputError(f"The working folder {workdir} cannot be written ({error.strerror}).") from None
+        self._check_shared()
+
+    def _check_shared(self, seconds: float = 60) -> None:
+        """Raises `InputError` on a host that does not see what the first one writes (network file systems may take a while)."""
+        file, limit = self.workdir / "hosts.json", time.monotonic() + seconds
+        if host_count() == 1:
+            return
+        text = from_writer(lambda: json.dumps({"hosts": host_count(), "started": datetime.datetime.now().isoformat()}))
+        write_atomically(file, text + "\n")
+        while not (file.exists() and file.read_text() == text + "\n"):
+            if time.monotonic() > limit:
+                raise InputError(
+                    f"Host {host_index()} does not find in {self.workdir} what host 0 wrote there; the working folder must be "
+                    f"one that all hosts share."
+                )
+            time.sleep(0.2)
 
     def basis(self, stage: str) -> dict:
         """The part of the config that determines a stage's result, with that of the stages before it."""
@@ -84,19 +103,21 @@ class Run:
         finally:
             record["seconds"] = round(spent + time.monotonic() - start, 2)
             self._write(name, record)
+        barrier(f"the end of {name}")
 
     def _file(self, stage: str) -> Path:
         return self.workdir / "stages" / f"{stage}.json"
 
     def _record(self, stage: str) -> dict | None:
-        return json.loads(self._file(stage).read_text()) if self._file(stage).exists() else None
+        file = self._file(stage)
+        return from_writer(lambda: json.loads(file.read_text()) if file.exists() else None)
 
     def _write(self, stage: str, record: dict) -> None:
-        self._file(stage).parent.mkdir(exist_ok=True)
+        self._file(stage).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._file(stage), json.dumps(record, indent=1) + "\n")
 
     def _check(self, stage: str) -> None:
-        made, now = (_flat(x) for x in (self._record(stage)["basis"], json.loads(json.dumps(self.basis(stage)))))
+        made, now = (flat(x) for x in (self._record(stage)["basis"], json.loads(json.dumps(self.basis(stage)))))
         for field in sorted(made.keys() | now.keys()):
             if made.get(field) != now.get(field):
                 raise InputError(
@@ -108,7 +129,8 @@ class Run:
 
     def documents(self) -> list[Document]:
         """The corpus of the config."""
-        return list(load_corpus(data_dir=self.workdir / "corpus", **self.config.corpus))
+        with writer_first():  # TFDS prepares a dataset there
+            return list(load_corpus(data_dir=self.workdir / "corpus", **self.config.corpus))
 
     def split(self, document: Document) -> str:
         return split_of(document, self.config.split, self.config.seed)
@@ -123,10 +145,11 @@ class Run:
         return self.config.subject.path or self.workdir / "subject"
 
 
-def _flat(tree, path: str = "") -> dict:
+def flat(tree, path: str = "") -> dict:
+    """The leaves of nested dicts by their dotted paths."""
     if not isinstance(tree, dict):
         return {path: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}" if path else name).items()}
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{path}.{name}" if path else name).items()}
 
 
 def resolve(name: str) -> Callable:

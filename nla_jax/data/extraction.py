@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from nla_jax.data.corpus import Document
+from nla_jax.distributed import writer_first
 from nla_jax.errors import InputError
 from nla_jax.subject import Activations, Subject, activations_at
 
@@ -94,6 +95,12 @@ def mapped_vectors(files: Sequence[Path]) -> np.memmap:
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     split = files[0].name.rsplit("-", 3)[0]
     path = files[0].with_name(f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}.npy")
+    with writer_first():
+        _decode_vectors(files, path, split)
+    return np.load(path, mmap_mode="r")
+
+
+def _decode_vectors(files: Sequence[Path], path: Path, split: str) -> None:
     if not path.exists():
         for stale in path.parent.glob(f"{split}-*.npy"):
             stale.unlink()
@@ -107,7 +114,6 @@ def mapped_vectors(files: Sequence[Path]) -> np.memmap:
                 for batch in read_batches(file, [VECTORS]):
                     out.write(np.ascontiguousarray(list_vectors(batch.column(0), width, file)))
         os.replace(scratch, path)
-    return np.load(path, mmap_mode="r")
 
 
 # Files

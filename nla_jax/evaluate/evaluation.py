@@ -4,11 +4,13 @@ import datetime
 import json
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import pyarrow as pa
 
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.data.extraction import read_table, write_table
+from nla_jax.distributed import barrier, from_writer, is_writer
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
 from nla_jax.metrics import Progress, read_metrics, write_atomically
 from nla_jax.pair import Pair, load_pair
@@ -23,22 +25,27 @@ def evaluate(run: Run) -> None:
     activations ("shuffled"), no text ("empty"), and the AV's texts with nothing injected. Each goes through the AR of the pair
     after RL, the warm texts through the warm AR. A response without an explanation counts as an empty text."""
     c = run.config.evaluate
-    with run.stage("evaluate") as result:
+    with run.stage("evaluate") as result, jax.set_mesh(run.mesh):
         if result is None:
             return
         run.require("rl")
         rows = spread(load_rows(run.workdir, "heldout"), c.rows)
         doc_ids, labels = rows.column("doc_id"), rows.column("api_explanation")
         contexts, tokens, following = map(rows.column, ("detokenized_text_truncated", "token", "following"))
-        warm, pair = (load_pair(run.workdir / name, **run.config.compute) for name in ("pair_warm", "pair"))
+        warm, pair = (
+            load_pair(run.workdir / name, **run.config.compute, mesh=run.mesh) for name in ("pair_warm", "pair")
+        )
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
         progress = Progress("evaluate", 10 + len(curve))
 
         def texts(name: str, write: Callable[[], list[str]]) -> list[str]:
             """The texts of one condition, kept on disk so that a restart does not sample them again."""
             path = run.workdir / "evaluation" / f"{name}.parquet"
-            if not path.exists():
-                write_table(pa.table({"explanation": pa.array(write(), pa.string())}), path)
+            if not from_writer(path.exists):
+                found = write()
+                if is_writer():
+                    write_table(pa.table({"explanation": pa.array(found, pa.string())}), path)
+                barrier(f"the texts {name}")
             progress.update()
             return read_table(path, ["explanation"]).column(0).to_pylist()
 
