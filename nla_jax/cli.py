@@ -48,15 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if distributed.host_count() == 1:
             raise
-        if (reason := distributed.failed_host(3)) is None:  # a program fails on all hosts where it fails on one
-            traceback.print_exc()
-            reason = f"{type(error).__name__}: {sentence(error)}"
-        return failed(reason, 1)
+        if found := distributed.failed_host(3):  # a program that runs on all hosts fails on all where it fails on one
+            return failed(*found)
+        traceback.print_exc()
+        return failed(distributed.lost(error) if isinstance(error, RuntimeError) else repr(error), 1)
 
 
 def failed(reason: str, status: int) -> int:
     """Says why a verb ended; returns the exit status, or where several hosts run ends the process with it."""
-    print(f"nla: {reason}", file=sys.stderr, flush=True)
     distributed.end(reason, status)
     return status
 

@@ -92,10 +92,13 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{who.capitalize()} cannot join the run at {coordinator} ({reason}).") from None
+        raise InputError(
+            f"{who.capitalize()} cannot join the run at {coordinator} ({reason.rstrip('.')}); give --coordinator HOST:PORT of "
+            f"host 0, --num_processes and --process_id."
+        ) from None
     _at_abort(
-        f"host {host_index()} of {host_count()} stopped because the run lost another host (named above); the same command "
-        f"on every host continues from the last checkpoint."
+        f"host {host_index()} of {host_count()} was stopped by JAX's runtime (see above), most likely because another host "
+        f"was lost; the same command on every host continues from the last checkpoint."
     )
 
 
@@ -192,47 +195,68 @@ def leave() -> None:
 
 
 def end(reason: str, status: int) -> None:
-    """Ends this process where it is one of several hosts, and tells the others why, who then end too. Not by the way of
-    `sys.exit`: the runtime would wait there for hosts that wait for this one."""
+    """Says why this process ends; where it is one of several hosts, tells the others, who then end too, and ends it. Not by
+    the way of `sys.exit`: the runtime would wait there for hosts that wait for this one."""
     if host_count() == 1:
+        print(f"nla: {reason}", file=sys.stderr)
         return
+    if _first_to_speak():
+        print(f"nla: {reason}", file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        runtime.global_state.client.key_value_set(f"{FAILED}/{host_index()}", reason)
+        runtime.global_state.client.key_value_set(f"{FAILED}/{host_index()}", json.dumps([reason, status]))
     sys.stdout.flush()
     if is_writer():
         time.sleep(5)  # the store lives in this process: the others must have read it
     os._exit(status)
 
 
-def failed_host(seconds: float) -> str | None:
-    """What another host said that it ended of, where one says so within `seconds`."""
+def failed_host(seconds: float) -> tuple[str, int] | None:
+    """What to say of another host that has said that it ends, and its exit status; None where none says so within `seconds`."""
     limit, client = time.monotonic() + seconds, runtime.global_state.client
     while True:
         try:
             found = client.key_value_dir_get(FAILED)
         except jax.errors.JaxRuntimeError:  # host 0 is gone
             return None
-        for key, reason in found:
+        for key, value in found:
             if (index := key.rpartition("/")[2]) != str(host_index()):
-                return f"host {host_index()} of {host_count()} stopped because host {index} did: {reason}"
+                reason, status = json.loads(value)
+                return f"host {host_index()} of {host_count()} stopped because host {index} did: {reason}", status
         if time.monotonic() > limit:
             return None
         time.sleep(1)
 
 
 def _watch() -> None:
-    if reason := failed_host(float("inf")):
-        print(f"nla: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)
+    found = failed_host(float("inf"))
+    if found and _first_to_speak():
+        print(f"nla: {found[0]}", file=sys.stderr, flush=True)
+        os._exit(found[1])
+
+
+def lost(error: jax.errors.JaxRuntimeError) -> str:
+    """What to say of a program that failed between hosts."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return (
+        f"host {host_index()} of {host_count()} stopped in a program that runs on all hosts ({reason}), most likely because "
+        f"another host was lost; the same command on every host continues from the last checkpoint."
+    )
 
 
 def _lost(what: str, error: Exception) -> InputError:
     """The error of a wait that did not end well; another host's own words where it left some."""
     reason = str(error).strip().splitlines()[0]
-    return InputError(failed_host(3) or f"{what} ({reason}); the same command on every host continues the run.")
+    found = failed_host(3)
+    return InputError(found[0] if found else f"{what} ({reason}); the same command on every host continues the run.")
 
 
 _handler = None
+_spoken = threading.Lock()
+
+
+def _first_to_speak() -> bool:
+    """Several threads may learn of an end at once; one of them says so."""
+    return _spoken.acquire(blocking=False)
 
 
 def _at_abort(sentence: str) -> None:
@@ -241,7 +265,8 @@ def _at_abort(sentence: str) -> None:
     global _handler
 
     def say(_):
-        os.write(2, f"nla: {sentence}\n".encode())
+        if _first_to_speak():
+            os.write(2, f"nla: {sentence}\n".encode())
         os._exit(1)
 
     new = ctypes.CFUNCTYPE(None, ctypes.c_int)(say)

@@ -36,6 +36,10 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: str | Path, command: str = ""):
         self.config, self.workdir, self.command = config, Path(workdir), command
+        if "://" in str(workdir):
+            raise InputError(
+                f"The working folder {workdir} is no path; mount the bucket (docs/running.md) and name its folder."
+            )
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
