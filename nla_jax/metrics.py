@@ -12,7 +12,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from nla_jax.distributed import from_writer, is_writer
+from nla_jax.distributed import barrier, is_writer
 
 
 class MetricLog:
@@ -24,7 +24,8 @@ class MetricLog:
 
     def __init__(self, folder: Path, step: int = 0):
         self.path = folder / "metrics.jsonl"
-        self.records = from_writer(lambda: [r for r in read_metrics(self.path) if r["step"] <= step])
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= step]
+        barrier("the metrics")  # all hosts have read what the first one now writes anew
         if not is_writer():
             return
         folder.mkdir(parents=True, exist_ok=True)
