@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
@@ -19,6 +21,7 @@ from conftest import TINY, close, random_params, talkative
 from nla_jax.cli import main
 from nla_jax.metrics import read_metrics
 from nla_jax.models.pretrained import save_model
+from nla_jax.sharding import RowsOf, batch_sharding, local_rows, make_mesh, place_batch, place_local
 
 CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
 DEVICES = 4  # of the whole run, on however many hosts
@@ -123,6 +126,31 @@ def same_run(found: Path, expected: Path) -> None:
     close(*figures, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=2"], "do not name a host of a run: give HOST:PORT"),
+        (["--coordinator=here:80", "--num_processes=2", "--process_id=2"], "do not name a host of a run"),
+        (["--coordinator=auto", "--process_id=0"], "leave them out"),
+        (["--workdir=gs://bucket/run"], "gs://bucket/run is no path; mount the bucket"),
+    ],
+)
+def test_flags_that_name_no_host_or_folder(flags, message, capsys):
+    assert main(["extract", "--config", CONFIG, *flags]) == 1
+    assert message in said(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 2, 2), (2, 1, 4)])
+def test_rows_of_a_batch_go_to_the_host_and_back(sizes):
+    mesh, array = make_mesh(*sizes), np.arange(40.0).reshape(20, 2)
+    for rows in (np.array([7, 1, 19, 0, 3, 3, 2, 8]), np.array([5, 4, 6])):  # the second is not divided: replicated
+        placed = place_batch(mesh, RowsOf(array, rows))
+        assert placed.sharding == batch_sharding(mesh, (len(rows), 2)) and np.array_equal(placed, array[rows])
+        numbers, values = local_rows(placed)
+        assert np.array_equal(numbers, np.arange(len(rows))) and np.array_equal(values, array[rows])
+        assert np.array_equal(place_local(placed.sharding, numbers, values[:, 0], len(rows)), array[rows, 0])
+
+
 def test_two_hosts_equal_one(alone, settings, tmp_path):
     """From the corpus to the report. The first host alone speaks."""
     (first, told), (second, silent) = Hosts(2, "quickstart", tmp_path / "run", settings).finish()
@@ -178,6 +206,11 @@ def test_a_working_folder_that_is_not_shared(settings, tmp_path):
 def test_killing_a_host_ends_the_others_and_another_count_continues(alone, settings, tmp_path, victim):
     """`kill -9` amid RL; four hosts continue what two began, exactly."""
     workdir = tmp_path / "run"
+    shutil.copytree(alone, workdir)
+    for stage in ("rl", "evaluate", "report"):
+        (workdir / "stages" / f"{stage}.json").unlink()
+    for folder in ("train/rl", "pair", "evaluation"):
+        shutil.rmtree(workdir / folder)
     hosts = Hosts(2, "quickstart", workdir, settings)
     hosts.wait_for("train/rl/checkpoints/1")
     hosts.processes[victim].send_signal(signal.SIGKILL)
