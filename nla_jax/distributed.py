@@ -234,9 +234,9 @@ def _watch() -> None:
         os._exit(found[1])
 
 
-def lost(error: jax.errors.JaxRuntimeError) -> str:
-    """What to say of a program that failed between hosts."""
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+def lost(error: RuntimeError) -> str:
+    """What to say of a program that failed between hosts (`jax.errors.JaxRuntimeError` is a `RuntimeError`)."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return (
         f"host {host_index()} of {host_count()} stopped in a program that runs on all hosts ({reason}), most likely because "
         f"another host was lost; the same command on every host continues from the last checkpoint."

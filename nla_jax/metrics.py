@@ -84,8 +84,8 @@ class Progress:
     def __init__(self, name: str, total: int, done: int = 0):
         self.name, self.start, self.first, self.last = name, time.monotonic(), done, 0.0
         self.bar = tqdm(
-            total=total, initial=done, desc=f"{name:>9}", disable=not (sys.stderr.isatty() and is_writer()), dynamic_ncols=True, leave=True,
-            smoothing=0.05,
+            total=total, initial=done, desc=f"{name:>9}", disable=not (sys.stderr.isatty() and is_writer()),
+            dynamic_ncols=True, leave=True, smoothing=0.05,
         )  # fmt: skip
         self.total, self.count = total, done
 

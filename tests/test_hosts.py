@@ -39,8 +39,8 @@ def settings(tokenizer, tmp_path_factory) -> list[str]:
     values = {
         "subject.path": folder / "subject", "corpus.source": corpus, "corpus.min_chars": 100,
         "mesh.data": 2, "mesh.fsdp": 2, "extract.shard_documents": 4,
-        "prompts.max_new_tokens": 80, "sft.av.steps": 1, "sft.ar.steps": 1, "extract.max_tokens": 64, "rl.steps": 3, "rl.rollout_chunks": 2,
-        "sft.av.optimizer.lr": 1e-4, "rl.heldout_every": 3,
+        "extract.max_tokens": 64, "prompts.max_new_tokens": 80, "sft.av.steps": 1, "sft.av.optimizer.lr": 1e-4,
+        "sft.ar.steps": 1, "rl.steps": 3, "rl.rollout_chunks": 2, "rl.heldout_every": 3,
     }  # fmt: skip
     return [f"--config.{name}={value}" for name, value in values.items()]
 

@@ -312,10 +312,9 @@ def save_model(
     end_ids: tuple[int, ...] = (),
     extra_files: dict[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Writes an ordinary HF folder, tensor by tensor; it appears under its name only once it is complete. Of several hosts each
-    writes its share of the weights' files. `end_ids`: tokens
-    that end a generation beside the tokenizer's own. `extra_files` maps further file names to `callable(path)` writers
-    (the sidecar, the AR's head)."""
+    """Writes an ordinary HF folder, tensor by tensor; it appears under its name only once it is complete. All hosts must call
+    this; each writes its share of the weights' files. `end_ids`: tokens that end a generation beside the tokenizer's own.
+    `extra_files` maps further file names to `callable(path)` writers (the sidecar, the AR's head)."""
     with new_folder(folder) as scratch:
         save_tensors(scratch, _hf_tensors(params, config, truncated, jnp.dtype(dtype)))
         if not is_writer():
