@@ -38,7 +38,7 @@ class MetricLog:
         record = {"step": step} | {name: _number(value) for name, value in values.items()}
         self.records.append(record)
         if not is_writer():
-            return
+            return record
         self.stream.write(json.dumps(record) + "\n")
         self.stream.flush()
         for name, value in record.items():
