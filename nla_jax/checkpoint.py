@@ -22,7 +22,7 @@ UNTIL_FINISHED = frozenset({"steps"})  # free, too, as long as the stage has not
 
 def differences(made: dict, now: dict, free: frozenset[str] = FREE) -> list[str]:
     """`name = old -> new` for each setting of two nested dictionaries that differs and is not `free`."""
-    made, now = _flat(made), _flat(now)
+    made, now = flat(made), flat(now)
     names = [name for name in sorted(made.keys() | now.keys()) if free.isdisjoint(name.split("."))]
     shown = lambda tree, name: repr(tree[name]) if name in tree else "(not there)"
     return [
@@ -32,10 +32,11 @@ def differences(made: dict, now: dict, free: frozenset[str] = FREE) -> list[str]
     ]
 
 
-def _flat(tree: Any, path: str = "") -> dict:
+def flat(tree: Any, path: str = "") -> dict:
+    """The leaves of nested dictionaries by their dotted paths."""
     if not isinstance(tree, dict):
         return {path: list(tree) if isinstance(tree, tuple) else tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{path}.{name}" if path else name).items()}
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{path}.{name}" if path else name).items()}
 
 
 # JAX's preemption service stops all processes at the call behind the last one that any has made. Calls are counted through all

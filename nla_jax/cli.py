@@ -6,12 +6,14 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from nla_jax import distributed
 from nla_jax.errors import InputError, Stopped
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
@@ -41,14 +43,24 @@ def main(argv: list[str] | None = None) -> int:
         arguments.function(arguments)
         return 0
     except (InputError, OSError) as error:
-        print(f"nla: {sentence(error)}", file=sys.stderr)
-        return 1
+        return failed(sentence(error), 1)
     except Stopped as stopped:
-        print(f"nla: {stopped}", file=sys.stderr)
-        return stopped.status
+        return failed(str(stopped), stopped.status)
     except KeyboardInterrupt:
-        print("nla: stopped; the same command continues from the last checkpoint.", file=sys.stderr)
-        return 130
+        return failed("stopped; the same command continues from the last checkpoint.", 130)
+    except Exception as error:
+        if distributed.host_count() == 1:
+            raise
+        if found := distributed.failed_host(3):  # a program that runs on all hosts fails on all where it fails on one
+            return failed(*found)
+        traceback.print_exc()
+        return failed(distributed.lost(error) if isinstance(error, RuntimeError) else repr(error), 1)
+
+
+def failed(reason: str, status: int) -> int:
+    """Says why a verb ended; returns the exit status, or where several hosts run ends the process with it."""
+    distributed.end(reason, status)
+    return status
 
 
 def sentence(error: Exception) -> str:
@@ -75,7 +87,15 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     for name, text in STAGES.items():
-        configured(name, run_stages, text)
+        hosts = configured(name, run_stages, text).add_argument_group(
+            "several hosts", "The same command on each of them; docs/running.md."
+        )
+        hosts.add_argument("--coordinator", help="HOST:PORT of host 0, or auto: what a TPU pod or Slurm says")
+        hosts.add_argument("--num_processes", type=int, help="how many there are")
+        hosts.add_argument("--process_id", type=int, help="which of them this one is, from 0")
+        hosts.add_argument(
+            "--join_seconds", type=int, default=300, help="how long to wait for the others (default 300)"
+        )
 
     sub = verb("explain", explain, "what activations of a text say")
     sub.add_argument("--pair", required=True, help="folder with av/ and ar/")
@@ -139,7 +159,9 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
 def run_stages(arguments: argparse.Namespace) -> None:
     """One stage of a run, or all of them."""
     config = load_config(arguments.config, arguments.overrides)
+    distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
+    from nla_jax.checkpoint import flat
     from nla_jax.data.dataset import extract, label
     from nla_jax.evaluate.evaluation import evaluate, report
     from nla_jax.pretrain import pretrain
@@ -148,6 +170,9 @@ def run_stages(arguments: argparse.Namespace) -> None:
 
     functions = dict(zip(LOOP, (pretrain, extract, label, sft, rl, evaluate, report), strict=True))
     enable_compile_cache()
+    distributed.agree(
+        {"the verb": arguments.verb} | flat(json.loads(config.to_json_best_effort())), arguments.join_seconds
+    )
     run = Run(config, workdir(arguments), arguments.command)
     stages = LOOP if arguments.verb == "quickstart" else (arguments.verb,)
     if arguments.verb == "quickstart" and config.subject.path:
@@ -156,14 +181,16 @@ def run_stages(arguments: argparse.Namespace) -> None:
         known = run.result(stage) is not None
         functions[stage](run)
         result = run.result(stage)
-        print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
-    if stages[-1] == "report":
+        if distributed.is_writer():
+            print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
+    if stages[-1] == "report" and distributed.is_writer():
         print_headline(run)
+    distributed.leave()
 
 
-def workdir(arguments: argparse.Namespace) -> Path:
+def workdir(arguments: argparse.Namespace) -> str:
     """The working folder that was asked for, else one named after the config."""
-    return Path(arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem)
+    return arguments.workdir or str(Path("runs") / Path(arguments.config.partition(":")[0]).stem)
 
 
 def print_headline(run) -> None:
@@ -262,7 +289,7 @@ def plan(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     place = slice_named(arguments.topology) if arguments.topology else present(config.compute.dtype)
     if arguments.search:
-        result, words = search(config, place, workdir(arguments) / "plan.jsonl"), ranking
+        result, words = search(config, place, Path(workdir(arguments)) / "plan.jsonl"), ranking
     else:
         sizes = arguments.mesh or tuple(config.mesh[axis] for axis in AXES)
         mesh = mesh_over(place.devices, sizes) if arguments.topology else make_mesh(*sizes)

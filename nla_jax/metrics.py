@@ -12,17 +12,23 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from nla_jax.distributed import barrier, is_writer
+
 
 class MetricLog:
-    """The metrics of one stage, one JSON object a step in `{folder}/metrics.jsonl`, mirrored to TensorBoard.
+    """The metrics of one stage, one JSON object a step in `{folder}/metrics.jsonl`, mirrored to TensorBoard. Of several hosts
+    the first one writes; on all of them `records` holds what was logged.
 
     Opening it at `step` drops records after that step: a resumed run continues where its checkpoint stands, and the file
     reads as if it had never stopped."""
 
     def __init__(self, folder: Path, step: int = 0):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self.records = [r for r in read_metrics(self.path) if r["step"] <= step]
+        barrier("the metrics")  # all hosts have read what the first one now writes anew
+        if not is_writer():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
         self.stream = open(self.path, "a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -31,6 +37,8 @@ class MetricLog:
         """Adds a record and returns it as it stands in the file: NaN and infinities are None."""
         record = {"step": step} | {name: _number(value) for name, value in values.items()}
         self.records.append(record)
+        if not is_writer():
+            return
         self.stream.write(json.dumps(record) + "\n")
         self.stream.flush()
         for name, value in record.items():
@@ -39,8 +47,9 @@ class MetricLog:
         return record
 
     def close(self) -> None:
-        self.stream.close()
-        self.board.close()
+        if is_writer():
+            self.stream.close()
+            self.board.close()
 
 
 def _number(value: Any) -> float | int | None:
@@ -61,26 +70,32 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that `path` holds the old content or the new, never a part."""
+    """Writes a small text file so that `path` holds the old content or the new, never a part; of several hosts the first one
+    writes it, the others do nothing."""
+    if not is_writer():
+        return
     scratch = path.with_name(path.name + ".incomplete")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
 class Progress:
-    """A progress line with ETA on a terminal; where the output is a file, one line every 20 seconds."""
+    """A progress line with ETA on a terminal; where the output is a file, one line every 20 seconds. Of several hosts the
+    first one shows it."""
 
     def __init__(self, name: str, total: int, done: int = 0):
         self.name, self.start, self.first, self.last = name, time.monotonic(), done, 0.0
         self.bar = tqdm(
-            total=total, initial=done, desc=f"{name:>9}", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=True,
-            smoothing=0.05,
+            total=total, initial=done, desc=f"{name:>9}", disable=not (sys.stderr.isatty() and is_writer()),
+            dynamic_ncols=True, leave=True, smoothing=0.05,
         )  # fmt: skip
         self.total, self.count = total, done
 
     def update(self, n: int = 1, **shown: float) -> None:
         self.count += n
         text = "  ".join(f"{k} {v:.3g}" for k, v in shown.items() if v is not None)
+        if not is_writer():
+            return
         if not self.bar.disable:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(n)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, keep
+from nla_jax.distributed import is_writer, to_host
 from nla_jax.errors import InputError
 from nla_jax.models.lora import CONFIG as ADAPTER
 from nla_jax.models.lora import Lora, load_adapter, read_settings, save_adapter
@@ -29,7 +30,7 @@ from nla_jax.models.pretrained import (
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.prompts import Prompts, end_of_turn
 from nla_jax.sampling import rollout
-from nla_jax.sharding import TRAIN, shardings
+from nla_jax.sharding import TRAIN, place_batch, shardings
 from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
 
 HEAD = "value_head.safetensors"
@@ -78,22 +79,22 @@ class Pair:
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injection=Injection(keep))
-        texts = []
+        texts, mesh = [], jax.sharding.get_mesh()
         for start in range(0, len(vectors), batch):
             part = vectors[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), *[(0, 0)] * (part.ndim - 1)), mode="edge")
             sampled = rollout(
-                verbalizer, self.weights[0], padded, jax.random.key(seed), first + start,
+                verbalizer, self.weights[0], place_batch(mesh, padded), jax.random.key(seed), first + start,
                 group=1, max_new_tokens=max_new_tokens, temperature=temperature,
             )  # fmt: skip
-            tokens, mask, finished = jax.device_get((sampled.tokens, sampled.mask, sampled.finished))
+            tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
             texts += [text or "" for text in self.prompts.read_responses(tokens, mask, finished)[: len(part)]]
         return texts
 
     def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:
         """ĥ `[n, d]` float32 from explanations: the AR's raw output. Compare it after normalising (`score`, `nla.fve`)."""
         rows = self.prompts.reconstructor_ids(list(texts))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order, mesh = sorted(range(len(rows)), key=lambda i: len(rows[i])), jax.sharding.get_mesh()
         out = np.zeros((len(rows), self.sidecar.d_model), np.float32)
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
@@ -103,7 +104,8 @@ class Pair:
             for j, i in enumerate(part):
                 tokens[j, : len(rows[i])] = rows[i]
                 lengths[j] = len(rows[i])
-            out[part] = _reconstruct(self.reconstructor, self.weights[1], tokens, lengths)[: len(part)]
+            placed = place_batch(mesh, (tokens, lengths))
+            out[part] = to_host(_reconstruct(self.reconstructor, self.weights[1], *placed))[: len(part)]
         return out
 
     def score(self, texts: Sequence[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
@@ -137,7 +139,7 @@ class Pair:
         """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are such
         (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are float32."""
         folder, d = Path(folder), self.sidecar.d_model
-        weight = np.asarray(jax.device_get(self.reconstructor_params["head"]), np.float32)
+        weight = np.asarray(to_host(self.reconstructor_params["head"]), np.float32)
         head = {"weight": np.ascontiguousarray(weight.T).reshape(d, d)}
         extra = {"av": {}, "ar": {HEAD: lambda path: save_file(head, path)}}
         for role, model, params in (
@@ -154,6 +156,8 @@ class Pair:
                 continue
             with new_folder(folder / role) as scratch:
                 save_adapter(scratch, params, model.lora, config, self.sidecar.base_checkpoint)
+                if not is_writer():
+                    continue
                 save_tokenizer(tokenizer, scratch)
                 for name, write in files.items():
                     write(scratch / name)

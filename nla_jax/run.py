@@ -1,6 +1,7 @@
 """A run: one config and one working folder, cut into stages that remember what they were made from."""
 
 import contextlib
+import datetime
 import functools
 import importlib
 import json
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from nla_jax.checkpoint import FREE, UNTIL_FINISHED, Checkpoints, differences
 from nla_jax.data.corpus import Document, load_corpus, split_of
+from nla_jax.distributed import barrier, from_writer, host_count, host_index, writer_first
 from nla_jax.errors import InputError
 from nla_jax.metrics import write_atomically
 from nla_jax.sharding import make_mesh
@@ -30,15 +32,36 @@ STAGES = {
 
 
 class Run:
-    """Working folder and config of one experiment; `command` is what the user typed."""
+    """Working folder and config of one experiment; `command` is what the user typed. Several hosts share the folder: the first
+    one writes the records, and reads them for all."""
 
     def __init__(self, config: ConfigDict, workdir: str | Path, command: str = ""):
         self.config, self.workdir, self.command = config, Path(workdir), command
+        if "://" in str(workdir):
+            raise InputError(
+                f"The working folder {workdir} is no path; mount the bucket (docs/running.md) and name its folder."
+            )
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         except OSError as error:
             raise InputError(f"The working folder {workdir} cannot be written ({error.strerror}).") from None
+        self._check_shared()
+
+    def _check_shared(self, seconds: float = 60) -> None:
+        """Raises `InputError` on a host that does not see what the first one writes (network file systems may take a while)."""
+        file, limit = self.workdir / "hosts.json", time.monotonic() + seconds
+        if host_count() == 1:
+            return
+        text = from_writer(lambda: json.dumps({"hosts": host_count(), "started": datetime.datetime.now().isoformat()}))
+        write_atomically(file, text + "\n")
+        while not (file.exists() and file.read_text() == text + "\n"):
+            if time.monotonic() > limit:
+                raise InputError(
+                    f"Host {host_index()} does not find in {self.workdir} what host 0 wrote there; the working folder must be "
+                    f"one that all hosts share."
+                )
+            time.sleep(0.2)
 
     def basis(self, stage: str) -> dict:
         """The part of the config that determines a stage's result, with that of the stages before it."""
@@ -86,15 +109,17 @@ class Run:
         finally:
             record["seconds"] = round(spent + time.monotonic() - start, 2)
             self._write(name, record)
+        barrier(f"the end of {name}")
 
     def _file(self, stage: str) -> Path:
         return self.workdir / "stages" / f"{stage}.json"
 
     def _record(self, stage: str) -> dict | None:
-        return json.loads(self._file(stage).read_text()) if self._file(stage).exists() else None
+        file = self._file(stage)
+        return from_writer(lambda: json.loads(file.read_text()) if file.exists() else None)
 
     def _write(self, stage: str, record: dict) -> None:
-        self._file(stage).parent.mkdir(exist_ok=True)
+        self._file(stage).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._file(stage), json.dumps(record, indent=1) + "\n")
 
     def _check(self, stage: str) -> None:
@@ -119,7 +144,8 @@ class Run:
 
     def documents(self) -> list[Document]:
         """The corpus of the config."""
-        return list(load_corpus(data_dir=self.workdir / "corpus", **self.config.corpus))
+        with writer_first():  # TFDS prepares a dataset there
+            return list(load_corpus(data_dir=self.workdir / "corpus", **self.config.corpus))
 
     def split(self, document: Document) -> str:
         return split_of(document, self.config.split, self.config.seed)

@@ -36,7 +36,7 @@ DECODE = (
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of the given sizes over the first devices; one size may be -1 (whatever is left).
 
-    Raises InputError where the sizes do not fit the devices there are."""
+    Raises InputError where the sizes do not fit the devices there are, or leave out a host's."""
     sizes, devices = [data, fsdp, tensor], jax.devices()
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"mesh sizes {dict(zip(AXES, sizes))} must be positive, and at most one of them -1.")
@@ -45,6 +45,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     count = int(np.prod(sizes))
     if not 0 < count <= len(devices):
         raise InputError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
+    if idle := {d.process_index for d in devices} - {d.process_index for d in devices[:count]}:
+        raise InputError(
+            f"mesh {dict(zip(AXES, sizes))} takes {count} of {len(devices)} devices and none of host {min(idle)}; make one "
+            f"size -1 to use all."
+        )
     return device_mesh(sizes, devices[:count])
 
 
@@ -108,9 +113,47 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh, shape[0]) or None) if shape else PartitionSpec())
 
 
+class RowsOf:
+    """`array[rows]` as a leaf of a batch: of the array (one mapped from disk, say) a host reads only the rows it places."""
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray):
+        self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.array[self.rows[index[0]]][:, *index[1:]]
+
+
 def place_batch(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays onto the mesh, each with its `batch_sharding`."""
-    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)), tree)
+    """Host arrays (the same on all hosts, or `RowsOf` such) onto the mesh, each with its `batch_sharding`; a host reads only
+    the rows that its devices hold. An empty mesh leaves them where they are."""
+    if mesh.empty:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.shape), x.__getitem__), tree
+    )
+
+
+def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a batch that this host's devices hold, `(row numbers, x[rows])`, each row once. `x` is cut along its first
+    axis alone."""
+    pieces = {}
+    for shard in x.addressable_shards:
+        start = shard.index[0].start or 0
+        if start not in pieces:
+            pieces[start] = np.asarray(shard.data)
+    numbers = [start + np.arange(len(pieces[start])) for start in sorted(pieces)]
+    return np.concatenate(numbers), np.concatenate([pieces[start] for start in sorted(pieces)])
+
+
+def place_local(sharding: NamedSharding, rows: np.ndarray, values: np.ndarray, count: int) -> jax.Array:
+    """The opposite of `local_rows`: an array of `count` rows of which this host knows those that its devices hold."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(count)
+        first = np.searchsorted(rows, start)
+        return values[first : first + stop - start]
+
+    return jax.make_array_from_callback((count, *values.shape[1:]), sharding, read)
 
 
 def relayout(mesh: Mesh, abstract: Any, dtype: Any, rules: Any):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nla_jax.autoencoder import Injection
@@ -21,8 +22,19 @@ from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.run import Run, resolve
-from nla_jax.sampling import rollout
-from nla_jax.sharding import DECODE, TRAIN, place_batch, relayout, shardings
+from nla_jax.sampling import Rollout, rollout
+from nla_jax.sharding import (
+    DECODE,
+    TRAIN,
+    RowsOf,
+    batch_sharding,
+    cut_batch,
+    local_rows,
+    place_batch,
+    place_local,
+    relayout,
+    shardings,
+)
 from nla_jax.sidecar import Sidecar
 from nla_jax.train_step import (
     Frozen,
@@ -147,7 +159,7 @@ def text_batches(tokens, lengths, vectors, kept, batch: int, seed: int) -> Calla
 
     def of_step(step: int) -> TextBatch:
         rows = batches.rows(step)
-        return TextBatch(tokens[rows, : batches.width(rows)], lengths[rows], vectors[kept[rows]])
+        return TextBatch(tokens[rows, : batches.width(rows)], lengths[rows], RowsOf(vectors, kept[rows]))
 
     return of_step
 
@@ -214,39 +226,35 @@ def rl(run: Run) -> None:
             for i in range(start, c.steps):
                 phases.enter("waiting for data", i + 1)
                 rows = rows_of_step(len(data), c.activations, i, run.config.seed)
-                vectors = place_batch(mesh, data.vectors[rows])
+                vectors = [place_batch(mesh, RowsOf(data.vectors, part)) for part in np.split(rows, c.rollout_chunks)]
 
                 phases.enter("rollout")
                 sampler = pair.verbalizer.assemble(to_decoding(state.verbalizer), decoding_base)
                 key = jax.random.fold_in(state.rng, i)
                 pieces = [
-                    rollout(
+                    along_batch(mesh, rollout(
                         pair.verbalizer, sampler, part, key, j * len(part) * c.group,
                         group=c.group, max_new_tokens=limit, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-                    )
-                    for j, part in enumerate(jnp.split(vectors, c.rollout_chunks))
+                    ))
+                    for j, part in enumerate(vectors)
                 ]  # fmt: skip
-                sampled = [jax.device_get(piece) for piece in pieces]
-                del sampler, pieces  # a whole copy of the AV, which the step below has no room for
-
-                phases.enter("reading texts")
-                texts = [t for s in sampled for t in pair.prompts.read_responses(s.tokens, s.mask, s.finished)]
-                tokens, lengths = pair.prompts.reconstructor_batch([text or "" for text in texts], width)
-                whole = jax.tree.map(lambda *x: np.concatenate(x), *sampled)
-                batch = JointBatch(
-                    vectors=data.vectors[rows], responses=whole.tokens, response_mask=whole.mask,
-                    sampler_logprobs=whole.logprobs, texts=tokens, text_lengths=lengths,
-                    valid=np.array([text is not None for text in texts]),
-                )  # fmt: skip
+                batches = []
+                for part, piece in zip(vectors, pieces):  # the host reads one while the devices sample the next
+                    phases.enter("rollout")
+                    jax.block_until_ready(piece)
+                    phases.enter("reading texts")
+                    batches.append(read(pair, part, piece, width))
+                del sampler  # a whole copy of the AV, which the step below has no room for
+                batch = joined(batches)
 
                 phases.enter("train step")
-                state, metrics = train(state, frozen, place_batch(mesh, batch))
+                state, metrics = train(state, frozen, batch)
                 metrics = jax.device_get(metrics)
 
                 phases.enter("evaluation")
                 seconds = [phases.seconds[name] for name in ("rollout", "reading texts", "train step")]
                 metrics |= dict(zip(("seconds_rollout", "seconds_host", "seconds_train"), seconds))
-                metrics["samples_per_second"] = len(texts) / sum(seconds)
+                metrics["samples_per_second"] = c.activations * c.group / sum(seconds)
                 if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
                     metrics["heldout_fve"] = heldout_fve(pair, state, heldout, limit, run.config.evaluate.temperature)
                 watchdog.observe(log.write(i + 1, metrics))
@@ -271,6 +279,30 @@ def limits(run: Run) -> dict[str, tuple[float, float]]:
         "length": (c.min_length, c.max_length_share * run.config.prompts.max_new_tokens),
         "identical_texts": (-math.inf, c.max_identical_texts),
     }
+
+
+def along_batch(mesh: Mesh, sampled: Rollout) -> Rollout:
+    """A rollout cut over the devices as training cuts a batch."""
+    return jax.device_put(sampled, jax.tree.map(lambda x: batch_sharding(mesh, x.shape), sampled))
+
+
+def read(pair: Pair, vectors: jax.Array, sampled: Rollout, width: int) -> JointBatch:
+    """The batch that a rollout becomes once its text is read: the explanation extracted from each response and tokenised anew
+    in the AR's template. Each host reads the rows that its own devices hold."""
+    (rows, tokens), (_, mask), (_, finished) = map(local_rows, (sampled.tokens, sampled.mask, sampled.finished))
+    texts = pair.prompts.read_responses(tokens, mask, finished)
+    ids, lengths = pair.prompts.reconstructor_batch([text or "" for text in texts], width)
+    place = lambda x: place_local(sampled.finished.sharding, rows, x, len(sampled.finished))
+    return JointBatch(
+        vectors=vectors, responses=sampled.tokens, response_mask=sampled.mask, sampler_logprobs=sampled.logprobs,
+        texts=place(ids), text_lengths=place(lengths), valid=place(np.array([text is not None for text in texts])),
+    )  # fmt: skip
+
+
+@jax.jit
+def joined(batches: list[JointBatch]) -> JointBatch:
+    """The pieces of a batch as one."""
+    return jax.tree.map(lambda *x: cut_batch(jnp.concatenate(x)), *batches)
 
 
 def trained(pair: Pair, state) -> Pair:

@@ -20,6 +20,7 @@ from nla_jax.data.extraction import (
     write_table,
 )  # fmt: skip
 from nla_jax.data.reference import LABEL, TEXT, Origin, import_datasets, read_labels, sidecar_content
+from nla_jax.distributed import barrier, share
 from nla_jax.errors import InputError
 from nla_jax.metrics import Progress
 from nla_jax.models.pretrained import fingerprint, locate, read_config
@@ -49,7 +50,7 @@ def extract(run: Run) -> None:
 
 
 def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
-    """Writes the shards of the config's corpus. Returns `rows` and `documents` of each split."""
+    """Writes the shards of the config's corpus, each host its share of them. Returns `rows` and `documents` of each split."""
     c = run.config.extract
     dtype, mesh = run.config.compute.dtype, host_mesh(run.mesh)
     subject = load_subject(run.subject_folder, run.config.subject.layer, dtype, mesh if mesh.size > 1 else None)
@@ -63,10 +64,10 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
         for split, found in by_split.items()
         for i in range(-(-len(found) // c.shard_documents))
     ]
-    progress = Progress("extract", sum(documents.values()))
-    counts = dict.fromkeys(by_split, 0)
-    for split, i, total, found in shards:
-        path = run.workdir / "activations" / f"{split}-{i:05d}-of-{total:05d}.parquet"
+    name = lambda split, i, total: run.workdir / "activations" / f"{split}-{i:05d}-of-{total:05d}.parquet"
+    progress = Progress("extract", sum(len(found) for *_, found in share(shards)))
+    for split, i, total, found in share(shards):
+        path = name(split, i, total)
         if not path.exists():
             activations = extract_documents(
                 subject, found, positions=c.positions, min_position=c.min_position, max_tokens=c.max_tokens,
@@ -74,9 +75,12 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
             )  # fmt: skip
             sidecar = sidecar_content(split, "base", len(activations), facts, base_hash=origin.base_hash)
             write_table(activation_table(activations, subject.layer), path, sidecar)
-        counts[split] += row_count(path)
         progress.update(len(found))
     progress.close()
+    barrier("the activations")
+    counts = dict.fromkeys(by_split, 0)
+    for split, i, total, _ in shards:
+        counts[split] += row_count(name(split, i, total))
     for split, count in counts.items():
         if count == 0:
             raise InputError(
@@ -88,7 +92,7 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
 
 def label(run: Run) -> None:
     """Writes `{workdir}/labels/{shard}.parquet` with one `api_explanation` for each row of a shard of activations: the shard's
-    own where it has them, else what `label.function` makes of its texts."""
+    own where it has them, else what `label.function` makes of its texts. Each host labels its share of the shards."""
     c = run.config.label
     with run.stage("label") as result:
         if result is None:
@@ -96,8 +100,8 @@ def label(run: Run) -> None:
         run.require("extract")
         function = resolve(c.function)
         files = [file for split in c.splits for file in shards_of(run.workdir / "activations", split)]
-        progress = Progress("label", len(files))
-        for file in files:
+        progress = Progress("label", len(share(files)))
+        for file in share(files):
             target = run.workdir / "labels" / file.name
             if not target.exists():
                 if LABEL in (columns := columns_of(file)):
@@ -117,6 +121,7 @@ def label(run: Run) -> None:
                 write_table(pa.table({LABEL: pa.array(labels, pa.string())}), target)
             progress.update()
         progress.close()
+        barrier("the labels")
         result["shards"] = len(files)
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from nla_jax.data.corpus import Document
+from nla_jax.distributed import from_writer
 from nla_jax.errors import InputError
 from nla_jax.subject import Activations, Subject, activations_at
 
@@ -91,6 +92,10 @@ def list_vectors(column: pa.Array, width: int, place: Path) -> np.ndarray:
 def mapped_vectors(files: Sequence[Path]) -> np.memmap:
     """The vectors of all shards of a split, `[n, d]` float32, mapped from a `.npy` file beside them that the first use writes.
     Its name depends on the sizes and times of the shards: changed shards are decoded anew."""
+    return np.load(files[0].with_name(from_writer(lambda: _decoded_vectors(files))), mmap_mode="r")
+
+
+def _decoded_vectors(files: Sequence[Path]) -> str:
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     split = files[0].name.rsplit("-", 3)[0]
     path = files[0].with_name(f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}.npy")
@@ -107,7 +112,7 @@ def mapped_vectors(files: Sequence[Path]) -> np.memmap:
                 for batch in read_batches(file, [VECTORS]):
                     out.write(np.ascontiguousarray(list_vectors(batch.column(0), width, file)))
         os.replace(scratch, path)
-    return np.load(path, mmap_mode="r")
+    return path.name
 
 
 # Files

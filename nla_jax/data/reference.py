@@ -33,6 +33,7 @@ from nla_jax.data.extraction import (
     write_table,
     write_tables,
 )  # fmt: skip
+from nla_jax.distributed import barrier, share
 from nla_jax.errors import InputError
 from nla_jax.metrics import Progress
 from nla_jax.sidecar import Sidecar, read_yaml
@@ -234,8 +235,8 @@ def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
 def import_datasets(
     sources: Mapping[str, str], folder: Path, subject: Origin, is_heldout: Callable[[str], bool], shard_rows: int
 ) -> dict[str, dict[str, int]]:
-    """Writes the rows of the files `sources` (`av_sft`, `ar_sft`, `rl` and perhaps `heldout`) as shards into `folder`; shards that
-    are there already are kept. Returns `rows` and `documents` of each split.
+    """Writes the rows of the files `sources` (`av_sft`, `ar_sft`, `rl` and perhaps `heldout`) as shards into `folder`, each host its
+    share of them; shards that are there already are kept. Returns `rows` and `documents` of each split.
 
     Without a `heldout` file those documents of `rl` that `is_heldout` and that neither `av_sft` nor `ar_sft` holds become it.
 
@@ -269,12 +270,14 @@ def import_datasets(
         total = -(-counts[split] // shard_rows)
         known = {name: value for name, value in dataset.extraction.items() if name.startswith(("corpus", "positions"))}
         facts = subject.extraction(dataset.path.name, len(rows[split]), max(rows[split].values())) | known
+        mine = share(range(total))
         for i, table in enumerate(recut(dataset.tables(rows[split]), shard_rows)):
             path = folder / f"{split}-{i:05d}-of-{total:05d}.parquet"
-            if not path.exists():
+            if i in mine and not path.exists():
                 write_table(table, path, sidecar_content(split, "base", len(table), facts, base_hash=subject.base_hash))
             progress.update()
     progress.close()
+    barrier("the activations")
     return {"rows": counts, "documents": {split: len(rows[split]) for split in datasets}}
 
 

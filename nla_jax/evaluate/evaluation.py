@@ -3,11 +3,13 @@
 import datetime
 import json
 
+import jax
 import numpy as np
 import pyarrow as pa
 
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.data.extraction import read_table, write_table
+from nla_jax.distributed import barrier, from_writer, is_writer
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
 from nla_jax.metrics import Progress, read_metrics, write_atomically
 from nla_jax.pair import Pair, load_pair
@@ -22,31 +24,35 @@ def evaluate(run: Run) -> None:
     activations ("shuffled"), no text ("empty"), and the AV's texts with nothing injected. Each goes through the AR of the pair
     after RL, the warm texts through the warm AR. A response without an explanation counts as an empty text."""
     c = run.config.evaluate
-    with run.stage("evaluate") as result:
+    with run.stage("evaluate") as result, jax.set_mesh(run.mesh):
         if result is None:
             return
         run.require("rl")
         rows = spread(load_rows(run.workdir, "heldout"), c.rows)
         doc_ids, labels = rows.column("doc_id"), rows.column("api_explanation")
         contexts, tokens, following = map(rows.column, ("detokenized_text_truncated", "token", "following"))
-        warm, pair = (load_pair(run.workdir / name, **run.config.compute) for name in ("pair_warm", "pair"))
+        warm, pair = (
+            load_pair(run.workdir / name, **run.config.compute, mesh=run.mesh) for name in ("pair_warm", "pair")
+        )
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
         progress = Progress("evaluate", 10 + len(curve))
 
         def texts(name: str, pair: Pair, temperature: float = c.temperature, inject: bool = True) -> list[str]:
             """The texts of one condition, a file on disk for each batch of rows: a restart samples those that are missing."""
-            found = []
+            files = []
             for start in range(0, len(rows), c.batch):
                 path = run.workdir / "evaluation" / f"{name}-{start:07d}.parquet"
-                if not path.exists():
+                if not from_writer(path.exists):
                     written = pair.verbalize(
                         rows.vectors[start : start + c.batch], run.config.prompts.max_new_tokens, temperature,
                         run.config.seed, inject=inject, batch=c.batch, first=start,
                     )  # fmt: skip
-                    write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
-                found += read_table(path, ["explanation"]).column(0).to_pylist()
+                    if is_writer():
+                        write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
+                files.append(path)
+            barrier(f"the texts {name}")
             progress.update()
-            return found
+            return [text for file in files for text in read_table(file, ["explanation"]).column(0).to_pylist()]
 
         warm_texts = texts("warm", warm)
         rl_texts = texts("rl", pair)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
+from nla_jax.distributed import is_writer, to_host
 from nla_jax.errors import InputError
 from nla_jax.models.families import PROJECTIONS
 from nla_jax.models.pretrained import read_tensors
@@ -97,11 +98,13 @@ def save_adapter(folder: Path, adapter: dict, lora: Lora, config: TransformerCon
     """Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads. `base`: the name of the base model."""
     tensors = {}
     for name, pair in adapter["blocks"].items():
-        a, b = (np.asarray(jax.device_get(pair[x]), np.float32) for x in ("lora_a", "lora_b"))
+        a, b = (np.asarray(to_host(pair[x]), np.float32) for x in ("lora_a", "lora_b"))
         for layer in range(config.layers):
             key = _PREFIX + PROJECTIONS[name].format(layer=layer)
             tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, lora.rank).T)
             tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(lora.rank, -1).T)
+    if not is_writer():  # all hosts take part in reading the tensors
+        return
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",

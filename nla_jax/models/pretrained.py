@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
+from nla_jax.distributed import barrier, is_writer, share, to_host
 from nla_jax.errors import InputError
 from nla_jax.models.families import (
     CONSTANTS,
@@ -321,11 +322,13 @@ def save_model(
     end_ids: tuple[int, ...] = (),
     extra_files: dict[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Writes an ordinary HF folder, tensor by tensor; it appears under its name only once it is complete. `end_ids`: tokens
-    that end a generation beside the tokenizer's own. `extra_files` maps further file names to `callable(path)` writers
-    (the sidecar, the AR's head)."""
+    """Writes an ordinary HF folder, tensor by tensor; it appears under its name only once it is complete. All hosts must call
+    this; each writes its share of the weights' files. `end_ids`: tokens that end a generation beside the tokenizer's own.
+    `extra_files` maps further file names to `callable(path)` writers (the sidecar, the AR's head)."""
     with new_folder(folder) as scratch:
         save_tensors(scratch, _hf_tensors(params, config, truncated, jnp.dtype(dtype)))
+        if not is_writer():
+            return
         ends = [i for i in dict.fromkeys([tokenizer.eos_token_id, *end_ids]) if i is not None]
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
         write = lambda name, content: (scratch / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -338,12 +341,22 @@ def save_model(
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A scratch folder that takes the place of `folder` when the block ends without an error."""
+    """A scratch folder that takes the place of `folder` when the block ends without an error, on all hosts where there are
+    several."""
     folder = Path(folder)
     scratch = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    if is_writer():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    barrier(f"a new {folder.name}")
     yield scratch
+    barrier(f"the end of {folder.name}")
+    if is_writer():
+        _take_place(scratch, folder)
+    barrier(f"{folder.name} in place")
+
+
+def _take_place(scratch: Path, folder: Path) -> None:
     previous = folder.with_name(folder.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
@@ -363,7 +376,7 @@ def _hf_tensors(
 
         def read(whole=whole, layer=layer, shape=shape, linear=tensor.linear):
             value = whole if layer is None else whole[layer]
-            return np.asarray(_export(value, shape, linear, dtype))
+            return to_host(_export(value, shape, linear, dtype))
 
         yield name, shape, dtype, read
 
@@ -375,7 +388,8 @@ def _export(value, shape, linear, dtype):
 
 def save_tensors(folder: Path, tensors: Iterator[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]]) -> None:
     """Writes tensors as `model.safetensors`, or as files of at most `SHARD_BYTES` with an index, one tensor in memory at a
-    time. Raises `InputError` where a file cannot be written."""
+    time. Raises `InputError` where a file cannot be written. Of several hosts all must call this, and all take part in reading
+    each tensor, but each file is written by one."""
     files: list[list] = [[]]
     room = SHARD_BYTES
     total = 0
@@ -391,12 +405,12 @@ def save_tensors(folder: Path, tensors: Iterator[tuple[str, tuple[int, ...], Any
         if len(files) == 1
         else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     )
-    for name, content in zip(names, files):
+    for i, (name, content) in enumerate(zip(names, files)):
         try:
-            _write_file(folder / name, content)
+            _write_file(folder / name if i in share(range(len(files))) else Path(os.devnull), content)
         except OSError as error:
             raise InputError(f"{folder / name} cannot be written ({error}).") from None
-    if len(files) > 1:
+    if len(files) > 1 and is_writer():
         where = {tensor[0]: name for name, content in zip(names, files) for tensor in content}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
