@@ -90,6 +90,10 @@ class Checkpoints:
         stop = self._asked or multihost_utils.reached_preemption_sync_point(next(_calls))
         with self._writing():
             if (stop or force or step % self.every == 0) and step != self.manager.latest_step():
+                if jax.process_index() == 0:  # Orbax's threads wait minutes for a folder that they cannot make
+                    probe = self.manager.directory / "probe"
+                    probe.touch()
+                    probe.unlink()
                 items = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
                 )
@@ -161,7 +165,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore, asynchronous tasks and the file system have no common class
-            reason = str(error).partition(" [")[0].strip().splitlines()[0].rpartition(": ")[2]
+            reason = isinstance(error, OSError) and error.strerror
+            reason = reason or str(error).partition(" [")[0].strip().splitlines()[0].rpartition(": ")[2]
             raise InputError(
                 f"A checkpoint cannot be written to {self.folder} ({reason}); the one before it is intact. Make room (or the "
                 f"folder writable) and run the same command again."
