@@ -8,7 +8,7 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/nla quickstart --workdir $(WORKDIR)
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -34,7 +34,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["pytest>=8", "torch==2.13.0", "peft"],
+        "test": ["pytest>=8", "pytest-xdist", "torch==2.13.0", "peft"],
     },
     entry_points={"console_scripts": ["nla=nla_jax.cli:main"]},
 )

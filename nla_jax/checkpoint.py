@@ -153,9 +153,11 @@ class Checkpoints:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            # Behind any other error the processes may disagree, and would wait for each other.
             if kind is None or issubclass(kind, Stopped):
                 self.close()
+            elif jax.process_count() == 1:  # several would wait for each other: behind an error they may disagree
+                with contextlib.suppress(InputError):  # the first error is the one to tell
+                    self.close()
         finally:
             if self._handler is not None:
                 signal.signal(signal.SIGTERM, self._handler)

@@ -23,7 +23,15 @@ from nla_jax.metrics import read_metrics
 from nla_jax.models.pretrained import save_model
 from nla_jax.sharding import RowsOf, batch_sharding, local_rows, make_mesh, place_batch, place_local
 
-CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+CONFIG = """
+import runpy
+
+def get_config(variant=""):
+    c = runpy.run_path({quickstart!r})["get_config"]("tiny")
+    for optimizer in (c.sft.av.optimizer, c.sft.ar.optimizer, c.rl.av_optimizer, c.rl.ar_optimizer):
+        optimizer.eps = 1e-3  # Adam with a small one turns the rounding of a gradient near 0 into a step of full size
+    return c
+"""
 DEVICES = 4  # of the whole run, on however many hosts
 TIMES = {"seconds", "seconds_rollout", "seconds_host", "seconds_train", "samples_per_second"}
 
@@ -36,20 +44,22 @@ def settings(tokenizer, tmp_path_factory) -> list[str]:
     chosen = [(name, text[:400]) for name, text in sorted(topics.items()) if len(text) > 800][:40]
     corpus = folder / "topics.jsonl"
     corpus.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen))
+    config = folder / "study.py"
+    config.write_text(CONFIG.format(quickstart=str(Path(__file__).parent.parent / "configs/quickstart.py")))
     values = {
         "subject.path": folder / "subject", "corpus.source": corpus, "corpus.min_chars": 100,
         "mesh.data": 2, "mesh.fsdp": 2, "extract.shard_documents": 4,
         "extract.max_tokens": 64, "prompts.max_new_tokens": 80, "sft.av.steps": 1, "sft.av.optimizer.lr": 1e-4,
         "sft.ar.steps": 1, "rl.steps": 3, "rl.rollout_chunks": 2, "rl.heldout_every": 3,
     }  # fmt: skip
-    return [f"--config.{name}={value}" for name, value in values.items()]
+    return ["--config", str(config), *(f"--config.{name}={value}" for name, value in values.items())]
 
 
 @pytest.fixture(scope="module")
 def alone(settings, tmp_path_factory) -> Path:
     """The working folder of the study on one host."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    assert main(["quickstart", "--config", CONFIG, "--workdir", str(workdir), *settings]) == 0
+    assert main(["quickstart", "--workdir", str(workdir), *settings]) == 0
     return workdir
 
 
@@ -65,7 +75,7 @@ class Hosts:
             port = free.getsockname()[1]
         flags = re.sub(r"device_count=\d+", f"device_count={DEVICES // count}", os.environ["XLA_FLAGS"])
         environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent.parent)}
-        command = [sys.executable, "-m", "nla_jax.cli", verb, "--config", CONFIG, "--workdir", str(workdir), *settings]
+        command = [sys.executable, "-m", "nla_jax.cli", verb, "--workdir", str(workdir), *settings]
         hosts = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
         self.processes, self.workdir = [], workdir
         for index in range(count):
@@ -115,8 +125,8 @@ def same_run(found: Path, expected: Path) -> None:
         logs = [read_metrics(folder / "train" / stage / "metrics.jsonl") for folder in (found, expected)]
         assert [record["step"] for record in logs[0]] == [record["step"] for record in logs[1]]
         for record, other in zip(*logs):
-            names = record.keys() - TIMES - {"logprob_gap_mean", "logprob_gap_max"}  # pure rounding
-            close({name: record[name] for name in names}, {name: other[name] for name in names}, 1e-5)
+            for name in record.keys() - TIMES:  # KL and gaps are small differences of log-probabilities of order 1
+                assert record[name] == pytest.approx(other[name], rel=1e-5, abs=5e-6), (stage, record["step"], name)
     for pair in ("pair_warm", "pair"):
         for file in ("av/model.safetensors", "ar/model.safetensors", "ar/value_head.safetensors"):
             close(load_file(found / pair / file), load_file(expected / pair / file), 1e-5)
@@ -132,11 +142,11 @@ def same_run(found: Path, expected: Path) -> None:
         (["--num_processes=2"], "do not name a host of a run: give HOST:PORT"),
         (["--coordinator=here:80", "--num_processes=2", "--process_id=2"], "do not name a host of a run"),
         (["--coordinator=auto", "--process_id=0"], "leave them out"),
-        (["--workdir=gs://bucket/run"], "gs://bucket/run is no path; mount the bucket"),
+        (["--workdir=gs://bucket/run"], "bucket/run is no path; mount the bucket"),
     ],
 )
 def test_flags_that_name_no_host_or_folder(flags, message, capsys):
-    assert main(["extract", "--config", CONFIG, *flags]) == 1
+    assert main(["extract", *flags]) == 1
     assert message in said(capsys.readouterr().err)
 
 

@@ -162,6 +162,7 @@ def test_trained_one_step_and_exported_it_works_in_torch(pair, tmp_path):
     close(load_pair(tmp_path).verbalizer_params, state.verbalizer, 0)
 
 
+@pytest.mark.slow  # a loop for each family; one of Gemma 3 is in test_configs.py, Llama is the quickstart
 def test_the_loop_runs_from_it_with_only_the_path_changed(folder, tmp_path):
     corpus = tmp_path / "topics.jsonl"
     chosen = [(name, text[:1200]) for name, text in sorted(topics.items()) if len(text) > 800][:30]
