@@ -37,7 +37,7 @@ def normalised_mse(prediction: Float[Array, "*B D"], gold: Float[Array, "*B D"])
 
 def residual(model: Transformer, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream after the last block of `model` (a subject truncated to K+1 blocks: after block K), float32."""
-    hidden, _ = model.apply({"params": params}, model.apply({"params": params}, tokens, method="embed"))
+    (hidden,), _ = model.apply({"params": params}, [model.apply({"params": params}, tokens, method="embed")])
     return hidden.astype(jnp.float32)
 
 
@@ -72,11 +72,13 @@ class Injection:
     block: int = -1
 
 
-def _inject(slots: tuple[int, ...], injection: Injection, scale: float | None, vectors, x, layer):
-    """The stream behind block `layer` with the slots changed, where that is the injection's block."""
+def _inject(slots: tuple[int, ...], injection: Injection, scale: float | None, vectors, parts, layer):
+    """The streams of prefix, prompt, … behind block `layer`, with the prompt's slots changed where that is the injection's
+    block."""
+    prefix, x, *responses = parts
     at = jnp.asarray(slots)
     new = injection.function(x[:, at], vectors, scale).astype(x.dtype)
-    return jnp.where(layer == injection.block, x.at[:, at].set(new), x)
+    return [prefix, jnp.where(layer == injection.block, x.at[:, at].set(new), x), *responses]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,33 +117,32 @@ class Verbalizer:
     def embed(self, params: dict, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self.model.apply({"params": params}, tokens, method="embed")
 
-    def read_prompt(
-        self, params: dict, vectors: Float[Array, "A *n D"]
-    ) -> tuple[tuple[Segment, Segment], Float[Array, "A D"]]:
+    def read_prompt(self, params: dict, vectors: Float[Array, "A *n D"]) -> tuple[list[Segment], Float[Array, "A D"]]:
         """Runs the prompt: the constant prefix once, markers and suffix once per activation.
 
         Returns the two segments that responses attend to, and the state that predicts a response's first token."""
-        prefix = self.embed(params, jnp.asarray(self.prefix, jnp.int32)[None])
-        _, constant = self.model.apply({"params": params}, prefix)
-        suffix = self.embed(params, jnp.asarray(self.suffix, jnp.int32))
-        prompt = jnp.broadcast_to(suffix, (len(vectors), *suffix.shape))
-        vectors = jnp.reshape(vectors, (len(vectors), len(self.slots), -1))
-        edit = Partial(functools.partial(_inject, self.slots, self.injection, self.injection_scale), vectors)
-        if self.injection.block < 0:
-            prompt, edit = edit(prompt, -1), None
-        hidden, own = self.model.apply({"params": params}, prompt, (constant,), len(self.prefix), edit)
-        return (constant, own), hidden[:, -1]
+        (_, prompt), past = self._read(params, vectors)
+        return past, prompt[:, -1]
 
     def read_responses(
         self, params: dict, vectors: Float[Array, "A *n D"], responses: Int[Array, "B R"]
     ) -> Float[Array, "B R D"]:
-        """The states that predict each response token, B = A·G with an activation's G responses in a row: three calls
-        (prefix at batch 1, prompt at batch A, responses at batch B), equal to one full-sequence forward of each sample."""
-        past, first = self.read_prompt(params, vectors)
-        first = jnp.repeat(first, len(responses) // len(vectors), axis=0)
-        inputs = self.embed(params, responses[:, :-1])
-        hidden, _ = self.model.apply({"params": params}, inputs, past, self.prompt_length)
-        return jnp.concatenate([first[:, None], hidden], 1)
+        """The states that predict each response token, B = A·G with an activation's G responses in a row: three parts (prefix
+        at batch 1, prompt at batch A, responses at batch B), equal to one full-sequence forward of each sample."""
+        (_, prompt, states), _ = self._read(params, vectors, self.embed(params, responses[:, :-1]))
+        first = jnp.repeat(prompt[:, -1:], len(responses) // len(vectors), axis=0)
+        return jnp.concatenate([first, states], 1)
+
+    def _read(self, params: dict, vectors: Float[Array, "A *n D"], *responses: Float[Array, "B T D"]):
+        """Prefix, prompt and responses (where any) through the model: the streams and the segments of all parts."""
+        prefix, suffix = (self.embed(params, jnp.asarray(ids, jnp.int32)) for ids in (self.prefix, self.suffix))
+        prompt = jnp.broadcast_to(suffix, (len(vectors), *suffix.shape))
+        parts = [prefix[None], prompt, *responses]
+        vectors = jnp.reshape(vectors, (len(vectors), len(self.slots), -1))
+        edit = Partial(functools.partial(_inject, self.slots, self.injection, self.injection_scale), vectors)
+        if self.injection.block < 0:
+            parts, edit = edit(parts, -1), None
+        return self.model.apply({"params": params}, parts, edit=edit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Reconstructor:
         `length - 1`; raw (not normalised), float32."""
         backbone, P = {"params": params["backbone"]}, len(self.prefix)
         embed = lambda tokens: self.model.apply(backbone, tokens, method="embed")
-        past = (self.model.apply(backbone, embed(jnp.asarray([self.prefix])))[1],) if P else ()
-        hidden, _ = self.model.apply(backbone, embed(tokens[:, P:]), past, P)
-        last = jnp.take_along_axis(hidden, (lengths - 1 - P)[:, None, None], axis=1)[:, 0]
+        prefix = [embed(jnp.asarray([self.prefix]))] if P else []
+        (*_, states), _ = self.model.apply(backbone, [*prefix, embed(tokens[:, P:])])
+        last = jnp.take_along_axis(states, (lengths - 1 - P)[:, None, None], axis=1)[:, 0]
         return last.astype(jnp.float32) @ params["head"].astype(jnp.float32)

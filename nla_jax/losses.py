@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nla_jax.models.transformer import Transformer, whole_head
-from nla_jax.sharding import batch_ways, cut_batch
+from nla_jax.models.transformer import Transformer, output_head
+from nla_jax.sharding import on_each_device
 
 FAILED_REWARD = -2.0  # truncated or unparsable responses: below every good reconstruction, and trained on
 
@@ -48,43 +48,39 @@ def token_statistics(
     *,
     temperature: float = 1.0,
     reference: tuple[dict, Float[Array, "B R D"]] | None = None,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> TokenStatistics:
     """Statistics of `targets` under softmax(logits(hidden) / temperature); `reference` is another model's parameters and
-    its states at the same tokens. Works through `chunk` tokens a device at a time and recomputes logits in the backward pass:
-    never `[B·R, V]` at once. Chunks are cut along the responses: cut along the batch, which lies across the devices, a chunk
-    would stand on few of them. The KL is exact (a sum over the vocabulary), so its gradient has no sampling noise and nothing
-    in it can overflow as the k3 estimator does."""
-
-    params = whole_head(params, model.config)
+    its states at the same tokens. Each device works through the tokens of its rows, `chunk` at a time, and recomputes logits in
+    the backward pass: never `[B·R, V]` at once. The KL is exact (a sum over the vocabulary), so its gradient has no sampling
+    noise and nothing in it can overflow as the k3 estimator does."""
+    heads, states = [output_head(params, model.config)], [hidden]
     if reference is not None:
-        reference = whole_head(reference[0], model.config), reference[1]
+        heads, states = [*heads, output_head(reference[0], model.config)], [*states, reference[1]]
 
-    def log_softmax(params, hidden):
-        return jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits") / temperature)
+    def log_softmax(head, hidden):
+        return jax.nn.log_softmax(model.apply({"params": head}, hidden, method="logits") / temperature)
 
     @jax.checkpoint
-    def of_chunk(hidden, target, reference_hidden):
-        logp = log_softmax(params, hidden)
+    def of_chunk(heads, states, targets):
+        logp, *others = map(log_softmax, heads, states)
         p = jnp.exp(logp)
-        kl = jnp.zeros(logp.shape[:-1])
-        if reference is not None:
-            kl = jnp.sum(p * (logp - log_softmax(reference[0], reference_hidden)), -1)
-        chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
+        kl = jnp.sum(p * (logp - others[0]), -1) if others else jnp.zeros_like(logp[:, 0])
+        chosen = jnp.take_along_axis(logp, targets[:, None], -1)[:, 0]
         return TokenStatistics(chosen, -jnp.sum(p * logp, -1), kl)
 
-    B, R = targets.shape
-    c = min(R, max(1, chunk * batch_ways(B) // B))
+    def of_rows(heads, states, targets):
+        n = targets.size
+        c = -(-n // -(-n // chunk))  # as many chunks, of equal size
 
-    def chunks(x):  # [B, R, ...] -> [R/c, B·c, ...]
-        x = jnp.pad(x, ((0, 0), (0, -R % c), *[(0, 0)] * (x.ndim - 2)))
-        x = x.reshape(B, -1, c, *x.shape[2:]).swapaxes(0, 1)
-        return cut_batch(x.reshape(len(x), B * c, *x.shape[3:]), axis=1)
+        def chunks(x):  # [b, R, ...] -> [bR/c, c, ...]
+            x = x.reshape(n, *x.shape[2:])
+            return jnp.pad(x, ((0, -n % c), *[(0, 0)] * (x.ndim - 1))).reshape(-1, c, *x.shape[1:])
 
-    inputs = chunks(hidden), chunks(targets), chunks(hidden if reference is None else reference[1])
-    statistics = jax.lax.map(lambda x: of_chunk(*x), inputs)
-    whole = lambda x: x.reshape(-1, B, c).swapaxes(0, 1).reshape(B, -1)[:, :R]
-    return jax.tree.map(whole, statistics)
+        statistics = jax.lax.map(lambda x: of_chunk(heads, *x), (jax.tree.map(chunks, states), chunks(targets)))
+        return jax.tree.map(lambda x: x.reshape(-1)[:n].reshape(targets.shape), statistics)
+
+    return on_each_device(of_rows, heads, states, targets)
 
 
 def masked_mean(x: Float[Array, "*B"], mask: Bool[Array, "*B"]) -> Float[Array, ""]:

@@ -71,14 +71,25 @@ def _at(x: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
 
 
 def _likeliest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """argmax, which would gather the row where it is cut."""
-    V = x.shape[-1]
-    return jnp.min(jnp.where(x == x.max(-1, keepdims=True), np.arange(V), V - 1), -1)
+    """argmax: of each part of the vocabulary where it lies, then of the parts (a plain one would gather a row that is cut)."""
+    B, V = x.shape
+    x = x.reshape(B, vocabulary_parts(V), -1)
+    token = jnp.argmax(x, -1) + np.arange(x.shape[1]) * x.shape[2]
+    if x.shape[1] == 1:
+        return token[:, 0]
+    best = x.max(-1)
+    return jnp.min(jnp.where(best >= _less(best.max(-1, keepdims=True)), token, V - 1), -1)
+
+
+def _less(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """A little less than x. Values are never compared for equality: the compiler may compute both sides in different fusions,
+    whose last bits differ, and nothing would be equal to its own maximum."""
+    return x - 1e-6 * (1 + jnp.abs(x))
 
 
 def _threshold(logp: Float[Array, "B V"], weight: Float[Array, "B V"] | int, limit: float) -> Float[Array, "B 1"]:
-    """The least t for which the entries above t weigh less than `limit` together: of weight 1 the limit-th largest entry,
-    of weight p the least likely entry of the nucleus. Exact, by bisection over the bits of -t, whose order is its own."""
+    """A little less than the least t for which the entries above t weigh less than `limit` together: of weight 1 the limit-th
+    largest entry, of weight p the least likely entry of the nucleus. By bisection over the bits of -t, whose order is its own."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -89,7 +100,7 @@ def _threshold(logp: Float[Array, "B V"], weight: Float[Array, "B V"] | int, lim
 
     zero, infinity = (jnp.full((len(logp), 1), bits, jnp.int32) for bits in (0, 0x7F800000))
     bits = jax.lax.fori_loop(0, 31, halve, (zero, infinity))[0]
-    return -jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return _less(-jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("verbalizer", "group", "max_new_tokens", "temperature", "top_k", "top_p"))

@@ -10,7 +10,7 @@ training no all-reduce of activations.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -187,10 +187,20 @@ gathered.defvjp(
 )
 
 
-def batch_ways(size: int) -> int:
-    """Into how many parts the mesh in use cuts a training batch of `size`."""
+def on_each_device(function: Callable, weights: Any, *batches: Any) -> Any:
+    """`function(weights, *batches)`, run by each device on the rows of the batches that it holds. All arrays of `batches` and of
+    the result have the same number of rows; the weights are whole. Gradients of the weights are added up over devices once, at
+    the end; left alone, the compiler does it in every turn of a loop in `function`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else ways(mesh, batch_axes(mesh, size))
+    if mesh.empty or mesh.size == 1:
+        return function(weights, *batches)
+    axes = batch_axes(mesh, len(jax.tree.leaves(batches)[0]))
+
+    def local(weights, *batches):
+        return function(jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), weights), *batches)
+
+    whole, rows = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(local, in_specs=(whole, *[rows] * len(batches)), out_specs=rows)(weights, *batches)
 
 
 def vocabulary_parts(size: int) -> int:

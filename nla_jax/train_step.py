@@ -222,7 +222,7 @@ def language_model_loss(model):
     """Mean cross-entropy in nats per token of a plain language model on `TextBatch` rows."""
 
     def loss(params, batch: TextBatch, base=None):
-        hidden, _ = model.apply({"params": params}, model.apply({"params": params}, batch.tokens, method="embed"))
+        (hidden,), _ = model.apply({"params": params}, [model.apply({"params": params}, batch.tokens, method="embed")])
         logprob = token_statistics(model, params, hidden[:, :-1], batch.tokens[:, 1:]).logprob
         return -masked_mean(logprob, batch.mask[:, 1:]), {}
 

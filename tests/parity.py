@@ -100,7 +100,7 @@ def our_states(folder, ids: np.ndarray = IDS) -> list[np.ndarray]:
         embedded = Transformer(config).apply({"params": params}, ids, method="embed")
         for depth in range(1, config.layers + 1):
             part = Transformer(config.truncated(depth))
-            states.append(part.apply({"params": truncate(params, depth)}, embedded)[0])
+            states.append(part.apply({"params": truncate(params, depth)}, [embedded])[0][0])
         return [*states, Transformer(config).apply({"params": params}, states[-1], method="logits")]
 
     return [np.asarray(state) for state in run(params)]

@@ -17,14 +17,10 @@ PREFIX, SUFFIX, RESPONSE = 5, 4, 9  # tokens; windows of 6 end inside each of th
 A, G = 2, 3
 
 
-def run(model: Transformer, params: dict, tokens, past=(), start: int = 0):
-    return model.apply({"params": params}, model.apply({"params": params}, tokens, method="embed"), past, start)
-
-
-def read_past(model: Transformer, prefix, suffix, params: dict):
-    """The segments of a prefix read once, and of a suffix read once per activation."""
-    _, first = run(model, params, prefix)
-    return first, run(model, params, suffix, (first,), PREFIX)[1]
+def run(model: Transformer, params: dict, *parts):
+    """Streams and segments of stretches of token ids that follow each other."""
+    apply = functools.partial(model.apply, {"params": params})
+    return apply([apply(tokens, method="embed") for tokens in parts])
 
 
 @pytest.mark.parametrize("family", parity.FAMILIES)
@@ -58,24 +54,30 @@ def test_segments_and_decoding_equal_the_full_forward(family):
     draw = lambda *shape: rng.integers(0, config.vocab_size, shape)
     prefix, suffix, responses = draw(1, PREFIX), draw(A, SUFFIX), draw(A * G, RESPONSE)
     apply = functools.partial(model.apply, {"params": params})
-    past = functools.partial(read_past, model, prefix, suffix)
 
     def full(params):
         rows = np.concatenate([prefix.repeat(A * G, 0), suffix.repeat(G, 0), responses], 1)
-        return run(model, params, rows)[0][:, PREFIX + SUFFIX :]
+        return run(model, params, rows)[0][0][:, PREFIX + SUFFIX :]
 
     def segmented(params):
-        return run(model, params, responses, past(params), PREFIX + SUFFIX)[0]
+        return run(model, params, prefix, suffix, responses)[0][-1]
+
+    def continued(params):
+        """The last part in a call of its own, behind segments that were read before."""
+        past = run(model, params, prefix, suffix)[1]
+        embedded = model.apply({"params": params}, responses, method="embed")
+        return model.apply({"params": params}, [embedded], past, PREFIX + SUFFIX)[0][0]
 
     weight = rng.normal(size=(A * G, RESPONSE, config.width))
     gradient = lambda states: jax.jit(jax.grad(lambda p: jnp.sum(weight * states(p))))(params)
     expected = jax.jit(full)(params)
     close(jax.jit(segmented)(params), expected, 1e-5)
+    close(jax.jit(continued)(params), expected, 1e-5)
     close(gradient(segmented), gradient(full), 1e-5)
 
     @jax.jit
     def decoded():
-        segments = past(params)
+        segments = run(model, params, prefix, suffix)[1]
         cache = empty_cache(config, A * G, RESPONSE)
 
         def step(cache, index):

@@ -67,16 +67,16 @@ def test_segmented_equals_full_sequence(name, shown, params):
     responses = rng.integers(4, TINY.vocab_size, (3 * G, 5))
     weight = rng.normal(size=(3 * G, 5, TINY.width))
 
-    def edit(vectors, x, layer):
+    def edit(vectors, parts, layer):
+        (x,) = parts
         new = injection.function(x[:, at], vectors, verbalizer.injection_scale)
-        return jnp.where(layer == injection.block, x.at[:, at].set(new), x)
+        return [jnp.where(layer == injection.block, x.at[:, at].set(new), x)]
 
     def full(params, vectors):
         prompt = jnp.tile(jnp.asarray(verbalizer.prefix + verbalizer.suffix), (len(responses), 1))
         x = verbalizer.embed(params, jnp.concatenate([prompt, responses], 1))
         change = Partial(edit, jnp.repeat(vectors.reshape(3, len(at), -1), G, 0))
-        x = change(x, -1)
-        hidden, _ = verbalizer.model.apply({"params": params}, x, (), 0, change)
+        (hidden,), _ = verbalizer.model.apply({"params": params}, change([x], -1), edit=change)
         return hidden[:, verbalizer.prompt_length - 1 : -1]
 
     def run(states):

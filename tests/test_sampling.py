@@ -12,7 +12,7 @@ from test_transformer import full_states
 
 from conftest import close, counted_compiles
 from nla_jax.losses import token_statistics
-from nla_jax.models.attention import MASKED
+from nla_jax.models.attention import MASKED, soft_cap
 from nla_jax.sampling import rollout, sample_tokens
 from nla_jax.sharding import make_mesh
 
@@ -167,6 +167,17 @@ def test_temperature_zero_is_greedy_and_tiny_mass_is_safe(logits):
     assert token[0] == logits.argmax() and abs(logprob[0] - np.log(softmax(logits).max())) < 1e-5
     certain = np.where(np.arange(40) == 17, 1e4, -1e4).astype(np.float32)
     assert set(sample_tokens(keys, np.tile(certain, (1000, 1)), 1.0, None, 0.5)[0].tolist()) == {17}
+
+
+@pytest.mark.parametrize("options", [(0, None, None), (0.7, 1, None), (0.7, None, 1e-6)], ids=str)
+def test_the_likeliest_token_is_found_whatever_is_computed_twice(options):
+    """Logits that one program makes and compares: their last bits may differ from one use to the next."""
+    x = np.random.default_rng(4).normal(size=(2000, 321)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), len(x))
+    tokens, _ = jax.jit(lambda x: sample_tokens(keys, soft_cap(5 * x, 3.0), *options))(x)
+    best = np.take_along_axis(x, np.asarray(tokens)[:, None], 1)[:, 0]
+    capped = lambda x: 3 * np.tanh(5 * x.astype(np.float64) / 3)
+    np.testing.assert_allclose(capped(best), capped(x.max(1)), atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [(1.0, None, None), (0.7, 7, None), (1.0, None, 0.6), (0, None, None)], ids=str)

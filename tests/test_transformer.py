@@ -60,7 +60,7 @@ def full_states(verbalizer, params, vectors, responses):
     slot = verbalizer.injection.function(None, jnp.repeat(vectors, group, 0), verbalizer.injection_scale)
     prompt = jnp.tile(jnp.asarray(verbalizer.prefix + verbalizer.suffix), (len(responses), 1))
     x = verbalizer.embed(params, jnp.concatenate([prompt, responses], 1)).at[:, len(verbalizer.prefix)].set(slot)
-    hidden, _ = verbalizer.model.apply({"params": params}, x)
+    (hidden,), _ = verbalizer.model.apply({"params": params}, [x])
     return hidden[:, verbalizer.prompt_length - 1 : -1]
 
 
@@ -113,9 +113,9 @@ def test_truncation_is_the_residual_stream(model, params, responses):
 
     @jax.jit
     def both(x):
-        first = Transformer(TINY.truncated(1)).apply({"params": truncate(params, 1)}, x)[0]
+        first = Transformer(TINY.truncated(1)).apply({"params": truncate(params, 1)}, [x])[0]
         last = Transformer(TINY.truncated(TINY.layers - 1)).apply({"params": rest}, first)[0]
-        return last, model.apply({"params": params}, x)[0]
+        return last, model.apply({"params": params}, [x])[0]
 
     close(*both(params["embedding"][responses]), 1e-5)
     assert set(truncate(params, 1)) == {"embedding", "blocks"}
@@ -132,7 +132,7 @@ def test_rematerialisation_changes_no_gradient(params, responses):
 
 def test_only_distances_between_positions_count(model, params, responses):
     """Rotary positions: moving all tokens changes nothing, swapping two of them changes the states after them."""
-    states = jax.jit(lambda x, start: model.apply({"params": params}, x, (), start)[0])
+    states = jax.jit(lambda x, start: model.apply({"params": params}, [x], (), start)[0][0])
     x = params["embedding"][responses]
     close(states(x, 7), states(x, 0), 1e-4)
     assert np.abs(states(x[:, [1, 0, 2, 3, 4]], 0) - states(x, 0))[:, -1].max() > 1e-2

@@ -7,14 +7,14 @@ truncated model *is* the residual stream after block K: `__call__` ends before t
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.models.attention import MASKED, SAVED, Segment, attend, causal_mask, soft_cap
 from nla_jax.models.rope import Rope, rotate
@@ -119,7 +119,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nn.Module):
-    """A linear map over the last axes of x, with a bias where there is one. Where the parameters hold a low-rank pair
+    """A linear map over the last axes of its inputs, with a bias where there is one. Where the parameters hold a low-rank pair
     (`lora_a`, `lora_b`, attached by models/lora.py), x · a · b is added."""
 
     inputs: tuple[int, ...]
@@ -130,40 +130,44 @@ class Dense(nn.Module):
     decoding: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, parts: Sequence[Array]) -> list[Array]:
+        """The map of each of several arrays; the weights are cast and gathered once for all."""
         n = len(self.inputs)
         kernel = self.param("kernel", _init(*self.axes), self.inputs + self.outputs)
         use = (lambda weight, axes: weight) if self.decoding else gathered
-        y = linear(x.astype(self.dtype), use(kernel.astype(self.dtype), self.axes), n)
+        kernel = use(kernel.astype(self.dtype), self.axes)
+        parts = [x.astype(self.dtype) for x in parts]
+        results = [linear(x, kernel, n) for x in parts]
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
-            y += self.param("bias", zeros, self.outputs).astype(self.dtype)
+            bias = self.param("bias", zeros, self.outputs).astype(self.dtype)
+            results = [y + bias for y in results]
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
             a, b = use(a, (*self.axes[:n], "lora_rank")), use(b, ("lora_rank", *self.axes[n:]))
-            y += jnp.tensordot(jnp.tensordot(x.astype(self.dtype), a, n), b, 1)
-        return y
+            results = [y + jnp.tensordot(jnp.tensordot(x, a, n), b, 1) for x, y in zip(parts, results)]
+        return results
 
 
-def whole_head(params: dict, config: TransformerConfig) -> dict:
-    """The parameters with the output head cast and gathered, for loops that would else gather it every turn."""
+def output_head(params: dict, config: TransformerConfig) -> dict:
+    """Those of the parameters that `Transformer.logits` reads, the matrix cast and gathered."""
     name, axes = ("embedding", ("vocab", "embed")) if config.tied_head else ("head", ("embed", "vocab"))
-    return params | {name: gathered(params[name].astype(config.dtype), axes)}
+    return {"final_norm": params["final_norm"], name: gathered(params[name].astype(config.dtype), axes)}
 
 
 class Block(nn.Module):
-    """One pre-norm block. The carry is `(x, cache)`: the residual stream `[B, T, D]` and, when decoding, the keys and
-    values `[L, B, N, R, H]` of all layers (as scan carry the cache is updated in place; as scan input and output it
-    would exist twice). `kind` says which of the stacked `masks` (one stack a segment, the own one last) and `ropes` this
-    layer uses: 0 global, 1 local. `edit(x, layer)`, where there is one, changes the stream behind the block."""
+    """One pre-norm block. The carry is `(parts, cache)`: the residual streams `[b, T, D]` of the parts of a text (those of
+    `Transformer.__call__`) and, when decoding, the keys and values `[L, B, N, R, H]` of all layers (as scan carry the cache is
+    updated in place; as scan input and output it would exist twice). `kind` says which of a part's stacked `masks` (one stack
+    a segment that it reads, the own one last) and `ropes` this layer uses: 0 global, 1 local. `edit(parts, layer)`, where there
+    is one, changes the streams behind the block."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, carry, past_kv, layer, kind, masks, ropes, offset, edit):
         c = self.config
-        x, cache = carry
-        x = cut_batch(x, rules=c.rules)
+        parts, cache = carry
         norm = lambda name: RMSNorm(c.norm_eps, "embed", c.norm_offset, name=name)
         head_norm = lambda name: RMSNorm(c.norm_eps, "head_dim", c.norm_offset, name=name)
         dense = functools.partial(Dense, dtype=c.dtype, decoding=c.decoding)
@@ -171,34 +175,42 @@ class Block(nn.Module):
             (c.width,), (heads, c.head_dim), ("embed", axis, "head_dim"), bias=c.qkv_bias, name=name
         )
         mlp = lambda name: dense((c.width,), (c.mlp_width,), ("embed", "mlp"), name=name)
+        cut = lambda parts: [cut_batch(x, rules=c.rules) for x in parts]
+        scale, activation = c.attention_scale or c.head_dim**-0.5, ACTIVATIONS[c.activation]
 
+        parts = cut(parts)
         with jax.named_scope("attention"):
-            y = norm("attention_norm")(x)
-            q = project("q", c.heads, "heads")(y)
-            k, v = (project(name, c.kv_heads, "kv_heads")(y) for name in ("k", "v"))
+            ys = each(norm("attention_norm"), parts)
+            qs = project("q", c.heads, "heads")(ys)
+            ks, vs = (project(name, c.kv_heads, "kv_heads")(ys) for name in ("k", "v"))
             if c.qk_norm:
-                q, k = head_norm("q_norm")(q), head_norm("k_norm")(k)
-            q, k = rotate(q, ropes[kind]), rotate(k, ropes[kind])
-            k, v = own_k, own_v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+                qs, ks = each(head_norm("q_norm"), qs), each(head_norm("k_norm"), ks)
+            qs, ks = ([rotate(x, rope[kind]) for x, rope in zip(xs, ropes)] for xs in (qs, ks))
+            own_kv = kv = [(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)) for k, v in zip(ks, vs)]
             if cache is not None:
                 write = lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], (layer, 0, 0, offset, 0))
-                cache = write(cache[0], k), write(cache[1], v)
-                own_k, own_v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
-            all_kv = [*past_kv, (own_k, own_v)]
-            segments = [Segment(k, v, mask[kind]) for (k, v), mask in zip(all_kv, masks, strict=True)]
-            y = attend(q, segments, c.attention_scale or c.head_dim**-0.5, c.attention_cap)
-            y = dense((c.heads, c.head_dim), (c.width,), ("heads", "head_dim", "embed"), name="o")(y)
-            x = x + (norm("attention_post_norm")(y) if c.post_norms else y)
+                cache = write(cache[0], kv[0][0]), write(cache[1], kv[0][1])
+                kv = [tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)]
+            reads = [zip([*past_kv, *kv[: i + 1]], masks[i], strict=True) for i in range(len(parts))]
+            segments = [[Segment(k, v, mask[kind]) for (k, v), mask in read] for read in reads]
+            ys = [attend(q, read, scale, c.attention_cap) for q, read in zip(qs, segments)]
+            ys = dense((c.heads, c.head_dim), (c.width,), ("heads", "head_dim", "embed"), name="o")(ys)
+            ys = each(norm("attention_post_norm"), ys) if c.post_norms else ys
+            parts = [x + y for x, y in zip(parts, ys)]
 
         with jax.named_scope("mlp"):
-            y = norm("mlp_norm")(x)
-            y = ACTIVATIONS[c.activation](mlp("gate")(y)) * mlp("up")(y)
-            y = dense((c.mlp_width,), (c.width,), ("mlp", "embed"), name="down")(y)
-            x = x + (norm("mlp_post_norm")(y) if c.post_norms else y)
+            ys = each(norm("mlp_norm"), parts)
+            ys = [activation(gate) * up for gate, up in zip(mlp("gate")(ys), mlp("up")(ys))]
+            ys = dense((c.mlp_width,), (c.width,), ("mlp", "embed"), name="down")(ys)
+            ys = each(norm("mlp_post_norm"), ys) if c.post_norms else ys
+            parts = [x + y for x, y in zip(parts, ys)]
         if edit is not None:
-            x = edit(x, layer)
-        x = cut_batch(x, rules=c.rules)
-        return (x, cache), (k, v) if cache is None else None
+            parts = edit(parts, layer)
+        return (cut(parts), cache), own_kv if cache is None else None
+
+
+def each(function: Callable, parts: Sequence[Array]) -> list[Array]:
+    return [function(x) for x in parts]
 
 
 class Transformer(nn.Module):
@@ -209,7 +221,9 @@ class Transformer(nn.Module):
     def setup(self):
         c = self.config
         rows = c.vocab_rows or c.vocab_size
-        self.embedding = self.param("embedding", _init("vocab", "embed"), (rows, c.width))
+        there = lambda name: self.is_initializing() or self.has_variable("params", name)
+        if there("embedding"):
+            self.embedding = self.param("embedding", _init("vocab", "embed"), (rows, c.width))
         block = Block
         if c.remat:
             policies = jax.checkpoint_policies
@@ -226,7 +240,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.final_norm = RMSNorm(c.norm_eps, "embed", c.norm_offset)
-        if not c.tied_head and (self.is_initializing() or self.has_variable("params", "head")):
+        if not c.tied_head and there("head"):
             self.head = self.param("head", _init("embed", "vocab"), (c.width, rows))
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
@@ -238,43 +252,55 @@ class Transformer(nn.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        past: tuple[Segment, ...] = (),
+        parts: Sequence[Float[Array, "b T D"]],
+        past: Sequence[Segment] = (),
         start: int = 0,
-        edit: Callable[[Float[Array, "B T D"], Int[Array, ""]], Float[Array, "B T D"]] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Segment]:
-        """Runs all blocks over the embeddings `x` of positions `start … start+T-1`, which follow the `past` segments.
+        edit: Callable[[list[Array], Int[Array, ""]], list[Array]] | None = None,
+    ) -> tuple[list[Float[Array, "b T D"]], list[Segment]]:
+        """Runs all blocks over embeddings of positions `start …`, which follow the `past` segments.
 
-        `edit(x, layer) -> x`, a `jax.tree_util.Partial` of a function and its arrays, is applied behind every block.
-        Returns the residual stream after the last block (before the final norm), and the segment (all layers) that lets
-        later calls read these positions. Right-padded rows need no mask here: padding stands after what is real."""
-        own = Segment(None, None, causal_mask(x.shape[1]), start)
-        (x, _), (k, v) = self._run((x, None), past, own, start + jnp.arange(x.shape[1]), 0, edit)
-        return x, Segment(k, v, jnp.ones((1, 1, x.shape[1]), bool), start)
+        `parts` are stretches of the same texts, one after the other, each at its own batch size: the constant part of a prompt
+        at batch 1, prompts at batch A, responses at batch A·G. Row i of a part continues row i // r of the part before it, where
+        that is r times smaller. They go through each block together, so that its weights are read (on a mesh: gathered) once.
+
+        `edit(parts, layer) -> parts`, a `jax.tree_util.Partial` of a function and its arrays, is applied behind every block.
+        Returns of each part the residual stream after the last block (before the final norm), and the segment (all layers) that
+        lets later calls read these positions. Right-padded rows need no mask here: padding stands after what is real."""
+        starts = [start + sum(x.shape[1] for x in parts[:i]) for i in range(len(parts))]
+        visible = [Segment(None, None, jnp.ones((1, 1, x.shape[1]), bool), at) for x, at in zip(parts, starts)]
+        reads, positions = [], []
+        for i, (x, at) in enumerate(zip(parts, starts)):
+            reads.append([*past, *visible[:i], Segment(None, None, causal_mask(x.shape[1]), at)])
+            positions.append(at + jnp.arange(x.shape[1]))
+        (parts, _), kv = self._run((list(parts), None), past, reads, positions, 0, edit)
+        return parts, [segment.replace(k=k, v=v) for segment, (k, v) in zip(visible, kv)]
 
     def decode(
-        self, x: Float[Array, "B 1 D"], past: tuple[Segment, ...], cache: tuple[Array, Array], start: int, index: Array
+        self, x: Float[Array, "B 1 D"], past: Sequence[Segment], cache: tuple[Array, Array], start: int, index: Array
     ) -> tuple[Float[Array, "B 1 D"], tuple[Array, Array]]:
         """One token, at position `start + index`: writes its keys and values to slot `index` of `cache`
         (`empty_cache`), attends to `past` and to the slots up to `index`; returns the residual stream and the cache."""
         own = Segment(None, None, (jnp.arange(cache[0].shape[3]) <= index)[None, None], start)
-        return self._run((x, cache), past, own, (start + index)[None], index, None)[0]
+        ((x,), cache), _ = self._run(([x], cache), past, [[*past, own]], [(start + index)[None]], index, None)
+        return x, cache
 
-    def _run(self, carry, past, own: Segment, positions: Int[Array, "T"], offset, edit):
-        """The scan over blocks, for queries at `positions` that read the `past` segments and their `own`."""
+    def _run(self, carry, past, reads: list[list[Segment]], positions: list[Int[Array, "T"]], offset, edit):
+        """The scan over blocks; of each part the segments that it `reads` (the own one last) and its `positions`."""
         c = self.config
-        ropes, local = [c.rope.tables(c.head_dim, positions)], c.local or (False,) * c.layers
-        masks = [[s.mask] for s in (*past, own)]
-        if any(local):
-            ropes.append((c.local_rope or c.rope).tables(c.head_dim, positions))
-            for segment, kinds in zip((*past, own), masks):
-                distance = positions[:, None] - (segment.start + jnp.arange(segment.mask.shape[-1]))
-                kinds.append(segment.mask & (distance < c.window))
-                kinds[0] = jnp.broadcast_to(segment.mask, kinds[1].shape)
-        stacks = [jnp.stack(kinds) for kinds in masks]
-        kind = jnp.asarray(np.array(local), jnp.int32)
+        local = np.array(c.local or (False,) * c.layers, np.int32)
+        ropes = [c.rope, c.local_rope or c.rope] if local.any() else [c.rope]
+        tables = [jnp.stack([rope.tables(c.head_dim, at) for rope in ropes]) for at in positions]
+        masks = [[self._masks(segment, at, len(ropes)) for segment in read] for read, at in zip(reads, positions)]
         kv = [(s.k, s.v) for s in past]
-        return self.blocks(carry, kv, jnp.arange(c.layers), kind, stacks, jnp.stack(ropes), offset, edit)
+        return self.blocks(carry, kv, jnp.arange(c.layers), jnp.asarray(local), masks, tables, offset, edit)
+
+    def _masks(self, segment: Segment, positions: Int[Array, "T"], kinds: int) -> Bool[Array, "kinds b|1 T|1 S"]:
+        """What queries at `positions` read of a segment, in global layers and (where there are such) in local ones."""
+        if kinds == 1:
+            return segment.mask[None]
+        distance = positions[:, None] - (segment.start + jnp.arange(segment.mask.shape[-1]))
+        near = segment.mask & (distance < self.config.window)
+        return jnp.stack([jnp.broadcast_to(segment.mask, near.shape), near])
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Final norm and output head; float32. Rows of the head that stand for no token have no mass."""
@@ -287,7 +313,7 @@ class Transformer(nn.Module):
 
     def next_token_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """The plain language model: logits of the token after each position."""
-        hidden, _ = self(self.embed(tokens))
+        (hidden,), _ = self([self.embed(tokens)])
         return self.logits(hidden)
 
 
