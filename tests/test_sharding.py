@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import nla_jax.pair
-from conftest import TINY, close, counted_compiles, one_sentence, random_params
+from conftest import TINY, close, one_sentence, random_params
+from nla_jax.benchmark.measure import compilations
 from nla_jax.evaluate.fve import fve
 from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import Transformer, abstract_params
@@ -66,7 +67,7 @@ def train(joint, params, pair):
                     text_lengths=rng.integers(1, T + 1, A * G).astype(np.int32),
                 )  # fmt: skip
                 placed = place_batch(mesh, batch)
-                with counted_compiles() as compiled:
+                with compilations() as compiled:
                     state, metrics = step(state, Frozen(reference), placed)
                 compiles.append(len(compiled))
                 history.append((sampled.tokens, jax.device_get(metrics)))
