@@ -5,16 +5,18 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from nla_jax import distributed
-from nla_jax.errors import InputError, Stopped
+from nla_jax.errors import InputError, Stopped, Terminated
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
 STAGES = {
@@ -39,13 +41,17 @@ def main(argv: list[str] | None = None) -> int:
         allowed = "--config." if hasattr(arguments, "config") else ()
         if unknown := [flag for flag in overrides if not flag.startswith(allowed)]:
             raise InputError(f"Unknown argument {unknown[0]!r}; see `nla {arguments.verb} --help`.")
-        arguments.overrides, arguments.command = overrides, shlex.join(["nla", *argv])
-        arguments.function(arguments)
+        arguments.overrides, arguments.command, arguments.stage = overrides, shlex.join(["nla", *argv]), None
+        with sigterm_raises():
+            arguments.function(arguments)
         return 0
     except (InputError, OSError) as error:
         return failed(sentence(error), 1)
     except Stopped as stopped:
         return failed(str(stopped), stopped.status)
+    except Terminated:
+        kept = f" amid {arguments.stage}; its finished shards, texts and steps are kept, and the same command continues"
+        return failed(f"stopped by SIGTERM{kept if arguments.stage else ''}.", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return failed("stopped; the same command continues from the last checkpoint.", 130)
     except Exception as error:
@@ -55,6 +61,24 @@ def main(argv: list[str] | None = None) -> int:
             return failed(*found)
         traceback.print_exc()
         return failed(distributed.lost(error) if isinstance(error, RuntimeError) else repr(error), 1)
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, but in training loops, which save their step first (`Checkpoints`), and where several
+    hosts run: joining them hands the signal to JAX's preemption service, by which their loops agree on a step."""
+
+    def raise_it(*_):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def failed(reason: str, status: int) -> int:
@@ -178,6 +202,7 @@ def run_stages(arguments: argparse.Namespace) -> None:
     if arguments.verb == "quickstart" and config.subject.path:
         stages = LOOP[1:]
     for stage in stages:
+        arguments.stage = stage  # for who has to say where the run was stopped
         known = run.result(stage) is not None
         functions[stage](run)
         result = run.result(stage)

@@ -13,3 +13,7 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class Terminated(BaseException):
+    """SIGTERM came where no training loop takes it as a request; no `Exception`, which libraries would catch."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from nla_jax.models.pretrained import (
 )
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.prompts import Prompts, end_of_turn
-from nla_jax.sampling import rollout
+from nla_jax.sampling import decoding_layout, rollout
 from nla_jax.sharding import TRAIN, place_batch, shardings
 from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
 
@@ -57,9 +57,14 @@ class Pair:
             self.reconstructor.assemble(self.reconstructor_params, self.base),
         )
 
-    def abstract_base(self) -> dict:
-        """Shapes of `base` with logical axis names."""
-        return abstract_params(self.verbalizer.model.config)
+    def sampler(self, to_decoding: Callable[[dict], dict] | None = None) -> dict:
+        """The AV's whole parameters as `verbalize` samples from them: on the mesh in use a copy laid out for decoding, made by
+        `to_decoding` where there is one already (`sampling.decoding_layout` of this AV and base); on one device no copy."""
+        mesh = jax.sharding.get_mesh()
+        if mesh.size < 2:
+            return self.weights[0]
+        to_decoding = to_decoding or decoding_layout(mesh, self.verbalizer, self.base)
+        return to_decoding(self.verbalizer_params)
 
     def verbalize(
         self,
@@ -71,20 +76,22 @@ class Pair:
         inject: bool = True,
         batch: int = 64,
         first: int = 0,
+        sampler: dict | None = None,
     ) -> list[str]:
         """One explanation for each row of `vectors [n, d]` (raw activations; `[n, slots, d]` for a prompt of several slots); ""
         where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the same texts, whatever the `batch`.
         `first` numbers the first row: rows given in pieces get the texts they would get together.
+        `sampler`: what `sampler()` gives, where several calls share it.
         With `inject=False` the slot keeps the marker's own embedding: the control that shows what the prompt alone says."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injection=Injection(keep))
-        texts, mesh = [], jax.sharding.get_mesh()
+        texts, mesh, sampler = [], jax.sharding.get_mesh(), sampler or self.sampler()
         for start in range(0, len(vectors), batch):
             part = vectors[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), *[(0, 0)] * (part.ndim - 1)), mode="edge")
             sampled = rollout(
-                verbalizer, self.weights[0], place_batch(mesh, padded), jax.random.key(seed), first + start,
+                verbalizer, sampler, place_batch(mesh, padded), jax.random.key(seed), first + start,
                 group=1, max_new_tokens=max_new_tokens, temperature=temperature,
             )  # fmt: skip
             tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))

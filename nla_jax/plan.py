@@ -167,12 +167,12 @@ def tasks(config, mesh: Mesh, host: Mesh | None = None) -> dict[str, Task]:
     boxed = av.abstract_params(), ar.abstract_params()
 
     base = on(abstract_params(model), dtype=dtype) if av.lora or ar.lora else None
-    decoding_base = base and on(abstract_params(model), DECODE, dtype)
-    # One device decodes with the frozen base itself, several with a copy.
-    second, shared = (device_bytes(decoding_base), 0.0) if mesh.size > 1 else (0.0, device_bytes(base))
-    decoding = on(boxed[0], DECODE, dtype)
+    decoding, second, shared = on(boxed[0], DECODE, dtype), 0.0, 0.0
     if av.lora:
-        decoding = attached(decoding_base, decoding)
+        decoding_base = on(abstract_params(model), DECODE, dtype)
+        decoding, again = attached(decoding_base, decoding), device_bytes(decoding_base)
+        # One device decodes with the frozen base itself, several with a copy.
+        second, shared = (again, 0.0) if mesh.size > 1 else (0.0, again)
     joint = JointStep(
         av, ar, make_optimizer(c.av_optimizer, c.steps), make_optimizer(c.ar_optimizer, c.steps),
         reward=resolve(c.reward), advantage=resolve(c.advantage), kl_coefficient=c.kl_coefficient,

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
-from nla_jax.models.transformer import Transformer, empty_cache
-from nla_jax.sharding import DECODE, cut_batch, vocabulary_parts
+from nla_jax.models.transformer import Transformer, abstract_params, empty_cache
+from nla_jax.sharding import DECODE, cut_batch, relayout, vocabulary_parts
 
 
 @struct.dataclass
@@ -24,6 +26,16 @@ class Rollout:
     logprobs: Float[Array, "B R"]
     mask: Bool[Array, "B R"]
     finished: Bool[Array, "B"]
+
+
+def decoding_layout(mesh: Mesh, verbalizer: Verbalizer, base: dict | None = None) -> Callable[[dict], dict]:
+    """A function from the AV's trained parameters to the whole ones from which `rollout` samples on a mesh: a copy in the
+    compute dtype, laid out for decoding. An adapter's frozen `base` is copied once, here; on one device it serves as it is."""
+    config = verbalizer.model.config
+    move = relayout(mesh, verbalizer.abstract_params(), config.dtype, DECODE)
+    if verbalizer.lora and mesh.size > 1:
+        base = relayout(mesh, abstract_params(config), config.dtype, DECODE)(base)
+    return lambda params: verbalizer.assemble(move(params), base)
 
 
 def sample_tokens(
@@ -119,7 +131,8 @@ def rollout(
 ) -> Rollout:
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
 
-    On a mesh `params` lie as `sharding.relayout` gives them for DECODE. Row i draws from `fold_in(rng, first_row + i)`: the text does not depend on how a batch is cut or sharded."""
+    On a mesh `params` lie as `decoding_layout` gives them. Row i draws from `fold_in(rng, first_row + i)`: the text does not
+    depend on how a batch is cut or sharded."""
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
     model = Transformer(config)
     verbalizer = dataclasses.replace(verbalizer, model=model)

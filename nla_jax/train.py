@@ -22,9 +22,8 @@ from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.run import Run, resolve
-from nla_jax.sampling import Rollout, rollout
+from nla_jax.sampling import Rollout, decoding_layout, rollout
 from nla_jax.sharding import (
-    DECODE,
     TRAIN,
     RowsOf,
     batch_sharding,
@@ -204,13 +203,9 @@ def rl(run: Run) -> None:
         checkpoints = run.checkpoints("rl", place, **base)
         phases = Phases("rl", run.config.watchdog.stall_minutes)
         with jax.set_mesh(mesh), checkpoints, phases:
-            to_training, to_decoding = (
-                relayout(mesh, boxed[0], run.config.compute.dtype, rules) for rules in (TRAIN, DECODE)
-            )
+            to_training = relayout(mesh, boxed[0], run.config.compute.dtype, TRAIN)
+            to_decoding = decoding_layout(mesh, pair.verbalizer, pair.base)
             frozen = Frozen(to_training(pair.verbalizer_params), pair.base)
-            decoding_base = pair.base
-            if pair.base and mesh.size > 1:
-                decoding_base = relayout(mesh, pair.abstract_base(), run.config.compute.dtype, DECODE)(pair.base)
             init = jax.jit(joint.init, out_shardings=layout, donate_argnums=(1, 2))
             placed = jax.device_put(
                 (pair.verbalizer_params, pair.reconstructor_params), (layout.verbalizer, layout.reconstructor)
@@ -229,7 +224,7 @@ def rl(run: Run) -> None:
                 vectors = [place_batch(mesh, RowsOf(data.vectors, part)) for part in np.split(rows, c.rollout_chunks)]
 
                 phases.enter("rollout")
-                sampler = pair.verbalizer.assemble(to_decoding(state.verbalizer), decoding_base)
+                sampler = to_decoding(state.verbalizer)
                 key = jax.random.fold_in(state.rng, i)
                 pieces = [
                     along_batch(mesh, rollout(
@@ -256,7 +251,9 @@ def rl(run: Run) -> None:
                 metrics |= dict(zip(("seconds_rollout", "seconds_host", "seconds_train"), seconds))
                 metrics["samples_per_second"] = c.activations * c.group / sum(seconds)
                 if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
-                    metrics["heldout_fve"] = heldout_fve(pair, state, heldout, limit, run.config.evaluate.temperature)
+                    metrics["heldout_fve"] = heldout_fve(
+                        trained(pair, state), heldout, limit, run.config.evaluate.temperature, to_decoding
+                    )
                 watchdog.observe(log.write(i + 1, metrics))
                 progress.update(fve=float(metrics["fve"]), reward=float(metrics["reward"]))
                 phases.enter("checkpoint")
@@ -310,7 +307,9 @@ def trained(pair: Pair, state) -> Pair:
     return dataclasses.replace(pair, verbalizer_params=state.verbalizer, reconstructor_params=state.reconstructor)
 
 
-def heldout_fve(pair: Pair, state, vectors: np.ndarray, max_new_tokens: int, temperature: float) -> float:
-    """FVE of the AV's explanations of held-out activations, under the state's parameters."""
-    now = trained(pair, state)
-    return fve(now.reconstruct(now.verbalize(vectors, max_new_tokens, temperature)), vectors)
+def heldout_fve(
+    pair: Pair, vectors: np.ndarray, max_new_tokens: int, temperature: float, to_decoding: Callable[[dict], dict]
+) -> float:
+    """FVE of the AV's explanations of held-out activations."""
+    texts = pair.verbalize(vectors, max_new_tokens, temperature, sampler=pair.sampler(to_decoding))
+    return fve(pair.reconstruct(texts), vectors)

@@ -14,7 +14,6 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -90,22 +89,6 @@ def joint_batch(pair: Pair, vectors: np.ndarray, group: int, R: int, T: int) -> 
         text_lengths=rng.integers(1 + len(prefix), T + 1, B).astype(np.int32),
         valid=np.arange(B) % 5 != 1,
     )
-
-
-@contextlib.contextmanager
-def counted_compiles():
-    """Yields a list that grows by one with every program that XLA compiles inside."""
-    compiled = []
-
-    def listen(event, *_, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def one_sentence(error) -> None:

@@ -1,9 +1,7 @@
 """Random tiny `transformers` models of every family, and how far our forward pass is from theirs.
 
-    python tests/parity.py            # the table of docs/models.md
-    python tests/parity.py golden     # writes tests/golden/, the same checks for where torch is not installed
-
-Only what builds or runs their models needs torch.
+python tests/parity.py            # the table of docs/models.md
+python tests/parity.py golden     # writes tests/golden/: what one version of torch and transformers computed
 """
 
 import sys
@@ -12,17 +10,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import torch
 import transformers
 
 from nla_jax.models.pretrained import load_params, read_config
 from nla_jax.models.transformer import Transformer, truncate
 
-try:
-    import torch
-except ImportError:
-    torch = None
-else:
-    torch.set_num_threads(1)  # the tests' eight devices share few cores
+torch.set_num_threads(1)  # the tests' eight devices share few cores
 transformers.utils.logging.disable_progress_bar()
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from conftest import TINY, close, random_params, talkative
 from nla_jax.cli import main
 from nla_jax.metrics import read_metrics
-from nla_jax.models.pretrained import save_model
+from nla_jax.models.pretrained import fingerprint, save_model
 from nla_jax.sharding import RowsOf, batch_sharding, local_rows, make_mesh, place_batch, place_local
 
 CONFIG = """
@@ -63,6 +63,13 @@ def alone(settings, tmp_path_factory) -> Path:
     return workdir
 
 
+def free_address() -> str:
+    """Where a run's first host may listen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 class Hosts:
     """Processes that run one verb together, each with its share of the devices."""
 
@@ -70,13 +77,10 @@ class Hosts:
         self, count: int, verb: str, workdir: Path, settings: list[str], of: dict | None = None, at: dict | None = None
     ):
         """`of`: further flags of single hosts, None for a host that is not started. `at`: where single hosts are started."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         flags = re.sub(r"device_count=\d+", f"device_count={DEVICES // count}", os.environ["XLA_FLAGS"])
         environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent.parent)}
         command = [sys.executable, "-m", "nla_jax.cli", verb, "--workdir", str(workdir), *settings]
-        hosts = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+        hosts = [f"--coordinator={free_address()}", f"--num_processes={count}"]
         self.processes, self.workdir = [], workdir
         for index in range(count):
             more = (of or {}).get(index, [])
@@ -159,6 +163,32 @@ def test_rows_of_a_batch_go_to_the_host_and_back(sizes):
         numbers, values = local_rows(placed)
         assert np.array_equal(numbers, np.arange(len(rows))) and np.array_equal(values, array[rows])
         assert np.array_equal(place_local(placed.sharding, numbers, values[:, 0], len(rows)), array[rows, 0])
+
+
+HASHING = """
+import sys
+from nla_jax import distributed
+from nla_jax.models.pretrained import fingerprint
+address, index, folder = sys.argv[1:]
+distributed.join(address, 2, int(index))
+print(fingerprint(folder))
+distributed.leave()
+"""
+
+
+def test_only_the_first_host_reads_the_weights_for_their_hash(subject_folder):
+    """The second one has no such folder."""
+    command = [sys.executable, "-c", HASHING, free_address()]
+    processes = [
+        subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+        for arguments in (("0", str(subject_folder)), ("1", "not/here"))
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert said == [fingerprint(subject_folder)] * 2
 
 
 def test_two_hosts_equal_one(alone, settings, tmp_path):

@@ -13,6 +13,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import nla_jax as nla
+import nla_jax.pair
 from conftest import CONFIG, SPLITS, close, copy_before, history, nla_main, one_line, same_run, weights
 from nla_jax.cli import LOOP, main
 from nla_jax.data import labels
@@ -88,6 +89,18 @@ def test_a_second_run_changes_nothing(finished, corpus, capsys):
     assert nla_main("quickstart", finished, corpus) == 0
     assert capsys.readouterr().err.count("already done") == len(LOOP)
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.*") if path.name != "config.json"}
+
+
+def test_evaluation_on_a_mesh_is_that_on_one_device(finished, corpus, tmp_path, monkeypatch):
+    """Each pair is laid out for decoding once, whatever the conditions and batches."""
+    workdir, laid_out = copy_before(finished, tmp_path, "evaluate"), []
+    original = nla_jax.pair.decoding_layout
+    monkeypatch.setattr(nla_jax.pair, "decoding_layout", lambda *args: laid_out.append(args) or original(*args))
+    sizes = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+    assert nla_main("evaluate", workdir, corpus, *sizes, "--config.evaluate.batch=8") == 0
+    assert len(laid_out) == 2
+    read = lambda folder: json.loads((folder / "stages/evaluate.json").read_text())["result"]["summary"]
+    close(read(workdir), read(finished), 1e-4)
 
 
 # Files of others in and out

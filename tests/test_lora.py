@@ -72,8 +72,8 @@ def test_scales():
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "gate", "up", "down")])
 def test_peft_gives_the_same_logits(rslora, targets, subject_folder, params, sidecar, tmp_path):
-    torch = pytest.importorskip("torch", reason="compares with torch")
-    peft = pytest.importorskip("peft", reason="compares with peft")
+    import peft
+    import torch
     import transformers
 
     lora = Lora(4, 6.0, rslora, targets)

@@ -64,7 +64,8 @@ def test_without_injection_the_vector_is_not_seen(pair, vectors):
 
 
 def test_greedy_texts_equal_generate_of_transformers(pair, saved, vectors):
-    torch = pytest.importorskip("torch", reason="compares with torch")
+    import torch
+
     model = transformers.AutoModelForCausalLM.from_pretrained(saved / "av").eval()
     verbalizer = pair.verbalizer
     prompt = torch.tensor(verbalizer.prefix + verbalizer.suffix)
@@ -84,7 +85,8 @@ def test_greedy_texts_equal_generate_of_transformers(pair, saved, vectors):
 
 def test_reconstruct_equals_torch(pair, saved):
     """K+1 blocks, no final norm, the head as a `torch.nn.Linear`, read at the last token."""
-    torch = pytest.importorskip("torch", reason="compares with torch")
+    import torch
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved / "ar")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(saved / "ar", output_loading_info=True)
     assert info["missing_keys"] <= {"model.norm.weight", "lm_head.weight"} and not info["unexpected_keys"]
@@ -185,7 +187,8 @@ def test_damaged_head(copy, head, message):
 
 
 def test_a_bfloat16_head_is_read(copy, pair):
-    torch = pytest.importorskip("torch", reason="compares with torch")
+    import torch
+
     head = torch.tensor(load_file(copy / "ar" / HEAD)["weight"]).to(torch.bfloat16)
     import safetensors.torch
 

@@ -10,19 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
 
-torch = pytest.importorskip("torch", reason="compares with torch")
-import transformers  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
-
-from conftest import close  # noqa: E402
-from nla_jax.autoencoder import Injection, add_norm_matched  # noqa: E402
-from nla_jax.cli import main  # noqa: E402
-from nla_jax.data.batches import pad_tokens  # noqa: E402
-from nla_jax.pair import HEAD, Pair, load_pair, new_pair  # noqa: E402
-from nla_jax.sampling import rollout  # noqa: E402
-from nla_jax.train_step import Frozen, JointBatch, JointStep  # noqa: E402
-from parity import FAMILIES, torch_model  # noqa: E402
+from conftest import close
+from nla_jax.autoencoder import Injection, add_norm_matched
+from nla_jax.cli import main
+from nla_jax.data.batches import pad_tokens
+from nla_jax.pair import HEAD, Pair, load_pair, new_pair
+from nla_jax.sampling import rollout
+from nla_jax.train_step import Frozen, JointBatch, JointStep
+from parity import FAMILIES, torch_model
 
 CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
 WIDTH, NEW_TOKENS = 32, 20

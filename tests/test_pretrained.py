@@ -32,7 +32,6 @@ from nla_jax.models.pretrained import (
 from nla_jax.models.transformer import abstract_params, truncate
 from nla_jax.sharding import DECODE, TRAIN, make_mesh, shardings
 
-needs_torch = pytest.mark.skipif(parity.torch is None, reason="torch is not installed")
 
 # Parity with torch
 
@@ -54,7 +53,6 @@ CASES = [
 ]
 
 
-@needs_torch
 @pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda x: str(x))
 def test_parity_with_torch_both_ways(name, changes, tmp_path, tokenizer):
     theirs = parity.torch_model(name, **changes)
@@ -107,7 +105,7 @@ def test_a_stretched_rope_of_local_layers_is_refused(tmp_path):
 
 @pytest.mark.parametrize("family", parity.FAMILIES)
 def test_recorded_states_of_torch(family):
-    """Residuals and logits that `python tests/parity.py golden` recorded: needs no torch."""
+    """Residuals and logits that `python tests/parity.py golden` recorded."""
     with np.load(parity.GOLDEN / family / "expected.npz") as recorded:
         ids = recorded["ids"]
         expected = [recorded[f"arr_{i}"] for i in range(len(recorded.files) - 1)]
@@ -156,7 +154,6 @@ def test_text_model_of_a_multimodal_checkpoint(prefix, head, tmp_path):
     assert norm in str(error.value)
 
 
-@needs_torch
 def test_multimodal_checkpoint_written_by_transformers(tmp_path):
     text = parity.torch_config("gemma3", tie_word_embeddings=True)
     vision = dict(

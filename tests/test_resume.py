@@ -180,6 +180,45 @@ def test_a_damaged_shard_is_named(finished, corpus, tmp_path, capsys):
     assert shard.name in one_line(capsys)
 
 
+SLOW_LABELS = """
+import time
+from pathlib import Path
+
+def label(texts):
+    here = Path(__file__).parent
+    if (here / "first").exists() and not (here / "second").exists():
+        (here / "second").touch()
+        time.sleep(600)
+    (here / "first").touch()
+    return ["a label"] * len(texts)
+"""
+
+
+def test_sigterm_outside_a_loop_is_one_sentence_and_finished_shards_stay(finished, corpus, tmp_path, monkeypatch):
+    workdir = copy_before(finished, tmp_path, "label")
+    shutil.rmtree(workdir / "labels")
+    (tmp_path / "slow_labels.py").write_text(SLOW_LABELS)
+    settings = [f"--config.corpus.source={corpus}", "--config.label.function=slow_labels:label"]
+    command = nla(["label", "--config", CONFIG, "--workdir", str(workdir), *settings])
+    path = f"{tmp_path}:{Path(__file__).parent.parent}"
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "second").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("nla: stopped by SIGTERM amid label; its finished shards,")
+    [shard] = (workdir / "labels").glob("*.parquet")
+    before = shard.stat().st_mtime_ns
+    monkeypatch.syspath_prepend(tmp_path)
+    assert nla_main("label", workdir, corpus, settings[1]) == 0
+    assert shard.stat().st_mtime_ns == before and len(list((workdir / "labels").glob("*.parquet"))) > 1
+
+
 def unfinished(run: Path, folder: Path) -> tuple[Path, Path]:
     """A copy of a finished run that was killed before it saved its pair, and the copy's checkpoints."""
     workdir = folder / "copy"

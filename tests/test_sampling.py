@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_transformer import full_states
 
-from conftest import close, counted_compiles
+from conftest import close
+from nla_jax.benchmark.measure import compilations
 from nla_jax.losses import token_statistics
 from nla_jax.models.attention import MASKED, soft_cap
 from nla_jax.sampling import rollout, sample_tokens
@@ -109,7 +110,7 @@ def test_a_marker_in_a_response_injects_nothing(verbalizer, params, vectors):
 
 
 def test_rollout_compiles_once(draw, verbalizer, params, vectors):
-    with counted_compiles() as compiled:
+    with compilations() as compiled:
         draw(vectors, group=4)
         assert compiled
         compiled.clear()

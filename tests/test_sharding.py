@@ -8,11 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import TINY, close, counted_compiles, one_sentence, random_params
-from nla_jax.models.transformer import Transformer
+import nla_jax.pair
+from conftest import TINY, close, one_sentence, random_params
+from nla_jax.benchmark.measure import compilations
+from nla_jax.evaluate.fve import fve
+from nla_jax.models.lora import Lora
+from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.optimizer import adamw
-from nla_jax.sampling import rollout
+from nla_jax.pair import Pair, new_pair
+from nla_jax.sampling import decoding_layout, rollout
 from nla_jax.sharding import DECODE, TRAIN, make_mesh, place_batch, relayout, shardings
+from nla_jax.train import heldout_fve
 from nla_jax.train_step import Frozen, JointBatch, JointStep
 
 A, G, R, T = 8, 2, 4, 8
@@ -61,7 +67,7 @@ def train(joint, params, pair):
                     text_lengths=rng.integers(1, T + 1, A * G).astype(np.int32),
                 )  # fmt: skip
                 placed = place_batch(mesh, batch)
-                with counted_compiles() as compiled:
+                with compilations() as compiled:
                     state, metrics = step(state, Frozen(reference), placed)
                 compiles.append(len(compiled))
                 history.append((sampled.tokens, jax.device_get(metrics)))
@@ -101,8 +107,13 @@ def collectives_in_loops(mesh, verbalizer, params, vectors, rules=DECODE, **opti
         placed = jax.device_put(params, shardings(mesh, verbalizer.abstract_params(), rules))
         batch = place_batch(mesh, np.repeat(vectors, 2, 0))
         program = rollout.lower(verbalizer, placed, batch, jax.random.key(0), group=G, max_new_tokens=R, **options)
+        return collectives(program.compile())
+
+
+def collectives(program) -> set[str]:
+    """The kinds of collectives in the loops of a compiled program."""
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    return set(re.findall(kinds, while_bodies(program.compile().as_text())))
+    return set(re.findall(kinds, while_bodies(program.as_text())))
 
 
 @pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
@@ -118,6 +129,47 @@ def test_the_decode_loop_communicates_nothing(verbalizer, params, vectors, rules
 def test_a_decode_loop_over_tensor_gathers_nothing(verbalizer, params, vectors, options):
     """Devices that share a row add up what each made of its weights, and never show each other logits or weights."""
     assert collectives_in_loops(make_mesh(2, 2, 2), verbalizer, params, vectors, **options) == {"all-reduce"}
+
+
+@pytest.fixture(params=["whole", "adapters"])
+def any_pair(request, pair, subject_folder, sidecar) -> Pair:
+    """A pair that writes texts; one of adapters on one frozen base."""
+    if request.param == "whole":
+        return pair
+    made = new_pair(sidecar, subject_folder, av_lora=Lora(4, 6.0), ar_lora=Lora(3, 5.0))
+    rng = np.random.default_rng(0)
+    lively = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, made.verbalizer_params)
+    return dataclasses.replace(made, verbalizer_params=lively, base=pair.verbalizer_params)
+
+
+def test_a_pair_decodes_from_a_copy_made_once(any_pair, monkeypatch):
+    """Texts and held-out FVE on a mesh are those of one device, and the copy serves all batches."""
+    programs, copies = [], []
+    vectors = np.random.default_rng(3).normal(size=(66, TINY.width)).astype(np.float32)  # more than a batch
+    texts = any_pair.verbalize(vectors, 12)
+    expected = fve(any_pair.reconstruct(texts), vectors)
+    assert len({text for text in texts if text}) > 3
+
+    def compiled_once(verbalizer, *args, **options):
+        """The program of the first call for all calls: it takes no arguments that lie elsewhere."""
+        programs.append(programs[0] if programs else rollout.lower(verbalizer, *args, **options).compile())
+        return programs[-1](*args)
+
+    monkeypatch.setattr(nla_jax.pair, "rollout", compiled_once)
+    mesh = make_mesh(2, 2, 2)
+    av, ar = any_pair.verbalizer.abstract_params(), any_pair.reconstructor.abstract_params()
+    place = lambda params, boxed: jax.device_put(params, shardings(mesh, boxed))
+    base = any_pair.base and place(any_pair.base, abstract_params(TINY))
+    with jax.set_mesh(mesh):
+        placed = dataclasses.replace(
+            any_pair, verbalizer_params=place(any_pair.verbalizer_params, av),
+            reconstructor_params=place(any_pair.reconstructor_params, ar), base=base,
+        )  # fmt: skip
+        assert placed.verbalize(vectors, 12) == texts
+        to_decoding = decoding_layout(mesh, any_pair.verbalizer, base)
+        counted = lambda params: copies.append(params) or to_decoding(params)
+        assert heldout_fve(placed, vectors, 12, 1.0, counted) == pytest.approx(expected, abs=1e-5)
+    assert len(copies) == 1 and len(programs) == 4 and collectives(programs[0]) == {"all-reduce"}
 
 
 @pytest.mark.parametrize("tied", [False, True])

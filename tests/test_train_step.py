@@ -10,8 +10,9 @@ import optax
 import pytest
 from test_transformer import full_states
 
-from conftest import TINY, joint_batch, close, counted_compiles, random_params
+from conftest import TINY, joint_batch, close, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
+from nla_jax.benchmark.measure import compilations
 from nla_jax.losses import group_normalised, token_statistics
 from nla_jax.sampling import rollout
 from nla_jax.train_step import Frozen, JointBatch, JointStep, identical_share
@@ -155,7 +156,7 @@ def test_logprob_gap_vanishes_after_a_rollout(joint, step, state, reference, bat
 
 def test_compiles_once(step, state, reference, batch, result):
     now = jax.device_put(state)
-    with counted_compiles() as compiled:
+    with compilations() as compiled:
         for i in range(3):
             now, _ = step(now, Frozen(reference), batch.replace(vectors=batch.vectors + i))
     assert not compiled and now.step == 3  # `result` has compiled it

@@ -35,8 +35,9 @@ from nla_jax.models.transformer import (
     truncate,
 )
 from nla_jax.optimizer import adamw
+from nla_jax.sampling import decoding_layout
 from nla_jax.sampling import rollout as sample_rollout
-from nla_jax.sharding import DECODE, TRAIN, place_batch, relayout, shardings
+from nla_jax.sharding import TRAIN, place_batch, relayout, shardings
 from nla_jax.subject import ROWS, Subject, residual_rows
 from nla_jax.train_step import (
     Frozen,
@@ -128,19 +129,13 @@ class Sampler:
 
     def __init__(self, s: Settings, mesh: Mesh, verbalizer: Verbalizer, base: dict | None):
         self.s, self.mesh, self.verbalizer = s, mesh, verbalizer
-        self.to_decoding = relayout(mesh, verbalizer.abstract_params(), s.dtype, DECODE)
-        self.base = base
-        if base and mesh.size > 1:
-            self.base = relayout(mesh, abstract_params(s.config), s.dtype, DECODE)(base)
+        self.relayout = decoding_layout(mesh, verbalizer, base)
         self.rows, self.steps = s.activations // s.rollout_chunks, (s.response - 1) * s.rollout_chunks
         self.per_step = decode_bytes(verbalizer, self.rows, s.group, s.response, s.data * s.fsdp)
         self.work = Work(
             verbalizer_flops(verbalizer, s.activations, s.group, s.response).forward,
             self.steps * sum(self.per_step.values()) + s.rollout_chunks * self.per_step["weights"],
         )
-
-    def relayout(self, params: dict) -> dict:
-        return self.verbalizer.assemble(self.to_decoding(params), self.base)
 
     def sample(self, params: dict, vectors: np.ndarray, key: jax.Array, limit: int) -> list:
         """Rollouts on the host; `params` as `relayout` gives them."""

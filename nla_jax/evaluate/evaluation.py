@@ -1,7 +1,9 @@
 """The `evaluate` and `report` stages: held-out FVE with its controls, the figures of a run, and the page."""
 
 import datetime
+import functools
 import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -37,7 +39,9 @@ def evaluate(run: Run) -> None:
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
         progress = Progress("evaluate", 10 + len(curve))
 
-        def texts(name: str, pair: Pair, temperature: float = c.temperature, inject: bool = True) -> list[str]:
+        def texts(
+            name: str, pair: Pair, sampler: Callable[[], dict], temperature: float = c.temperature, inject: bool = True
+        ) -> list[str]:
             """The texts of one condition, a file on disk for each batch of rows: a restart samples those that are missing."""
             files = []
             for start in range(0, len(rows), c.batch):
@@ -45,7 +49,7 @@ def evaluate(run: Run) -> None:
                 if not from_writer(path.exists):
                     written = pair.verbalize(
                         rows.vectors[start : start + c.batch], run.config.prompts.max_new_tokens, temperature,
-                        run.config.seed, inject=inject, batch=c.batch, first=start,
+                        run.config.seed, inject=inject, batch=c.batch, first=start, sampler=sampler(),
                     )  # fmt: skip
                     if is_writer():
                         write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
@@ -54,10 +58,12 @@ def evaluate(run: Run) -> None:
             progress.update()
             return [text for file in files for text in read_table(file, ["explanation"]).column(0).to_pylist()]
 
-        warm_texts = texts("warm", warm)
-        rl_texts = texts("rl", pair)
-        drawn_texts = texts("rl_temperature_1", pair, temperature=1.0)
-        silent_texts = texts("no_injection", pair, inject=False)
+        warm_texts = texts("warm", warm, functools.cache(warm.sampler))
+        sampler = functools.cache(pair.sampler)  # one copy for all conditions, and none where no text is missing
+        rl_texts = texts("rl", pair, sampler)
+        drawn_texts = texts("rl_temperature_1", pair, sampler, temperature=1.0)
+        silent_texts = texts("no_injection", pair, sampler, inject=False)
+        del sampler
 
         def scores(texts: list[str], pair: Pair = pair) -> np.ndarray:
             recon = pair.reconstruct(texts, batch=c.batch)

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
-from nla_jax.distributed import barrier, is_writer, share, to_host
+from nla_jax.distributed import barrier, from_writer, is_writer, share, to_host
 from nla_jax.errors import InputError
 from nla_jax.models.families import (
     CONSTANTS,
@@ -479,8 +479,13 @@ def locate(name: str | os.PathLike) -> Path:
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """A hash of the weights and config of a checkpoint (or a PEFT adapter), for recording what a run was based on."""
-    digest, folder = hashlib.blake2b(digest_size=16), Path(folder)
+    """A hash of the weights and config of a checkpoint (or a PEFT adapter), for recording what a run was based on. Of several
+    hosts, which must all call this, only the first one reads the files."""
+    return from_writer(lambda: _hash(Path(folder)))
+
+
+def _hash(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     if not files[0].is_file():
         files = [folder / "config.json", *sorted({tensor.file for tensor in stored_tensors(folder).values()})]
