@@ -14,6 +14,8 @@ setup(
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "etils[epath]>=1.6",
+        "fsspec",
         "transformers>=5.0",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
@@ -34,7 +36,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["pytest>=8", "pytest-xdist", "torch==2.13.0", "peft"],
+        "gcs": ["gcsfs"],
+        "test": ["pytest>=8", "pytest-xdist", "torch==2.13.0", "peft", "gcsfs"],
     },
     entry_points={"console_scripts": ["nla=nla_jax.cli:main"]},
 )

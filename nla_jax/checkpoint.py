@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from nla_jax.errors import InputError, Stopped
+from nla_jax.files import AnyPath
 
 # The settings that may differ between the runs that share a working folder: what they name says where and how a result is
 # computed and how often it is looked at, not what it is. A field is free where its name, or that of one above it, stands here.
@@ -59,7 +60,7 @@ class Checkpoints:
     As a context it takes SIGTERM as a request (in the main thread of a single process; several processes agree on a step
     through JAX's preemption service), and waits for saves under way when it ends without an error."""
 
-    def __init__(self, folder: Path, every: int, keep: int = 2, keep_every: int = 0, settings: dict | None = None):
+    def __init__(self, folder: AnyPath, every: int, keep: int = 2, keep_every: int = 0, settings: dict | None = None):
         options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         self.folder, self.every, self.keep, self.keep_every, self.settings = (
             folder,
@@ -70,7 +71,8 @@ class Checkpoints:
         )
         self.good, self._asked, self._handler = 0, False, None
         with self._writing():
-            self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            whole = folder.absolute() if isinstance(folder, Path) else folder  # Orbax takes no relative ones
+            self.manager = ocp.CheckpointManager(whole, options=options)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question which of the checkpoints (ascending) are kept."""
@@ -82,14 +84,16 @@ class Checkpoints:
         """The newest checkpoint that is known to be good; None where there is none."""
         return _newest(self.manager.all_steps(), self.good)
 
-    def save(self, step: int, state: Any, force: bool = False) -> None:
-        """Saves the state after `step` steps where the interval (or `force`) says so; returns before it is written.
+    def save(self, step: int, state: Any, force: bool = False, before: Callable[[], None] = lambda: None) -> None:
+        """Saves the state after `step` steps where the interval (or `force`) says so; returns before it is written. `before` is
+        called first: what it writes is there whenever that checkpoint is.
 
         Raises `InputError` where this save or the one before it cannot be written (a full disk, no permission), and `Stopped`
         where SIGTERM has asked to stop: the state is then saved and written."""
         stop = self._asked or multihost_utils.reached_preemption_sync_point(next(_calls))
         with self._writing():
             if (stop or force or step % self.every == 0) and step != self.manager.latest_step():
+                before()
                 if jax.process_index() == 0:  # Orbax's threads wait minutes for a folder that they cannot make
                     probe = self.manager.directory / "probe"
                     probe.touch()

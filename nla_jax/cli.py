@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from nla_jax import distributed
 from nla_jax.errors import InputError, Stopped, Terminated
+from nla_jax.files import path_to, stand_in
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
 STAGES = {
@@ -107,7 +108,10 @@ def parser() -> argparse.ArgumentParser:
     def configured(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
         sub = verb(name, function, text, epilog="--config.field=value overrides any field of the config.")
         sub.add_argument("--config", default=DEFAULT_CONFIG, help="config file, optionally file.py:variant")
-        sub.add_argument("--workdir", default=None, help="where everything of this run is written (default runs/NAME)")
+        sub.add_argument(
+            "--workdir",
+            help="where everything of this run is written, a folder or gs://BUCKET/FOLDER (default runs/NAME)",
+        )
         return sub
 
     for name, text in STAGES.items():
@@ -268,14 +272,14 @@ def export(arguments: argparse.Namespace) -> None:
     from nla_jax.data.reference import export_datasets
     from nla_jax.pair import load_pair
 
-    out, folder = empty_folder(arguments.out), Path(arguments.pair or Path(arguments.workdir) / "pair")
+    out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
     pair = load_pair(folder)
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
     if arguments.workdir:
-        export_datasets(Path(arguments.workdir), out / "datasets", pair.sidecar)
+        export_datasets(path_to(arguments.workdir), out / "datasets", pair.sidecar)
     (pair if arguments.adapters else pair.merged()).save(out, arguments.dtype)
     print_written(out)
 
@@ -314,7 +318,7 @@ def plan(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     place = slice_named(arguments.topology) if arguments.topology else present(config.compute.dtype)
     if arguments.search:
-        result, words = search(config, place, Path(workdir(arguments)) / "plan.jsonl"), ranking
+        result, words = search(config, place, stand_in(workdir(arguments)) / "plan.jsonl"), ranking
     else:
         sizes = arguments.mesh or tuple(config.mesh[axis] for axis in AXES)
         mesh = mesh_over(place.devices, sizes) if arguments.topology else make_mesh(*sizes)
@@ -323,8 +327,9 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def empty_folder(name: str) -> Path:
-    """A folder to write to. Raises `InputError` where something is there already."""
-    out = Path(name)
+    """A folder to write to. Raises `InputError` where something is there already, and for one on a bucket."""
+    if not isinstance(out := path_to(name), Path):
+        raise InputError(f"--out {name} is on a bucket; name a local folder, and copy it there (gcloud storage cp -r).")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder; give --out another name, or remove it first.")
     return out

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nla_jax.errors import InputError
+from nla_jax.files import path_to
 from nla_jax.pair import find_base, load_pair
 from nla_jax.subject import extract, load_subject
 
@@ -23,7 +24,7 @@ def explain_text(
     if not text.strip():
         raise InputError("There is no text to explain; give --text, --file or standard input.")
     loaded = load_pair(pair, base=subject)
-    model = load_subject(subject or find_base(loaded.sidecar.base_checkpoint, Path(pair)), loaded.sidecar.layer)
+    model = load_subject(subject or find_base(loaded.sidecar.base_checkpoint, path_to(pair)), loaded.sidecar.layer)
     if model.model.config.width != loaded.sidecar.d_model:
         raise InputError(
             f"The subject {model.name} has width {model.model.config.width}, the pair {loaded.sidecar.d_model}."

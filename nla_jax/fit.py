@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import optax
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nla_jax.checkpoint import Checkpoints
+from nla_jax.files import AnyPath
 from nla_jax.metrics import MetricLog, Progress
 from nla_jax.run import resolve
 from nla_jax.sharding import place_batch, shardings
@@ -24,7 +24,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
 
 
 def fit(
-    folder: Path,
+    folder: AnyPath,
     name: str,
     step_fn: SupervisedStep,
     params: dict,
@@ -64,7 +64,7 @@ def fit(
                 clock, shown = now, {"loss": float(values["loss"])}
             progress.update(**shown)
             phases.enter("checkpoint")
-            checkpoints.save(i + 1, state, force=i + 1 == steps)
+            checkpoints.save(i + 1, state, force=i + 1 == steps, before=log.flush)
         progress.close()
         log.close()
     return state.params

@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +13,9 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from nla_jax.distributed import barrier, is_writer
+from nla_jax.files import AnyPath, replacing, upload
+
+UPLOAD_SECONDS = 60
 
 
 class MetricLog:
@@ -20,18 +23,23 @@ class MetricLog:
     the first one writes; on all of them `records` holds what was logged.
 
     Opening it at `step` drops records after that step: a resumed run continues where its checkpoint stands, and the file
-    reads as if it had never stopped."""
+    reads as if it had never stopped.
 
-    def __init__(self, folder: Path, step: int = 0):
-        self.path = folder / "metrics.jsonl"
+    A bucket knows no appending: there both are written in a scratch folder, and uploaded every `UPLOAD_SECONDS`, at the end and
+    by `flush`."""
+
+    def __init__(self, folder: AnyPath, step: int = 0):
+        self.folder, self.path = folder, folder / "metrics.jsonl"
         self.records = [r for r in read_metrics(self.path) if r["step"] <= step]
         barrier("the metrics")  # all hosts have read what the first one now writes anew
         if not is_writer():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
-        self.stream = open(self.path, "a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.scratch, self.uploaded = None if isinstance(folder, Path) else tempfile.TemporaryDirectory(), 0.0
+        written = Path(self.scratch.name) if self.scratch else folder
+        written.mkdir(parents=True, exist_ok=True)
+        write_atomically(written / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
+        self.stream = open(written / "metrics.jsonl", "a")
+        self.board = SummaryWriter(str(written / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> dict:
         """Adds a record and returns it as it stands in the file: NaN and infinities are None."""
@@ -44,12 +52,22 @@ class MetricLog:
         for name, value in record.items():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, step)
+        if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
+            self.flush()
         return record
+
+    def flush(self) -> None:
+        """Whatever was logged stands in the folder afterwards (where that is no bucket, it always does)."""
+        if is_writer() and self.scratch:
+            self.board.flush()
+            upload(Path(self.scratch.name), self.folder)
+            self.uploaded = time.monotonic()
 
     def close(self) -> None:
         if is_writer():
             self.stream.close()
             self.board.close()
+            self.flush()
 
 
 def _number(value: Any) -> float | int | None:
@@ -58,7 +76,7 @@ def _number(value: Any) -> float | int | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: AnyPath) -> list[dict]:
     """The records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -69,14 +87,13 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: AnyPath, text: str) -> None:
     """Writes a small text file so that `path` holds the old content or the new, never a part; of several hosts the first one
     writes it, the others do nothing."""
     if not is_writer():
         return
-    scratch = path.with_name(path.name + ".incomplete")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 class Progress:

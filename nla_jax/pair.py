@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, keep
 from nla_jax.distributed import is_writer, to_host
 from nla_jax.errors import InputError
+from nla_jax.files import AnyPath, path_to
 from nla_jax.models.lora import CONFIG as ADAPTER
 from nla_jax.models.lora import Lora, load_adapter, read_settings, save_adapter
 from nla_jax.models.pretrained import (
@@ -145,7 +146,7 @@ class Pair:
     def save(self, folder: str | Path, dtype: Any = np.float32) -> None:
         """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are such
         (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are float32."""
-        folder, d = Path(folder), self.sidecar.d_model
+        folder, d = path_to(folder), self.sidecar.d_model
         weight = np.asarray(to_host(self.reconstructor_params["head"]), np.float32)
         head = {"weight": np.ascontiguousarray(weight.T).reshape(d, d)}
         extra = {"av": {}, "ar": {HEAD: lambda path: save_file(head, path)}}
@@ -227,9 +228,9 @@ def load_pair(
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     if ar is None:
-        if not (Path(av) / "av").is_dir():
+        if not (path_to(av) / "av").is_dir():
             raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`.")
-        av, ar = Path(av) / "av", Path(av) / "ar"
+        av, ar = path_to(av) / "av", path_to(av) / "ar"
     av, ar = locate(av), locate(ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
     sidecar = dataclasses.replace(sidecar, injection=injection or sidecar.injection)
@@ -273,13 +274,14 @@ def read_head(file: Path, d: int) -> np.ndarray:
     return np.ascontiguousarray(head)
 
 
-def find_base(recorded: str, beside: Path) -> str | Path:
+def find_base(recorded: str, beside: AnyPath) -> str | AnyPath:
     """The subject that a pair was made from: the folder or hub id `recorded`; else `subject` beside the pair's folder.
 
     Raises `InputError` where there is neither."""
-    if not Path(recorded).is_dir() and (beside.parent / "subject").is_dir():
+    here = path_to(recorded).is_dir()
+    if not here and (beside.parent / "subject").is_dir():
         return beside.parent / "subject"
-    if Path(recorded).is_dir() or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
+    if here or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
         return recorded
     raise InputError(f"The subject {recorded} that {beside} was made from is not here; name its folder or hub id.")
 

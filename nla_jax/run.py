@@ -16,6 +16,7 @@ from nla_jax.checkpoint import FREE, UNTIL_FINISHED, Checkpoints, differences
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.distributed import barrier, from_writer, host_count, host_index, writer_first
 from nla_jax.errors import InputError
+from nla_jax.files import AnyPath, path_to, reaching, stand_in
 from nla_jax.metrics import write_atomically
 from nla_jax.sharding import make_mesh
 
@@ -36,13 +37,10 @@ class Run:
     one writes the records, and reads them for all."""
 
     def __init__(self, config: ConfigDict, workdir: str | Path, command: str = ""):
-        self.config, self.workdir, self.command = config, Path(workdir), command
-        if "://" in str(workdir):
-            raise InputError(
-                f"The working folder {workdir} is no path; mount the bucket (docs/running.md) and name its folder."
-            )
+        self.config, self.workdir, self.command = config, path_to(workdir), command
         try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
+            with reaching(self.workdir):
+                self.workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         except OSError as error:
             raise InputError(f"The working folder {workdir} cannot be written ({error.strerror}).") from None
@@ -111,7 +109,7 @@ class Run:
             self._write(name, record)
         barrier(f"the end of {name}")
 
-    def _file(self, stage: str) -> Path:
+    def _file(self, stage: str) -> AnyPath:
         return self.workdir / "stages" / f"{stage}.json"
 
     def _record(self, stage: str) -> dict | None:
@@ -131,7 +129,7 @@ class Run:
                 f"old ones, use another --workdir, or delete {self._file(stage)} and what the stage wrote."
             )
 
-    def checkpoints(self, stage: str, folder: Path, **base: str) -> Checkpoints:
+    def checkpoints(self, stage: str, folder: AnyPath, **base: str) -> Checkpoints:
         """The checkpoints of a training loop of a stage, under `folder`; `base`: what the loop reads of frozen weights, with
         their hashes. A run on other settings or another base does not continue from them."""
         c = self.config
@@ -145,7 +143,7 @@ class Run:
     def documents(self) -> list[Document]:
         """The corpus of the config."""
         with writer_first():  # TFDS prepares a dataset there
-            return list(load_corpus(data_dir=self.workdir / "corpus", **self.config.corpus))
+            return list(load_corpus(data_dir=stand_in(self.workdir / "corpus"), **self.config.corpus))
 
     def split(self, document: Document) -> str:
         return split_of(document, self.config.split, self.config.seed)
@@ -156,7 +154,7 @@ class Run:
         return make_mesh(**self.config.mesh)
 
     @property
-    def subject_folder(self) -> str | Path:
+    def subject_folder(self) -> str | AnyPath:
         return self.config.subject.path or self.workdir / "subject"
 
 

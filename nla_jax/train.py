@@ -257,7 +257,7 @@ def rl(run: Run) -> None:
                 watchdog.observe(log.write(i + 1, metrics))
                 progress.update(fve=float(metrics["fve"]), reward=float(metrics["reward"]))
                 phases.enter("checkpoint")
-                checkpoints.save(i + 1, state, force=i + 1 == c.steps)
+                checkpoints.save(i + 1, state, force=i + 1 == c.steps, before=log.flush)
             progress.close()
             log.close()
         trained(pair, state).save(run.workdir / "pair")

@@ -146,7 +146,7 @@ def same_run(found: Path, expected: Path) -> None:
         (["--num_processes=2"], "do not name a host of a run: give HOST:PORT"),
         (["--coordinator=here:80", "--num_processes=2", "--process_id=2"], "do not name a host of a run"),
         (["--coordinator=auto", "--process_id=0"], "leave them out"),
-        (["--workdir=gs://bucket/run"], "bucket/run is no path; mount the bucket"),
+        (["--workdir=s3://bucket/run"], "s3://bucket/run is neither a local path nor"),
     ],
 )
 def test_flags_that_name_no_host_or_folder(flags, message, capsys):

@@ -10,7 +10,7 @@ import nla_jax
 ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
     ["errors", "hlo", "models.attention", "models.rope"],
-    ["distributed", "sharding"],
+    ["distributed", "files", "sharding"],
     ["models.transformer"],
     ["models.families"],
     ["models.pretrained"],
@@ -27,7 +27,13 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["benchmark", "plan", "pretrain", "search", "topology", "train", "evaluate.evaluation"],
     ["cli"],
 ]
-ALONE = {"errors": set(), "models.attention": set(), "sharding": {"errors"}, "distributed": {"errors"}}  # what these import of ours at most
+ALONE = {
+    "errors": set(),
+    "models.attention": set(),
+    "sharding": {"errors"},
+    "distributed": {"errors"},
+    "files": {"errors"},
+}  # what these import of ours at most
 CONFIG_READERS = {"run", "fit", "train", "pretrain", "cli"}  # may know ml_collections
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}
 MODULES = {name: file for name, file in MODULES.items() if not name.endswith("__init__")}

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ from nla_jax.data.extraction import (
 from nla_jax.data.reference import LABEL, TEXT, Origin, import_datasets, read_labels, sidecar_content
 from nla_jax.distributed import barrier, share
 from nla_jax.errors import InputError
+from nla_jax.files import AnyPath
 from nla_jax.metrics import Progress
 from nla_jax.models.pretrained import fingerprint, locate, read_config
 from nla_jax.run import Run, resolve
@@ -131,7 +131,7 @@ class Rows:
     says which rows of the shards they are, ascending; None: all of them."""
 
     vectors: np.ndarray
-    shards: tuple[Path, ...]
+    shards: tuple[AnyPath, ...]
     at: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ class Rows:
                 yield [""] * len(at)
 
 
-def load_rows(workdir: Path, split: str) -> Rows:
+def load_rows(workdir: AnyPath, split: str) -> Rows:
     """All rows of a split."""
     files = shards_of(workdir / "activations", split)
     return Rows(mapped_vectors(files), tuple(files))

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from nla_jax.data.corpus import Document
-from nla_jax.distributed import from_writer
+from nla_jax.distributed import from_writer, host_index
 from nla_jax.errors import InputError
+from nla_jax.files import AnyPath, local, replacing
 from nla_jax.subject import Activations, Subject, activations_at
 
 VECTORS = "activation_vector"
@@ -89,10 +90,14 @@ def list_vectors(column: pa.Array, width: int, place: Path) -> np.ndarray:
     raise InputError(f"{place}: {VECTORS} {wrong}, expected {width} finite floating point numbers a row.")
 
 
-def mapped_vectors(files: Sequence[Path]) -> np.memmap:
-    """The vectors of all shards of a split, `[n, d]` float32, mapped from a `.npy` file beside them that the first use writes.
-    Its name depends on the sizes and times of the shards: changed shards are decoded anew."""
-    return np.load(files[0].with_name(from_writer(lambda: _decoded_vectors(files))), mmap_mode="r")
+def mapped_vectors(files: Sequence[AnyPath]) -> np.memmap:
+    """The vectors of all shards of a split, `[n, d]` float32, mapped from a `.npy` file beside them (beside their local copies,
+    which are each host's own) that the first use writes. Its name depends on the sizes and times of the shards: changed shards
+    are decoded anew."""
+    copies = [local(file) for file in files]
+    decode = lambda: _decoded_vectors(copies)
+    name = from_writer(decode) if isinstance(files[0], Path) else decode()
+    return np.load(copies[0].with_name(name), mmap_mode="r")
 
 
 def _decoded_vectors(files: Sequence[Path]) -> str:
@@ -105,7 +110,7 @@ def _decoded_vectors(files: Sequence[Path]) -> str:
         with readable(files[0]):
             width = pq.read_schema(files[0]).field(VECTORS).type.list_size
         shape = (sum(map(row_count, files)), width)
-        scratch = path.with_name(path.name + ".incomplete")
+        scratch = path.with_name(f"{path.name}.{host_index()}.incomplete")  # hosts may decode at once
         with open(scratch, "wb") as out:  # written, not mapped: a full disk is an error then, and no crash
             np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for file in files:
@@ -118,12 +123,12 @@ def _decoded_vectors(files: Sequence[Path]) -> str:
 # Files
 
 
-def write_table(table: pa.Table, path: Path, sidecar: dict | None = None) -> None:
+def write_table(table: pa.Table, path: AnyPath, sidecar: dict | None = None) -> None:
     """Writes a Parquet file, see `write_tables`."""
     write_tables(table.schema, [table], path, sidecar)
 
 
-def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: Path, sidecar: dict | None = None) -> None:
+def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: AnyPath, sidecar: dict | None = None) -> None:
     """Writes a Parquet file (its sidecar first), one row group or more a table; it appears under its name only once it is
     complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,14 +136,12 @@ def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: Path, side
         path.with_name(path.name + SIDECAR).write_text(
             yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
-    scratch = path.with_name(path.name + ".incomplete")
-    with pq.ParquetWriter(scratch, schema) as writer:
+    with replacing(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
         for table in tables:
             writer.write_table(table)
-    os.replace(scratch, path)
 
 
-def shards_of(folder: Path, split: str) -> list[Path]:
+def shards_of(folder: AnyPath, split: str) -> list[AnyPath]:
     """The files of a split in order. Raises `InputError` where one is missing."""
     files = sorted(folder.glob(f"{split}-*-of-*.parquet"))
     if not files:
@@ -152,7 +155,7 @@ def shards_of(folder: Path, split: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(path: AnyPath) -> Iterator[None]:
     """Raises `InputError` where the Parquet file is missing, damaged or lacks a column."""
     try:
         yield
@@ -161,25 +164,25 @@ def readable(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be read as a Parquet file with the columns expected ({reason}).") from None
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns; see `readable`."""
     with readable(path):
-        return pq.read_table(path, columns=columns)
+        return pq.read_table(local(path), columns=columns)
 
 
-def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def read_batches(path: AnyPath, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Columns of a Parquet file, `BATCH` rows at a time; see `readable`."""
-    with readable(path), pq.ParquetFile(path, memory_map=True) as file:
+    with readable(path), pq.ParquetFile(local(path), memory_map=True) as file:
         yield from file.iter_batches(BATCH, columns=columns)
 
 
-def columns_of(path: Path) -> list[str]:
+def columns_of(path: AnyPath) -> list[str]:
     """The names of a Parquet file's columns; see `readable`."""
     with readable(path):
-        return pq.read_schema(path).names
+        return pq.read_schema(local(path)).names
 
 
-def row_count(path: Path) -> int:
+def row_count(path: AnyPath) -> int:
     """The number of rows of a Parquet file; see `readable`."""
     with readable(path):
-        return pq.read_metadata(path).num_rows
+        return pq.read_metadata(local(path)).num_rows

@@ -35,6 +35,7 @@ from nla_jax.data.extraction import (
 )  # fmt: skip
 from nla_jax.distributed import barrier, share
 from nla_jax.errors import InputError
+from nla_jax.files import AnyPath, local
 from nla_jax.metrics import Progress
 from nla_jax.sidecar import Sidecar, read_yaml
 
@@ -297,7 +298,7 @@ def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 # Writing
 
 
-def read_labels(shard: Path) -> pa.ChunkedArray:
+def read_labels(shard: AnyPath) -> pa.ChunkedArray:
     """The labels of a shard of activations. Raises `InputError` where there are none, or not one for each row."""
     file = shard.parent.parent / "labels" / shard.name
     if not file.exists():
@@ -308,7 +309,7 @@ def read_labels(shard: Path) -> pa.ChunkedArray:
     return labels
 
 
-def export_datasets(workdir: Path, out: Path, pair: Sidecar) -> None:
+def export_datasets(workdir: AnyPath, out: Path, pair: Sidecar) -> None:
     """Writes a run's rows as `av_sft.parquet`, `ar_sft.parquet`, `rl.parquet` and `heldout.parquet` (of the form of `av_sft`) with
     their sidecars; `pair` is the sidecar of the run's models, whose templates and tokens they get.
 
@@ -318,7 +319,7 @@ def export_datasets(workdir: Path, out: Path, pair: Sidecar) -> None:
         files = shards_of(workdir / "activations", split)
         keep_text = all(TEXT in columns_of(file) for file in files)
         facts = files[0].with_name(files[0].name + SIDECAR)
-        made = read_yaml(facts, f"{facts} is missing; run `nla extract` again in another folder.")
+        made = read_yaml(local(facts), f"{facts} is missing; run `nla extract` again in another folder.")
         if not isinstance(made.get("extraction"), dict) or "corpus" not in made["extraction"]:
             raise InputError(
                 f"{facts} names no corpus; it is of an older version: run `nla extract` in another folder."

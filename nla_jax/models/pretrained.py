@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
 from nla_jax.distributed import barrier, from_writer, is_writer, share, to_host
 from nla_jax.errors import InputError
+from nla_jax.files import local, path_to, reaching, upload
 from nla_jax.models.families import (
     CONSTANTS,
     FAMILIES,
@@ -342,8 +344,18 @@ def save_model(
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A scratch folder that takes the place of `folder` when the block ends without an error, on all hosts where there are
-    several."""
-    folder = Path(folder)
+    several. On a bucket, where no folder can be renamed, each host uploads from a scratch folder of its own: a kill meanwhile
+    leaves a part of the new one."""
+    if not isinstance(folder := path_to(folder), Path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            if is_writer() and folder.exists():
+                with reaching(folder):
+                    folder.rmtree()
+            barrier(f"a new {folder.name}")
+            upload(Path(scratch), folder)
+        barrier(f"{folder.name} in place")
+        return
     scratch = folder.with_name(folder.name + ".incomplete")
     if is_writer():
         shutil.rmtree(scratch, ignore_errors=True)
@@ -457,9 +469,10 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def locate(name: str | os.PathLike) -> Path:
-    """The local folder of a model: a folder as given, or a hub id (`org/name`, `org/name@revision`) fetched once."""
-    if Path(name).is_dir():
-        return Path(name)
+    """The local folder of a model: a folder as given, a copy of one on a bucket, or a hub id (`org/name`,
+    `org/name@revision`) fetched once."""
+    if path_to(name).is_dir():
+        return local(name)
     repo, _, revision = str(name).partition("@")
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise InputError(f"There is no model folder {name}, and it is not a hub id of the form org/name.")
@@ -481,7 +494,7 @@ def locate(name: str | os.PathLike) -> Path:
 def fingerprint(folder: str | os.PathLike) -> str:
     """A hash of the weights and config of a checkpoint (or a PEFT adapter), for recording what a run was based on. Of several
     hosts, which must all call this, only the first one reads the files."""
-    return from_writer(lambda: _hash(Path(folder)))
+    return from_writer(lambda: _hash(local(folder)))
 
 
 def _hash(folder: Path) -> str:
