@@ -18,8 +18,7 @@ from pathlib import Path
 
 from side_by_side import HERE, MALLOC, ROOT, Worker, machine
 
-MESHES = ((1, 1, 1), (2, 1, 1), (8, 1, 1), (1, 2, 1), (1, 8, 1), (2, 2, 2))
-FLAGS = ("--activations=16", "--group=8", "--remat=nothing_saveable")
+MESHES = ((1, 1, 1), (1, 2, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
 NLA = (sys.executable, "-m", "nla_jax.cli")
 
 
@@ -33,7 +32,7 @@ def environment(devices: int) -> dict[str, str]:
 def worker(mesh: tuple[int, ...]) -> Worker:
     sizes = [f"--{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh)]
     print(f"mesh {mesh} starts", file=sys.stderr)
-    command = [*NLA, "benchmark", "rl", *FLAGS, *sizes, "--interactive"]
+    command = [*NLA, "benchmark", "rl", *sizes, "--interactive"]
     return Worker(str(mesh), command, environment(mesh[0] * mesh[1] * mesh[2]))
 
 
@@ -68,7 +67,7 @@ def main() -> None:
     lines = [
         f"`{shlex.join(['python', *sys.argv])}`, {datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}",
         "",
-        f"{about['processor']}, {about['cpus']} CPUs shared by all devices, jax {about['jax']}; 128 samples a step.",
+        f"{about['processor']}, {about['cpus']} CPUs shared by all devices, jax {about['jax']}; 64 samples a step (the default shape of `nla benchmark rl`).",
         "",
         "| mesh (data, fsdp, tensor) | devices | median s | time / one device's | planned MiB a device: train step | rollout |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
