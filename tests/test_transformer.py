@@ -35,11 +35,11 @@ def test_attention_equals_naive_softmax():
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     B, T, M, N, H = 6, 4, 4, 2, 8
-    shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T))]
+    shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T)), (6, 3 * T, (1, 1))]  # the last: more than read it
     segments = [Segment(draw(b, N, S, H), draw(b, N, S, H), rng.random((*m, S)) < 0.6) for b, S, m in shapes]
     hidden = dataclasses.replace(segments[2], mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
     causal = dataclasses.replace(segments[3], mask=np.tril(np.ones((1, T, T), bool)))
-    segments, q = [segments[0], segments[1], hidden, causal], draw(B, T, M, H)
+    segments, q = [segments[0], segments[1], hidden, causal, segments[4]], draw(B, T, M, H)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(attention, q, segments):
@@ -51,7 +51,7 @@ def test_attention_equals_naive_softmax():
 
     expected = run(naive_attention, q, segments)
     close(run(attend, q, segments), expected, 1e-5)
-    assert all(np.abs(gradient).max() > 1e-3 for i in (0, 1, 3) for gradient in expected[0][1][i])
+    assert all(np.abs(gradient).max() > 1e-3 for i in (0, 1, 3, 4) for gradient in expected[0][1][i])
 
 
 def full_states(verbalizer, params, vectors, responses):
@@ -128,6 +128,23 @@ def test_rematerialisation_changes_no_gradient(params, responses):
         return jax.jit(jax.grad(loss))(params)
 
     close(gradients("nothing_saveable"), gradients(None), 1e-5)
+
+
+def test_what_a_remat_policy_keeps_is_not_computed_again(params, responses):
+    """Keeping products keeps those of the linear maps: the gradient has no more of them than without rematerialisation."""
+
+    def maps(jaxpr) -> int:
+        """Products without batch axes, loop bodies counted once."""
+        own = sum(e.primitive.name == "dot_general" and not e.params["dimension_numbers"][1][0] for e in jaxpr.eqns)
+        inner = (getattr(x, "jaxpr", x) for e in jaxpr.eqns for x in jax.tree.leaves(list(e.params.values())))
+        return own + sum(maps(x) for x in inner if hasattr(x, "eqns"))
+
+    def of_gradient(remat):
+        model = Transformer(dataclasses.replace(TINY, remat=remat))
+        loss = lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, responses, method="next_token_logits")))
+        return maps(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+    assert of_gradient("dots_with_no_batch_dims_saveable") == of_gradient(None) < of_gradient("nothing_saveable")
 
 
 def test_only_distances_between_positions_count(model, params, responses):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
@@ -107,11 +108,21 @@ def _partial(q, segment: Segment, scale: float, cap: float | None):
 
 def _scores(queries, segment: Segment, scale: float, cap: float | None):
     """Masked scores `[b, N, r, T, M/N, S]` of folded queries, and the derivative of each by the dot product q·k."""
-    scores, slope = scale * _dot(queries, segment.k, 5, 3), scale
+    scores, slope = scale * _products(queries, segment.k), scale
     if cap is not None:
         scores = soft_cap(scores, cap)
         slope = scale * (1 - (scores / cap) ** 2)
     return jnp.where(segment.mask[:, None, None, :, None], scores, MASKED), slope
+
+
+def _products(queries, keys):
+    """q·k of all queries and keys. Of two operands a CPU reads the second by columns, which it does slowly: when decoding, that
+    should be the few queries."""
+    plain = lambda queries, keys: _dot(queries, keys, 5, 3)
+    if np.prod(queries.shape[2:5]) >= keys.shape[2]:
+        return plain(queries, keys)
+    swapped = lambda queries, keys: jnp.moveaxis(_dot(keys, queries, 3, 5), 2, -1)
+    return jax.lax.platform_dependent(queries, keys, cpu=swapped, default=plain)
 
 
 def _dot(x, y, x_axes, y_axes):

@@ -95,24 +95,36 @@ class RMSNorm(nn.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: Array, kernel: Array, axes: int) -> Array:
     """x · kernel over the last `axes` axes of x and the first of the kernel. Its own rule for the gradient of the kernel
-    says which operand a CPU must transpose for it: the smaller one. (JAX would always transpose the gradient of the result,
-    which in an MLP is the larger one.)"""
+    says which operand is transposed for it: the smaller one. (JAX would always transpose the gradient of the result, which in
+    an MLP is the larger one.)"""
     return jnp.tensordot(x, kernel, axes)
 
 
 def _linear_forward(x, kernel, axes):
-    return linear(x, kernel, axes), (x, kernel)
+    return jnp.tensordot(x, kernel, axes), (x, kernel)  # not `linear`, in which a remat policy would see no product
 
 
 def _linear_backward(axes, saved, d_y):
     x, kernel = saved
-    outputs, rows = kernel.ndim - axes, list(range(x.ndim - axes))
+    outputs, rows = kernel.ndim - axes, x.ndim - axes
     d_x = jnp.tensordot(d_y, kernel, [list(range(-outputs, 0))] * 2)
     if x.size <= d_y.size:
-        d_kernel = jnp.tensordot(x, d_y, (rows, rows))
+        d_kernel = _over_rows(x, d_y, rows)
     else:
-        d_kernel = jnp.moveaxis(jnp.tensordot(d_y, x, (rows, rows)), range(outputs), range(-outputs, 0))
+        d_kernel = jnp.moveaxis(_over_rows(d_y, x, rows), range(outputs), range(-outputs, 0))
     return d_x, d_kernel
+
+
+def _over_rows(x, y, rows: int):
+    """xᵀ y, summed over their first `rows` axes. On a CPU, a product of matrices reads xᵀ where x lies; of more axes it would
+    first write xᵀ, slowly. Elsewhere flattened rows would have to move."""
+
+    def flattened(x, y):
+        a, b = (z.reshape(np.prod(z.shape[:rows], dtype=int), -1) for z in (x, y))
+        return jnp.tensordot(a, b, (0, 0)).reshape(x.shape[rows:] + y.shape[rows:])
+
+    plain = lambda x, y: jnp.tensordot(x, y, [list(range(rows))] * 2)
+    return jax.lax.platform_dependent(x, y, cpu=flattened, default=plain)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
