@@ -35,7 +35,8 @@ def test_attention_equals_naive_softmax():
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     B, T, M, N, H = 6, 4, 4, 2, 8
-    shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T)), (6, 3 * T, (1, 1))]  # the last: more than read it
+    shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T)), (6, 3 * T, (1, 1))]
+    # Of the last segment there are more keys than queries, as when decoding.
     segments = [Segment(draw(b, N, S, H), draw(b, N, S, H), rng.random((*m, S)) < 0.6) for b, S, m in shapes]
     hidden = dataclasses.replace(segments[2], mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
     causal = dataclasses.replace(segments[3], mask=np.tril(np.ones((1, T, T), bool)))
