@@ -14,7 +14,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     # On TPU and GPU: bfloat16. `remat` names a policy of jax.checkpoint_policies: what blocks keep for the backward pass.
-    c.compute = ConfigDict(dict(dtype="float32", remat="dots_with_no_batch_dims_saveable"))
+    # `attention`: xla, cudnn (GPU) or splash (TPU); the kernels pay where texts are long.
+    c.compute = ConfigDict(dict(dtype="float32", remat="dots_with_no_batch_dims_saveable", attention="xla"))
     c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
 
     # Of every training loop. Kept: the newest `keep` checkpoints, those of steps that `keep_every` divides (0: none), and the

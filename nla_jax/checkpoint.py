@@ -17,7 +17,7 @@ from nla_jax.files import AnyPath
 
 # The settings that may differ between the runs that share a working folder: what they name says where and how a result is
 # computed and how often it is looked at, not what it is. A field is free where its name, or that of one above it, stands here.
-FREE = frozenset({"mesh", "remat", "micro_batches", "rollout_chunks", "checkpoint_every", "heldout_every"})
+FREE = frozenset({"mesh", "remat", "attention", "micro_batches", "rollout_chunks", "checkpoint_every", "heldout_every"})
 UNTIL_FINISHED = frozenset({"steps"})  # free, too, as long as the stage has not finished
 
 

@@ -4,8 +4,8 @@ XLA's own cost analysis counts the body of a loop once, so that a model whose la
 every computation is counted as often as it runs. All figures are those of one device: the text is that of the
 partitioned program.
 
-    FLOPs         2 · multiply-adds of dots, convolutions (the form that matrix products have on TPUs) and calls of a GPU's
-                  matrix product, nothing else
+    FLOPs         2 · multiply-adds of dots, convolutions (the form that matrix products have on TPUs), splash attention's
+                  blocks and calls of a GPU's matrix product, nothing else
     bytes         operands and results of each instruction or fusion, as laid out (padding to tiles included); of a slice
                   what is read, of an update in place what is written; on-chip memory spaces cost nothing
     collectives   bytes that a device sends over its links in the ring algorithm, by kind: n devices send (n - 1)/n of
@@ -143,7 +143,8 @@ class Program:
         self.machine = machine
         self._cost = functools.cache(self._cost)
         self.computations: dict[str, dict[str, Instruction]] = {}
-        for head, body in re.findall(r"^(\S[^\n]*) \{\n(.*?)^\}", text, re.M | re.S):
+        # A line that begins with "}}" ends the metadata of a kernel, which may be of several lines.
+        for head, body in re.findall(r"^(\S[^\n]*) \{\n(.*?)^\}(?!\})", text, re.M | re.S):
             entry, name = re.match(r"(ENTRY )?%?([\w.\-]+)", head).groups()
             instructions = [_instruction(line) for line in body.splitlines() if " = " in line]
             self.computations[name] = {i.name: i for i in instructions}
@@ -378,6 +379,12 @@ def _flops(i: Instruction, scope: dict[str, Instruction]) -> float:
         sizes = scope[i.operands[0]].arrays[0].sizes
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.text)[1]
         return 2.0 * math.prod(i.arrays[0].sizes) * math.prod(sizes[int(n)] for n in re.findall(r"\d+", contracted))
+    if i.opcode == "custom-call" and (kernel := re.match(r"splash_m.a_(fwd|dq|dkv)", i.name)):
+        products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel[1]]
+        _, rows, columns = scope[i.operands[0]].arrays[0].sizes  # blocks of the grid, of which those up to the diagonal run
+        *heads, length, width = scope[i.operands[2]].arrays[0].sizes  # the queries
+        blocks = min(rows * columns, rows * (rows + 1) // 2)
+        return products * 2.0 * math.prod(heads) * width * blocks * (length / rows) ** 2
     if i.opcode == "convolution":
         return _convolution_flops(i, *(scope[name].arrays[0].sizes for name in i.operands))
     return 0.0

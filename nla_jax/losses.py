@@ -4,10 +4,12 @@ A reward is a function `reward(mse [B], length [B]) -> [B]`, an advantage `advan
 name one by value or import path, so that a new one edits no file of this package.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nla_jax.models.transformer import Transformer, output_head
 from nla_jax.sharding import on_each_device
@@ -40,47 +42,87 @@ class TokenStatistics:
     kl: Float[Array, "*B"]
 
 
-def token_statistics(
+def token_loss(
     model: Transformer,
     params: dict,
     hidden: Float[Array, "B R D"],
     targets: Int[Array, "B R"],
-    *,
+    loss: Callable[..., Float[Array, "n"]],
+    *data: Shaped[Array, "B R"],
     temperature: float = 1.0,
     reference: tuple[dict, Float[Array, "B R D"]] | None = None,
     chunk: int = 512,
-) -> TokenStatistics:
-    """Statistics of `targets` under softmax(logits(hidden) / temperature); `reference` is another model's parameters and
-    its states at the same tokens. Each device works through the tokens of its rows, `chunk` at a time, and recomputes logits in
-    the backward pass: never `[B·R, V]` at once. The KL is exact (a sum over the vocabulary), so its gradient has no sampling
-    noise and nothing in it can overflow as the k3 estimator does."""
-    heads, states = [output_head(params, model.config)], [hidden]
-    if reference is not None:
-        heads, states = [*heads, output_head(reference[0], model.config)], [*states, reference[1]]
+) -> tuple[Float[Array, ""], TokenStatistics]:
+    """The sum over all tokens of `loss(statistics [n], *data [n])`, and the statistics of `targets` under
+    softmax(logits(hidden) / temperature), of which only `loss` may make a gradient. `data` are constants of each token;
+    `reference` is another model's parameters and its states at the same tokens, constants too.
+
+    Each device works through the tokens of its rows, `chunk` at a time: never `[B·R, V]` logits at once. Where a gradient is
+    wanted, each chunk makes its part of it while its logits are there, so that none is computed twice. (A mean's divisor
+    belongs into `data`: what multiplies the result afterwards multiplies a gradient of the head's size.) The KL is exact (a
+    sum over the vocabulary), so its gradient has no sampling noise and nothing in it can overflow as the k3 estimator does."""
 
     def log_softmax(head, hidden):
         return jax.nn.log_softmax(model.apply({"params": head}, hidden, method="logits") / temperature)
 
-    @jax.checkpoint
-    def of_chunk(heads, states, targets):
-        logp, *others = map(log_softmax, heads, states)
+    def of_chunk(head, hidden, other_head, constants):
+        targets, data, other_hidden, real = constants
+        logp = log_softmax(head, hidden)
         p = jnp.exp(logp)
-        kl = jnp.sum(p * (logp - others[0]), -1) if others else jnp.zeros_like(logp[:, 0])
         chosen = jnp.take_along_axis(logp, targets[:, None], -1)[:, 0]
-        return TokenStatistics(chosen, -jnp.sum(p * logp, -1), kl)
+        kl = jnp.zeros_like(chosen)
+        if other_head is not None:
+            kl = jnp.sum(p * (logp - log_softmax(other_head, other_hidden)), -1)
+        tokens = TokenStatistics(chosen, -jnp.sum(p * logp, -1), kl)
+        return jnp.sum(jnp.where(real, loss(tokens, *data), 0)), tokens
 
-    def of_rows(heads, states, targets):
-        n = targets.size
+    def scan(of_chunk, carry, hidden, constants):
+        """`of_chunk(carry, hidden, constants) -> (carry, (sum, statistics, ...))` from chunk to chunk of the tokens.
+        Returns the last carry, the total `[1]`, and the rest in rows again."""
+        shape = constants[0].shape
+        n = shape[0] * shape[1]
         c = -(-n // -(-n // chunk))  # as many chunks, of equal size
 
         def chunks(x):  # [b, R, ...] -> [bR/c, c, ...]
             x = x.reshape(n, *x.shape[2:])
             return jnp.pad(x, ((0, -n % c), *[(0, 0)] * (x.ndim - 1))).reshape(-1, c, *x.shape[1:])
 
-        statistics = jax.lax.map(lambda x: of_chunk(heads, *x), (jax.tree.map(chunks, states), chunks(targets)))
-        return jax.tree.map(lambda x: x.reshape(-1)[:n].reshape(targets.shape), statistics)
+        xs = jax.tree.map(chunks, (hidden, (*constants, jnp.ones(shape, bool))))
+        carry, (sums, *rest) = jax.lax.scan(lambda carry, x: of_chunk(carry, *x), carry, xs)
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n].reshape(*shape, *x.shape[2:]), rest)
+        return carry, sums.sum()[None], *rows
 
-    return on_each_device(of_rows, heads, states, targets)
+    @jax.custom_vjp
+    def of_rows(trained, other_head, constants):
+        head, hidden = trained
+        plain = lambda _, hidden, constants: (None, of_chunk(head, hidden, other_head, constants))
+        return scan(plain, None, hidden, constants)[1:]
+
+    def forward(trained, other_head, constants):
+        head, hidden = trained
+
+        def with_gradient(d_head, hidden, constants):
+            value = jax.value_and_grad(of_chunk, (0, 1), has_aux=True)
+            (part, tokens), (more, d_hidden) = value(head, hidden, other_head, constants)
+            return jax.tree.map(jnp.add, d_head, more), (part, tokens, d_hidden)
+
+        zeros = jax.tree.map(jnp.zeros_like, head)
+        d_head, total, tokens, d_hidden = scan(with_gradient, zeros, hidden, constants)
+        return (total, tokens), (d_head, d_hidden)
+
+    def backward(gradient, d_result):
+        (d_total,), _ = d_result
+        return jax.tree.map(lambda g: (d_total * g).astype(g.dtype), gradient), None, None
+
+    of_rows.defvjp(forward, backward)
+
+    def on_device(heads, hidden, *constants):
+        return of_rows((heads[0], hidden), heads[1], constants)
+
+    other_params, other_hidden = reference or (None, None)
+    heads = tuple(params and output_head(params, model.config) for params in (params, other_params))
+    totals, tokens = on_each_device(on_device, heads, hidden, targets, data, other_hidden)
+    return totals.sum(), tokens
 
 
 def masked_mean(x: Float[Array, "*B"], mask: Bool[Array, "*B"]) -> Float[Array, ""]:

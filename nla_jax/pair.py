@@ -16,6 +16,7 @@ from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, keep
 from nla_jax.distributed import is_writer, to_host
 from nla_jax.errors import InputError
 from nla_jax.files import AnyPath, path_to
+from nla_jax.models.kernels import with_kernel
 from nla_jax.models.lora import CONFIG as ADAPTER
 from nla_jax.models.lora import Lora, load_adapter, read_settings, save_adapter
 from nla_jax.models.pretrained import (
@@ -189,6 +190,7 @@ def new_pair(
     folder: Path,
     dtype: Any = jnp.float32,
     remat: str | None = None,
+    attention: str = "xla",
     *,
     av_lora: Lora | None = None,
     ar_lora: Lora | None = None,
@@ -197,7 +199,7 @@ def new_pair(
 ) -> Pair:
     """An untrained pair: AV and AR start from the subject in `folder`, whole or as new adapters to it (whose base is then held
     once, in `dtype`); the AR's head is the identity. On a `mesh` every parameter is read straight into its training place."""
-    config = _config(folder, dtype, remat)
+    config = _config(folder, dtype, remat, attention, mesh)
     verbalizer, reconstructor, prompts = _models(
         sidecar, config, config.truncated(sidecar.layer + 1), folder, av_lora, ar_lora
     )
@@ -214,6 +216,7 @@ def load_pair(
     ar: str | Path | None = None,
     dtype: Any = jnp.float32,
     remat: str | None = None,
+    attention: str = "xla",
     *,
     base: str | Path | None = None,
     injection: Injection | None = None,
@@ -223,7 +226,7 @@ def load_pair(
     Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names.
 
     Whole parameters are float32, a frozen base `dtype`, which is also what they compute in; `remat` is the name of a
-    `jax.checkpoint_policies` policy. `injection` says how activations enter the prompt where that is not what the sidecar
+    `jax.checkpoint_policies` policy, `attention` that of a kernel (models/kernels.py). `injection` says how activations enter the prompt where that is not what the sidecar
     says. On a `mesh` every parameter is read straight into its training place.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
@@ -242,10 +245,9 @@ def load_pair(
 
     adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}
     base_folder = _base_folder(base, [folder for folder in (av, ar) if adapters[folder]])
-    config = _config(base_folder if adapters[av] else av, dtype, remat)
-    truncated = (
-        _config(base_folder, dtype, remat).truncated(sidecar.layer + 1) if adapters[ar] else _config(ar, dtype, remat)
-    )
+    read = lambda folder: _config(folder, dtype, remat, attention, mesh)
+    config = read(base_folder if adapters[av] else av)
+    truncated = read(base_folder).truncated(sidecar.layer + 1) if adapters[ar] else read(ar)
     if (config.width, truncated.width, truncated.layers) != (sidecar.d_model, sidecar.d_model, sidecar.layer + 1):
         raise InputError(
             f"The sidecar of {ar} says d_model {sidecar.d_model} and layer {sidecar.layer} ({sidecar.layer + 1} blocks), but "
@@ -255,7 +257,7 @@ def load_pair(
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
     verbalizer, reconstructor, prompts = _models(sidecar, config, truncated, av, av_lora, ar_lora)
-    frozen = _load(base_folder, _config(base_folder, dtype, remat), mesh, dtype=dtype) if base_folder else None
+    frozen = _load(base_folder, read(base_folder), mesh, dtype=dtype) if base_folder else None
     sidecar = dataclasses.replace(sidecar, suffix_ids=tuple(prompts.suffix_ids()))  # some sidecars do not say them
     av_params = av_params or _load(av, config, mesh)
     backbone = backbone or _load(ar, truncated, mesh, truncated=True)
@@ -296,8 +298,8 @@ def _base_folder(given: str | Path | None, adapters: list[Path]) -> Path | None:
     return locate(given or find_base(names.pop(), adapters[0].parent))
 
 
-def _config(folder: Path, dtype, remat) -> TransformerConfig:
-    return dataclasses.replace(read_config(folder, dtype), remat=remat or None)
+def _config(folder: Path, dtype, remat, attention, mesh) -> TransformerConfig:
+    return dataclasses.replace(with_kernel(read_config(folder, dtype), attention, mesh), remat=remat or None)
 
 
 def _load(

@@ -27,6 +27,7 @@ from nla_jax.errors import InputError
 from nla_jax.fit import make_optimizer
 from nla_jax.flops import Flops, blocks, reconstructor_flops, verbalizer_flops
 from nla_jax.hlo import Program
+from nla_jax.models.kernels import with_kernel
 from nla_jax.models.pretrained import locate, model_config, read_config
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.pretrain import SHIPPED
@@ -42,7 +43,7 @@ from nla_jax.sharding import (
     shardings,
 )
 from nla_jax.subject import ROWS
-from nla_jax.topology import GiB, Slice
+from nla_jax.topology import GiB, Slice, libtpu_wanted
 from nla_jax.train import lora
 from nla_jax.train_step import (
     Frozen,
@@ -149,7 +150,7 @@ def tasks(config, mesh: Mesh, host: Mesh | None = None) -> dict[str, Task]:
     host, which extracts from documents of its own (default: those of the mesh's first).
 
     Raises `InputError` where the mesh does not divide a parameter."""
-    model, c, p = subject_config(config), config.rl, config.plan
+    model, c, p = with_kernel(subject_config(config), config.compute.attention, mesh), config.rl, config.plan
     subject = model.truncated(config.subject.layer + 1)
     injection = Injection(resolve(config.prompts.injection), config.prompts.injection_block)
     prompt = tuple(range(p.prefix)), tuple(range(p.suffix))
@@ -242,9 +243,14 @@ def plan_program(task: Task, place: Slice) -> dict:
         with jax.set_mesh(task.mesh):
             compiled = task.function.lower(*task.arguments, **task.options).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         reason = " ".join(str(error).split("\n\n")[0].split())
+        if "RESOURCE_EXHAUSTED" not in reason:
+            if place.sizes and (wanted := libtpu_wanted()):
+                raise InputError(
+                    f"The TPU compiler failed ({reason}). The installed libtpu is not the one that jax {jax.__version__} "
+                    f'asks for ({wanted}); install that one: pip install "jax[tpu]=={jax.__version__}".'
+                ) from None
+            raise
         return {"fits": False, "reason": reason, "compile_seconds": time.monotonic() - clock}
     seconds = time.monotonic() - clock
     memory = compiled.memory_analysis()
@@ -305,6 +311,7 @@ def describe(config, place: Slice, mesh: Mesh, programs: dict[str, dict]) -> dic
         "micro_batches": config.rl.micro_batches,
         "rollout_chunks": config.rl.rollout_chunks,
         "remat": config.compute.remat,
+        "attention": config.compute.attention,
         "memory_of_device": place.chip.memory,
         "programs": programs,
     }
@@ -340,6 +347,7 @@ def table(result: dict) -> str:
     """A plan in Markdown."""
     lines = [
         f"{result['devices']}, mesh {','.join(str(n) for n in result['mesh'].values())}, remat {result['remat']}, "
+        f"attention {result['attention']}, "
         f"{result['micro_batches']} micro-batches, {result['rollout_chunks']} rollout chunks, jax {result['jax']}; "
         f"{result['memory_of_device'] / GiB:.2f} GiB a device. Times are projections.",
         "",

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nla_jax.autoencoder import residual
 from nla_jax.data.batches import pad_tokens
 from nla_jax.errors import InputError
+from nla_jax.models.kernels import with_kernel
 from nla_jax.models.pretrained import fingerprint, load_params, load_tokenizer, locate, read_config
 from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.sharding import place_batch, shardings
@@ -56,12 +57,15 @@ class Activations:
         return len(self.vectors)
 
 
-def load_subject(name: str | Path, layer: int, dtype=jnp.float32, mesh: Mesh | None = None) -> Subject:
-    """Loads blocks 0..`layer` of a model folder or hub id in `dtype`, on a `mesh` straight into their training place.
+def load_subject(
+    name: str | Path, layer: int, dtype=jnp.float32, mesh: Mesh | None = None, attention: str = "xla"
+) -> Subject:
+    """Loads blocks 0..`layer` of a model folder or hub id in `dtype`, on a `mesh` straight into their training place. `attention`
+    names a kernel (models/kernels.py).
 
     Raises `InputError` for a layer that the model does not have, and where the mesh does not divide it."""
     folder = locate(name)
-    config = read_config(folder, dtype)
+    config = with_kernel(read_config(folder, dtype), attention, mesh)
     if not 0 <= layer < config.layers:
         raise InputError(
             f"Layer {layer} does not exist: {name} has blocks 0 to {config.layers - 1}; set subject.layer."

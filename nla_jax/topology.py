@@ -1,6 +1,7 @@
 """The devices that a plan is made for: chips and their published peaks, TPU slices by name, and what is present here."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -112,6 +113,16 @@ def slice_named(name: str) -> Slice:
     cores = len(devices) // math.prod(sizes)  # devices a chip: two on v4
     shares = {field: getattr(CHIPS[kind], field) / cores for field in ("flops", "memory", "bandwidth")}
     return Slice(name, dataclasses.replace(CHIPS[kind], **shares), sizes, tuple(devices))
+
+
+def libtpu_wanted() -> str | None:
+    """Which libtpu the installed jax asks for, where another one is installed; None where they match."""
+    from packaging.requirements import Requirement
+
+    wanted = (Requirement(line) for line in importlib.metadata.requires("jax") or ())
+    pins = [requirement.specifier for requirement in wanted if requirement.name == "libtpu"]
+    fits = all(importlib.metadata.version("libtpu") in pin for pin in pins)
+    return None if fits else str(pins[0])
 
 
 def present(dtype: Any) -> Slice:

@@ -23,7 +23,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer, normalise, normalised_mse
-from nla_jax.losses import FAILED_REWARD, group_normalised, masked_mean, negative_mse, token_statistics
+from nla_jax.losses import FAILED_REWARD, group_normalised, masked_mean, negative_mse, token_loss
 
 
 @struct.dataclass
@@ -140,21 +140,24 @@ class JointStep:
         ar_grads, mse = jax.grad(reconstruction_loss, has_aux=True)(state.reconstructor)
 
         reward = jnp.where(batch.valid, self.reward(mse, batch.response_mask.sum(1)), FAILED_REWARD)
-        advantage = self.advantage(reward.reshape(A, B // A)).reshape(B)
+        advantage = self.advantage(reward.reshape(A, B // A)).reshape(B, 1)
+        weights = batch.response_mask / totals["tokens"]
 
         anchor = None
         if self.kl_coefficient:
             reference = self.verbalizer.assemble(frozen.reference, frozen.base)
             anchor = reference, self.verbalizer.read_responses(reference, batch.vectors, batch.responses)
 
+        def objective(tokens, weight, weighted_advantage):
+            return -weighted_advantage * tokens.logprob + self.kl_coefficient * weight * tokens.kl
+
         def policy_loss(params):
             whole = self.verbalizer.assemble(params, frozen.base)
             hidden = self.verbalizer.read_responses(whole, batch.vectors, batch.responses)
-            tokens = token_statistics(
-                self.verbalizer.model, whole, hidden, batch.responses, temperature=self.temperature, reference=anchor
-            )
-            objective = -advantage[:, None] * tokens.logprob + self.kl_coefficient * tokens.kl
-            return jnp.sum(jnp.where(batch.response_mask, objective, 0)) / totals["tokens"], tokens
+            return token_loss(
+                self.verbalizer.model, whole, hidden, batch.responses, objective, weights, weights * advantage,
+                temperature=self.temperature, reference=anchor,
+            )  # fmt: skip
 
         av_grads, tokens = jax.grad(policy_loss, has_aux=True)(state.verbalizer)
         return (av_grads, ar_grads), {"mse": mse, "reward": reward, "tokens": tokens}
@@ -218,13 +221,18 @@ class TextBatch:
         return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
+def cross_entropy(model, params, hidden, targets, mask):
+    """Mean cross-entropy in nats per token where `mask` is True."""
+    weights = mask / jnp.maximum(mask.sum(), 1)
+    return token_loss(model, params, hidden, targets, lambda tokens, weight: -weight * tokens.logprob, weights)[0]
+
+
 def language_model_loss(model):
     """Mean cross-entropy in nats per token of a plain language model on `TextBatch` rows."""
 
     def loss(params, batch: TextBatch, base=None):
         (hidden,), _ = model.apply({"params": params}, [model.apply({"params": params}, batch.tokens, method="embed")])
-        logprob = token_statistics(model, params, hidden[:, :-1], batch.tokens[:, 1:]).logprob
-        return -masked_mean(logprob, batch.mask[:, 1:]), {}
+        return cross_entropy(model, params, hidden[:, :-1], batch.tokens[:, 1:], batch.mask[:, 1:]), {}
 
     return loss
 
@@ -235,8 +243,7 @@ def verbalizer_loss(verbalizer: Verbalizer):
     def loss(params, batch: TextBatch, base=None):
         whole = verbalizer.assemble(params, base)
         hidden = verbalizer.read_responses(whole, batch.vectors, batch.tokens)
-        logprob = token_statistics(verbalizer.model, whole, hidden, batch.tokens).logprob
-        return -masked_mean(logprob, batch.mask), {}
+        return cross_entropy(verbalizer.model, whole, hidden, batch.tokens, batch.mask), {}
 
     return loss
 

@@ -20,7 +20,7 @@ from nla_jax.benchmark.settings import PROGRAMS as VERBS
 from nla_jax.benchmark.settings import Settings, add_arguments
 from nla_jax.cli import main
 from nla_jax.errors import InputError
-from nla_jax.losses import token_statistics
+from nla_jax.losses import token_loss
 from nla_jax.models.families import FAMILIES
 from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import Transformer, abstract_params
@@ -206,7 +206,7 @@ def test_policy_forward_flops():
 
     def forward(params):
         hidden = model.read_responses(params, vectors, responses)
-        return token_statistics(model.model, params, hidden, responses)
+        return token_loss(model.model, params, hidden, responses, lambda tokens: tokens.logprob)
 
     expected = flops.verbalizer_flops(model, WIDE.activations, WIDE.group, WIDE.response).forward
     masked = unseen(WIDE, (1, WIDE.prefix), (WIDE.activations, WIDE.suffix), (rows, WIDE.response - 1)) - unused(

@@ -1,8 +1,10 @@
 """The counters agree with XLA where XLA counts right, and the real programs compile for a TPU that is not there."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from nla_jax import topology
 from nla_jax.cli import load_config, main
 from nla_jax.errors import InputError
 from nla_jax.hlo import Machine, Program
-from nla_jax.plan import plan, table, tasks
+from nla_jax.plan import plan, plan_program, table, tasks
 from nla_jax.search import ranking, search
 from nla_jax.topology import CHIPS, Chip, Slice, factorisations, mesh_over, present, slice_named
 
@@ -339,6 +341,23 @@ def test_without_the_compiler_one_sentence_says_how_to_get_it(monkeypatch):
         slice_named("v5p:4x4x4")
     with pytest.raises(InputError, match="is no topology"):
         slice_named("h100:8")
+
+
+@needs_libtpu
+def test_a_compiler_of_another_version_is_named(monkeypatch):
+    """XLA itself would say "async-update instruction should have 1 operands", or something as helpful."""
+
+    def lower(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: cannot read this")
+
+    place = slice_named("v5p:2x2x1")
+    task = tasks(small(), mesh_over(place.devices, (1, 4, 1)))["sft_ar"]
+    task = dataclasses.replace(task, function=SimpleNamespace(lower=lower))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="cannot read this"):
+        plan_program(task, place)
+    monkeypatch.setattr(topology.importlib.metadata, "version", lambda name: "99.0")
+    with pytest.raises(InputError, match=r"cannot read this.*asks for \(==.*pip install \"jax\[tpu\]"):
+        plan_program(task, place)
 
 
 def test_mesh_over():

@@ -12,7 +12,7 @@ from test_transformer import full_states
 
 from conftest import close
 from nla_jax.benchmark.measure import compilations
-from nla_jax.losses import token_statistics
+from nla_jax.losses import token_loss
 from nla_jax.models.attention import MASKED, soft_cap
 from nla_jax.sampling import rollout, sample_tokens
 from nla_jax.sharding import make_mesh
@@ -33,7 +33,9 @@ def draw(verbalizer, params, vectors):
 
 def states_then_statistics(verbalizer, params, vectors, tokens, temperature):
     hidden = verbalizer.read_responses(params, vectors, tokens)
-    return token_statistics(verbalizer.model, params, hidden, tokens, temperature=temperature)
+    return token_loss(
+        verbalizer.model, params, hidden, tokens, lambda tokens: tokens.logprob, temperature=temperature
+    )[1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -13,7 +13,7 @@ from test_transformer import full_states
 from conftest import TINY, joint_batch, close, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.benchmark.measure import compilations
-from nla_jax.losses import group_normalised, token_statistics
+from nla_jax.losses import group_normalised, token_loss
 from nla_jax.sampling import rollout
 from nla_jax.train_step import Frozen, JointBatch, JointStep, identical_share
 
@@ -165,25 +165,37 @@ def test_compiles_once(step, state, reference, batch, result):
 # Parts
 
 
-def test_token_statistics_in_chunks_equal_whole_logits(model, params, reference):
+def test_token_loss_in_chunks_equals_whole_logits(model, params, reference):
     rng = np.random.default_rng(2)
     hidden, other = rng.normal(size=(2, 3, 5, TINY.width)).astype(np.float32)
     targets = rng.integers(0, TINY.vocab_size, (3, 5))
     weights = rng.normal(size=(3, 3, 5)).astype(np.float32)
+    params = {name: params[name] for name in ("embedding", "blocks", "final_norm", "head")}
+    weighted = lambda s, a, b, c: a * s.logprob + b * s.entropy + c * s.kl
 
     def run(chunk):
         def loss(params, hidden):
-            s = token_statistics(
-                model, params, hidden, targets, temperature=0.7, reference=(reference, other), chunk=chunk
-            )
-            return jnp.sum(weights * jnp.stack([s.logprob, s.entropy, s.kl])), s
+            total, s = token_loss(
+                model, params, hidden, targets, weighted, *weights, temperature=0.7, reference=(reference, other),
+                chunk=chunk,
+            )  # fmt: skip
+            return 3 * total, (total, s)
 
-        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
-            {name: params[name] for name in ("embedding", "blocks", "final_norm", "head")}, hidden
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, hidden)
+
+    def plain(params, hidden):
+        new, old = (
+            jax.nn.log_softmax(model.apply({"params": p}, h, method="logits") / 0.7)
+            for p, h in ((params, hidden), (reference, other))
         )
+        chosen = jnp.take_along_axis(new, targets[..., None], -1)[..., 0]
+        entropy, kl = -jnp.sum(jnp.exp(new) * new, -1), jnp.sum(jnp.exp(new) * (new - old), -1)
+        return 3 * jnp.sum(weights * jnp.stack([chosen, entropy, kl]))
 
     whole = run(2048)
     close(run(4), whole, 1e-5)  # 15 tokens: the last chunk is not full
+    close(whole[0], jax.jit(jax.grad(plain, (0, 1)))(params, hidden), 1e-5)
+    close(3 * whole[1][0], plain(params, hidden), 1e-5)
 
     def log_softmax(params, hidden):
         x = hidden.astype(np.float64)
@@ -191,7 +203,7 @@ def test_token_statistics_in_chunks_equal_whole_logits(model, params, reference)
         logits = x @ params["head"].astype(np.float64) / 0.7
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
-    logp, base, statistics = log_softmax(params, hidden), log_softmax(reference, other), whole[1]
+    logp, base, statistics = log_softmax(params, hidden), log_softmax(reference, other), whole[1][1]
     np.testing.assert_allclose(statistics.logprob, np.take_along_axis(logp, targets[..., None], -1)[..., 0], rtol=1e-4)
     np.testing.assert_allclose(statistics.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(statistics.kl, (np.exp(logp) * (logp - base)).sum(-1), rtol=1e-4)

@@ -9,6 +9,7 @@ import numpy as np
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.errors import InputError
 from nla_jax.models.families import FAMILIES
+from nla_jax.models.kernels import PLATFORMS, with_kernel
 from nla_jax.models.lora import Lora
 from nla_jax.models.pretrained import model_config
 from nla_jax.models.transformer import Transformer, TransformerConfig
@@ -62,6 +63,7 @@ class Settings:
     remat: str = _flag(
         "dots_with_no_batch_dims_saveable", f"what a block keeps for its backward pass: {', '.join(REMAT)}"
     )
+    attention: str = _flag("xla", f"who computes it: xla, {', '.join(PLATFORMS)}")
     micro_batches: int = _flag(1, "parts of an RL batch whose gradients are summed")
     rollout_chunks: int = _flag(1, "parts in which a batch is sampled")
     data: int = _flag(1, "mesh axis: copies of the model")
@@ -122,6 +124,7 @@ class Settings:
             intermediate_size=self.mlp_width, tie_word_embeddings=not self.untied_head,
         )  # fmt: skip
         config = model_config(architecture, f"A {self.family} of these sizes", self.dtype)
+        config = with_kernel(config, self.attention)
         return dataclasses.replace(config, remat=None if self.remat == "none" else self.remat)
 
     @property

@@ -52,8 +52,10 @@ def extract(run: Run) -> None:
 def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     """Writes the shards of the config's corpus, each host its share of them. Returns `rows` and `documents` of each split."""
     c = run.config.extract
-    dtype, mesh = run.config.compute.dtype, host_mesh(run.mesh)
-    subject = load_subject(run.subject_folder, run.config.subject.layer, dtype, mesh if mesh.size > 1 else None)
+    compute, mesh = run.config.compute, host_mesh(run.mesh)
+    subject = load_subject(
+        run.subject_folder, run.config.subject.layer, compute.dtype, mesh if mesh.size > 1 else None, compute.attention
+    )
     by_split: dict[str, list] = {name: [] for name in run.config.split}
     for document in run.documents():
         by_split[run.split(document)].append(document)

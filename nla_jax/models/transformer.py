@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.models.attention import MASKED, SAVED, Segment, attend, causal_mask, soft_cap
+from nla_jax.models.kernels import attend_by
 from nla_jax.models.rope import Rope, rotate
 from nla_jax.sharding import DECODE, TRAIN, constrained, cut_batch, gathered
 
@@ -55,6 +56,7 @@ class TransformerConfig:
     # What a block keeps for its backward pass: the name of a `jax.checkpoint_policies` policy (what attention's backward pass
     # wants is kept beside it, but by `nothing_saveable`), or None to keep everything.
     remat: str | None = None
+    attention: str = "xla"  # "cudnn", "splash": a kernel of models/kernels.py instead of `attend`, but when decoding
     decoding: bool = False  # on a mesh: weights stay cut as sharding.DECODE says, where training gathers them
     vocab_rows: int | None = None  # of embedding and head, where they are padded for a mesh (None: vocab_size)
 
@@ -205,7 +207,7 @@ class Block(nn.Module):
                 kv = [tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)]
             reads = [zip([*past_kv, *kv[: i + 1]], masks[i], strict=True) for i in range(len(parts))]
             segments = [[Segment(k, v, mask[kind]) for (k, v), mask in read] for read in reads]
-            ys = [attend(q, read, scale, c.attention_cap) for q, read in zip(qs, segments)]
+            ys = [self._attend(q, read, kind, scale) for q, read in zip(qs, segments)]
             ys = dense((c.heads, c.head_dim), (c.width,), ("heads", "head_dim", "embed"), name="o")(ys)
             ys = each(norm("attention_post_norm"), ys) if c.post_norms else ys
             parts = [x + y for x, y in zip(parts, ys)]
@@ -219,6 +221,13 @@ class Block(nn.Module):
         if edit is not None:
             parts = edit(parts, layer)
         return (cut(parts), cache), own_kv if cache is None else None
+
+    def _attend(self, q, segments: list[Segment], kind, scale: float):
+        c = self.config
+        if c.attention == "xla" or c.decoding:
+            return attend(q, segments, scale, c.attention_cap)
+        by = lambda window: lambda q, segments: attend_by(c.attention, q, segments, window, scale, c.attention_cap)
+        return jax.lax.switch(kind, [by(None), by(c.window)], q, segments) if any(c.local) else by(None)(q, segments)
 
 
 def each(function: Callable, parts: Sequence[Array]) -> list[Array]:
