@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import TINY, close
+from nla_jax.models import attention
 from nla_jax.models.attention import Segment, attend
 from nla_jax.models.transformer import Transformer, empty_cache, truncate
 
@@ -31,7 +32,10 @@ def naive_attention(q, segments, scale):
     return jnp.einsum("bmts,bsmh->btmh", weights, v)
 
 
-def test_attention_equals_naive_softmax():
+@pytest.mark.parametrize("cache", [attention.CACHE, 1])
+def test_attention_equals_naive_softmax(monkeypatch, cache):
+    """With a cache of one byte a CPU computes as few rows at a time as segments allow: of six rows, three."""
+    monkeypatch.setattr(attention, "CACHE", cache)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     B, T, M, N, H = 6, 4, 4, 2, 8
@@ -43,15 +47,16 @@ def test_attention_equals_naive_softmax():
     segments, q = [segments[0], segments[1], hidden, causal, segments[4]], draw(B, T, M, H)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(attention, q, segments):
+    def run(function, q, segments):
         def loss(q, kv):
-            out = attention(q, [Segment(k, v, s.mask) for (k, v), s in zip(kv, segments)], 0.7)
+            out = function(q, [Segment(k, v, s.mask) for (k, v), s in zip(kv, segments)], 0.7)
             return jnp.sum(jnp.sin(3 * out)), out
 
         return jax.grad(loss, (0, 1), has_aux=True)(q, [(s.k, s.v) for s in segments])
 
     expected = run(naive_attention, q, segments)
     close(run(attend, q, segments), expected, 1e-5)
+    assert ("while" in run.lower(attend, q, segments).as_text()) == (cache == 1)
     assert all(np.abs(gradient).max() > 1e-3 for i in (0, 1, 3, 4) for gradient in expected[0][1][i])
 
 

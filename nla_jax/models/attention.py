@@ -8,7 +8,7 @@ partials are merged exactly, as flash attention merges its blocks.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 MASKED = -1e30  # a finite stand-in for -inf: a segment without visible keys gets weight exp(-1e30 - max) = 0, not NaN
+CACHE = 4 * 2**20  # bytes of scores that a CPU computes at a time, where there are many more than that
 SAVED = "attention"  # the name by which a remat policy knows what the backward pass of `attend` wants kept
 
 
@@ -49,7 +50,7 @@ def attend(
     M query heads share N key/value heads in groups of M/N (grouped-query attention). `cap` bends scores as Gemma 2 does
     (`soft_cap`). The backward pass is flash attention's: it keeps the result and the logarithm of each row's sum, and
     computes the scores again."""
-    return _forward(q, segments, scale, cap)[0]
+    return _attend_forward(q, segments, scale, cap)[0]
 
 
 def _forward(q, segments: Sequence[Segment], scale: float, cap: float | None):
@@ -70,15 +71,20 @@ def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
 
 
 def _attend_forward(q, segments, scale, cap):
-    out, log_total = (checkpoint_name(x, SAVED) for x in _forward(q, segments, scale, cap))
+    results, _ = _few_rows_at_a_time(lambda q, segments: (_forward(*q, segments, scale, cap), None), (q,), segments)
+    out, log_total = (checkpoint_name(x, SAVED) for x in results)
     return out, (q, segments, out, log_total)
 
 
 def _attend_backward(scale, cap, saved, d_out):
+    q, segments, out, log_total = saved
+    rows = q, d_out.astype(q.dtype), out, log_total
+    return _few_rows_at_a_time(lambda rows, segments: _backward(*rows, segments, scale, cap), rows, segments)
+
+
+def _backward(q, d_out, out, log_total, segments: Sequence[Segment], scale: float, cap: float | None):
     """With P = exp(scores - log_total): dv = Pᵀ do, d(scores) = P · (do vᵀ - Σ do · o). The products that give dk and dv are
     written so that the small operand (of width H, not S) is the one read by columns, which CPUs do slowly."""
-    q, segments, out, log_total = saved
-    d_out = d_out.astype(q.dtype)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
     d_q, d_segments = 0.0, []
     for segment in segments:
@@ -90,11 +96,43 @@ def _attend_backward(scale, cap, saved, d_out):
         d_q += _unfold(_dot(d_scores, segment.k, 5, 2), q.shape)
         rows = (2, 3, 4)
         d_k, d_v = (_dot(a, b, rows, rows).swapaxes(2, 3) for a, b in ((queries, d_scores), (d_o, weights)))
-        d_segments.append(Segment(d_k.astype(segment.k.dtype), d_v.astype(segment.v.dtype), None, segment.start))
+        d_segments.append(segment.replace(k=d_k.astype(segment.k.dtype), v=d_v.astype(segment.v.dtype), mask=None))
     return d_q.astype(q.dtype), d_segments
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _few_rows_at_a_time(function: Callable, rows: tuple, segments: Sequence[Segment]):
+    """`function(rows, segments) -> (results of the rows, results of each segment or None)`; on a CPU for so few rows at a time
+    that their scores stay in its cache, results of a segment that all rows read being summed."""
+    B, T, M, _ = rows[0].shape
+    whole = [c for c in range(1, B + 1) if B % c == 0 and all(c * len(s.k) % B == 0 for s in segments if len(s.k) > 1)]
+    row_bytes = 4 * T * M * sum(s.k.shape[2] for s in segments)
+    c = max((c for c in whole if c * row_bytes <= CACHE), default=min(whole))
+    few = c == B or B * row_bytes <= 8 * CACHE  # what is not much larger than the cache gains nothing
+    if few or jax.sharding.get_abstract_mesh().size > 1:  # on a mesh every device's rows would have to be cut
+        return function(rows, segments)
+
+    def by_parts(rows, segments):
+        leaves, tree = jax.tree.flatten(segments)
+        cut = [len(x) > 1 for x in leaves]
+
+        def some(x):
+            rows, own = x
+            own = iter(own)
+            return function(rows, tree.unflatten([next(own) if cut else x for x, cut in zip(leaves, cut)]))
+
+        parts = lambda x: x.reshape(B // c, -1, *x.shape[1:])
+        joined = lambda x: x.reshape(-1, *x.shape[2:])
+        own = [x for x, cut in zip(leaves, cut) if cut]
+        results, of_segments = jax.lax.map(some, jax.tree.map(parts, (rows, own)))
+        if of_segments is not None:
+            summed = lambda x: jnp.sum(x, 0)
+            of_segments = [jax.tree.map(joined if len(s.k) > 1 else summed, r) for r, s in zip(of_segments, segments)]
+        return jax.tree.map(joined, results), of_segments
+
+    return jax.lax.platform_dependent(rows, segments, cpu=by_parts, default=function)
 
 
 def _partial(q, segment: Segment, scale: float, cap: float | None):
