@@ -11,7 +11,7 @@ ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
     ["errors", "hlo", "models.attention", "models.rope"],
     ["distributed", "files", "sharding"],
-    ["models.transformer"],
+    ["models.kernels", "models.transformer"],
     ["models.families"],
     ["models.pretrained"],
     ["models.lora"],
