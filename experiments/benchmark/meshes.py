@@ -23,10 +23,12 @@ NLA = (sys.executable, "-m", "nla_jax.cli")
 
 
 def environment(devices: int) -> dict[str, str]:
-    """As many CPU devices; XLA's pool gets more threads than devices, which wait for one another in collectives."""
+    """As many CPU devices. XLA's pool gets two threads more than devices, which wait for one another in collectives; one
+    device keeps its default, a thread a core, which is fastest."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | MALLOC | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "32"}
+    threads = {"NPROC": str(devices + 2)} if devices > 1 else {}
+    return os.environ | MALLOC | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | threads
 
 
 def worker(mesh: tuple[int, ...]) -> Worker:
