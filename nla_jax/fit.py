@@ -13,7 +13,7 @@ from nla_jax.files import AnyPath
 from nla_jax.metrics import MetricLog, Progress
 from nla_jax.run import resolve
 from nla_jax.sharding import place_batch, shardings
-from nla_jax.train_step import SupervisedStep
+from nla_jax.train_step import SupervisedStep, jit_step
 from nla_jax.watchdog import Phases, Watchdog
 
 
@@ -47,7 +47,7 @@ def fit(
     with jax.set_mesh(mesh), checkpoints, Phases(name, watchdog.stall_minutes) as phases:
         init = jax.jit(step_fn.init, out_shardings=layout, donate_argnums=0)
         start, state = checkpoints.restore(init(jax.device_put(params, layout.params)), steps)
-        train = jax.jit(step_fn, donate_argnums=0)
+        train = jit_step(step_fn, mesh)
         log, progress = MetricLog(folder, start), Progress(name, steps, start)
         guard = Watchdog(checkpoints, watchdog.window, records=log.records)
         clock = time.monotonic()

@@ -51,6 +51,7 @@ from nla_jax.train_step import (
     JointStep,
     SupervisedStep,
     TextBatch,
+    jit_step,
     reconstructor_loss,
     verbalizer_loss,
 )
@@ -193,7 +194,7 @@ def tasks(config, mesh: Mesh, host: Mesh | None = None) -> dict[str, Task]:
         start = on(jax.eval_shape(step.init, boxed[which]))
         arguments = start, batch(TextBatch(i32(n, width), i32(n), f32(n, D))), base
         beside = device_bytes(on(boxed[1 - which]))
-        return Task(mesh, jax.jit(step, donate_argnums=0), arguments, flops.training, n, settings.steps, beside)
+        return Task(mesh, jit_step(step, mesh), arguments, flops.training, n, settings.steps, beside)
 
     hosts = {device.process_index for device in mesh.devices.flat}
     host, hosts = host or host_mesh(mesh, min(hosts)), len(hosts)
@@ -223,10 +224,10 @@ def tasks(config, mesh: Mesh, host: Mesh | None = None) -> dict[str, Task]:
             mesh, rollout, (av, decoding, rollout_batch, rng, 0), read.forward / c.rollout_chunks, B // c.rollout_chunks,
             c.steps * c.rollout_chunks, kept - shared,
             dict(group=G, max_new_tokens=R, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p),
-            loop="jit(rollout)/while",
+            loop="decode/while",
         ),
         "train_step": Task(
-            mesh, jax.jit(joint, donate_argnums=0), (state, frozen, joint_batch),
+            mesh, jit_step(joint, mesh), (state, frozen, joint_batch),
             read.training + bool(c.kl_coefficient) * read.forward + reconstructor_flops(ar, B, T).training, B, c.steps,
             second,
         ),
@@ -285,7 +286,7 @@ def plan_program(task: Task, place: Slice) -> dict:
         "compile_seconds": seconds,
     }
     if task.loop:
-        decode = next(loop for loop in program.loops if loop.name == task.loop)
+        decode = next(loop for loop in program.loops if loop.name.endswith(task.loop))
         result["decode_loop"] = {
             "trips": decode.trips,
             "projected_seconds_per_token": decode.body.seconds,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
-from nla_jax.models.transformer import Transformer, abstract_params, empty_cache
+from nla_jax.models.transformer import Transformer, abstract_params, empty_cache, layers_apart
 from nla_jax.sharding import DECODE, cut_batch, relayout, vocabulary_parts
 
 
@@ -140,7 +140,7 @@ def rollout(
     B, R = len(vectors) * group, max_new_tokens
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(B))
 
-    def sample(t, hidden):
+    def sample(params, t, hidden):
         logits = model.apply({"params": params}, hidden, method="logits")
         return sample_tokens(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, temperature, top_k, top_p)
 
@@ -153,18 +153,24 @@ def rollout(
             state.finished | (token == verbalizer.end),
         )
 
-    def step(carry):
-        t, state, cache = carry
-        x = verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(state.tokens, t - 1, 1, 1))
-        hidden, cache = model.apply(
-            {"params": params}, x, past, cache, verbalizer.prompt_length, t - 1, method="decode"
-        )
-        return t + 1, write(state, t, *sample(t, hidden[:, 0])), cache
+    def generate(params, past, cache, state):
+        def step(carry):
+            t, state, cache = carry
+            x = verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(state.tokens, t - 1, 1, 1))
+            hidden, cache = model.apply(
+                {"params": params}, x, past, cache, verbalizer.prompt_length, t - 1, method="decode"
+            )
+            return t + 1, write(state, t, *sample(params, t, hidden[:, 0])), cache
+
+        running = lambda carry: (carry[0] < R) & ~jnp.all(carry[1].finished)
+        with jax.named_scope("decode"):
+            return jax.lax.while_loop(running, step, (jnp.int32(1), state, cache))[1]
+
+    by_layer = lambda params, past, cache, state: generate(*layers_apart(params, past, cache), state)
 
     empty = Rollout(
         jnp.full((B, R), verbalizer.end, jnp.int32), jnp.zeros((B, R)), jnp.zeros((B, R), bool), jnp.zeros(B, bool)
     )
-    state = write(empty, 0, *sample(0, jnp.repeat(first, group, axis=0)))
+    state = write(empty, 0, *sample(params, 0, jnp.repeat(first, group, axis=0)))
     cache = empty_cache(model.config, B, max(R - 1, 1))
-    running = lambda carry: (carry[0] < R) & ~jnp.all(carry[1].finished)
-    return jax.lax.while_loop(running, step, (jnp.int32(1), state, cache))[1]
+    return jax.lax.platform_dependent(params, past, cache, state, cpu=by_layer, default=generate)

@@ -220,6 +220,16 @@ def cut_batch(x: Any, axis: int = 0, rules=TRAIN) -> Any:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, axes))
 
 
+def where_table_lies(x: Any) -> Any:
+    """What was looked up in a table, `[*batch, width]`, cut as its table is along the width, and its first axis over the copies of
+    the table: not the table crosses devices, but what was found."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    rows = batch_axes(mesh, len(x), (("batch", ("data",)),)) or None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *[None] * (x.ndim - 2), dict(TRAIN)["embed"]))
+
+
 def constrained(x: Any, names: tuple[str | None, ...], rules=TRAIN) -> Any:
     """x, cut along the axes with these names as the rules say; as it is where there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()

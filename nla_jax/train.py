@@ -41,6 +41,7 @@ from nla_jax.train_step import (
     JointStep,
     SupervisedStep,
     TextBatch,
+    jit_step,
     reconstructor_loss,
     verbalizer_loss,
 )
@@ -211,7 +212,7 @@ def rl(run: Run) -> None:
                 (pair.verbalizer_params, pair.reconstructor_params), (layout.verbalizer, layout.reconstructor)
             )
             state = init(jax.random.key(run.config.seed), *placed)
-            train = jax.jit(joint, donate_argnums=0)
+            train = jit_step(joint, mesh)
 
             # Resume where the newest checkpoint stands.
             start, state = checkpoints.restore(state, c.steps)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer, normalise, normalised_mse
@@ -206,6 +207,26 @@ class SupervisedStep:
         new = state.replace(params=optax.apply_updates(state.params, updates), opt=opt)
         kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
         return kept.replace(step=state.step + 1), metrics | {"loss": loss, "grad_norm": norm, "skipped": ~finite}
+
+
+# XLA's CPU compiler has two sets of matrix products: YNNPACK's, its default, and Eigen's, which are faster where there are many
+# rows, as in training (and slower in the rollout). An experimental option of XLA's.
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+def jit_step(step: JointStep | SupervisedStep, mesh: Mesh) -> Callable:
+    """The compiled `step` for the devices of `mesh`; the state that it is given is consumed."""
+    eigen = mesh.devices.flat[0].platform == "cpu" and cpu_compiler_knows(EIGEN)
+    return jax.jit(step, donate_argnums=0, compiler_options=EIGEN if eigen else None)
+
+
+def cpu_compiler_knows(options: dict[str, str]) -> bool:
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        return True
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 @struct.dataclass

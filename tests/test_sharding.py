@@ -23,6 +23,7 @@ from nla_jax.train_step import Frozen, JointBatch, JointStep
 
 A, G, R, T = 8, 2, 4, 8
 STEPS = 3
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,7 @@ def collectives_in_loops(mesh, verbalizer, params, vectors, rules=DECODE, **opti
 
 def collectives(program) -> set[str]:
     """The kinds of collectives in the loops of a compiled program."""
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    return set(re.findall(kinds, while_bodies(program.as_text())))
+    return set(re.findall(COLLECTIVES, while_bodies(program.as_text())))
 
 
 @pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
@@ -214,6 +214,19 @@ def test_relayout_casts_and_replicates_over_fsdp(verbalizer, params):
     assert shape(placed["blocks"]["up"]["kernel"]) == (3, 4, 48)
     assert shape(out["blocks"]["up"]["kernel"]) == (3, 32, 24)
     assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("sizes, moved", [((8, 1, 1), set()), ((2, 2, 2), {"all-to-all"})])
+def test_an_embedding_is_looked_up_where_the_table_lies(model, params, sizes, moved):
+    """Copies of the table look up their own rows; where its width is cut, what was found goes to the rows' devices."""
+    mesh = make_mesh(*sizes)
+    place = shardings(mesh, abstract_params(TINY))
+    tokens = np.arange(16 * 4, dtype=np.int32).reshape(16, 4)
+    with jax.set_mesh(mesh):
+        embed = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="embed"))
+        text = embed.lower(jax.device_put(params, place), place_batch(mesh, tokens)).compile().as_text()
+    found = re.findall(rf"= \(?(\w+)\[\S*.*? ({COLLECTIVES})\(", text)
+    assert {kind for dtype, kind in found if dtype == "f32"} == moved and (moved or not found), found
 
 
 def test_batches_that_do_not_divide_are_replicated():

@@ -15,7 +15,7 @@ from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.benchmark.measure import compilations
 from nla_jax.losses import group_normalised, token_loss
 from nla_jax.sampling import rollout
-from nla_jax.train_step import Frozen, JointBatch, JointStep, identical_share
+from nla_jax.train_step import EIGEN, Frozen, JointBatch, JointStep, cpu_compiler_knows, identical_share
 
 A, G, R, T = 4, 3, 5, 9
 B = A * G
@@ -243,3 +243,9 @@ def test_reconstructor_reads_the_last_real_token(reconstructor, pair, batch):
     last = np.arange(T) == lengths[:, None] - 1
     changed = read(params, np.where(last, tokens % 300 + 7, tokens), lengths)
     assert (np.abs(changed - base).max(1) > 1e-2).all()
+
+
+def test_a_compiler_without_the_option_does_without_it():
+    assert cpu_compiler_knows(EIGEN), "its gain is lost where its name has changed"
+    assert not cpu_compiler_knows({"xla_cpu_no_such_option": "1"})
+    assert not cpu_compiler_knows(dict.fromkeys(EIGEN, "NO_SUCH_VALUE"))

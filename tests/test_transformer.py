@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, close
 from nla_jax.models import attention
 from nla_jax.models.attention import Segment, attend
-from nla_jax.models.transformer import Transformer, empty_cache, truncate
+from nla_jax.models.transformer import Transformer, empty_cache, layers_apart, truncate
 
 G = 3
 
@@ -92,13 +92,17 @@ def test_segmented_forward_equals_full_sequence(verbalizer, params, vectors, res
     assert np.abs(full[1][1]).max() > 1e-3, "the responses must depend on the vectors"
 
 
-def test_decoding_equals_full_forward(verbalizer, params, vectors, responses):
+@pytest.mark.parametrize("apart", [False, True])
+def test_decoding_equals_full_forward(verbalizer, params, vectors, responses, apart):
+    """Of stacked layers, as a TPU decodes, and of layers apart, as a CPU does."""
     model = verbalizer.model
 
     @jax.jit
     def decoded(params, vectors):
         past, first = verbalizer.read_prompt(params, vectors)
         cache = empty_cache(TINY, 2 * G, 5)
+        if apart:
+            params, past, cache = layers_apart(params, past, cache)
 
         def step(cache, t):
             x = verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(responses, t, 1, 1))

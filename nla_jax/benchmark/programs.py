@@ -45,6 +45,7 @@ from nla_jax.train_step import (
     JointStep,
     SupervisedStep,
     TextBatch,
+    jit_step,
     reconstructor_loss,
     verbalizer_loss,
 )
@@ -181,7 +182,7 @@ def rl(s: Settings, mesh: Mesh) -> Program:
     layout = shardings(mesh, jax.eval_shape(joint.init, jax.random.key(0), *boxed))
     init = jax.jit(joint.init, out_shardings=layout, donate_argnums=(1, 2))
     state = init(jax.random.key(s.seed), av, random_reconstructor(s, mesh, reconstructor))
-    train = jax.jit(joint, donate_argnums=0)
+    train = jit_step(joint, mesh)
     sampler = Sampler(s, mesh, verbalizer, base)
     rng, width = np.random.default_rng(s.seed), s.ar_prefix + s.response + s.ar_suffix
     after = rng.integers(0, s.vocab, s.ar_suffix).tolist()
@@ -268,7 +269,7 @@ def _supervised(s, mesh, model, params, base, loss, length, flops, one_pass, tok
     supervised = SupervisedStep(loss, adamw(s.steps, lr=1.41e-5))
     layout = shardings(mesh, jax.eval_shape(supervised.init, model.abstract_params()))
     state = jax.jit(supervised.init, out_shardings=layout, donate_argnums=0)(params)
-    train = jax.jit(supervised, donate_argnums=0)
+    train = jit_step(supervised, mesh)
     rng = np.random.default_rng(s.seed)
 
     def step(clock: Clock) -> dict:
