@@ -210,13 +210,13 @@ class SupervisedStep:
 
 
 # XLA's CPU compiler has two sets of matrix products: YNNPACK's, its default, and Eigen's, which are faster where there are many
-# rows, as in training (and slower in the rollout). An experimental option of XLA's.
+# rows, as where one device trains (and slower in the rollout). An experimental option of XLA's.
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def jit_step(step: JointStep | SupervisedStep, mesh: Mesh) -> Callable:
     """The compiled `step` for the devices of `mesh`; the state that it is given is consumed."""
-    eigen = mesh.devices.flat[0].platform == "cpu" and cpu_compiler_knows(EIGEN)
+    eigen = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and cpu_compiler_knows(EIGEN)
     return jax.jit(step, donate_argnums=0, compiler_options=EIGEN if eigen else None)
 
 
