@@ -221,6 +221,7 @@ def jit_step(step: JointStep | SupervisedStep, mesh: Mesh) -> Callable:
 
 
 def cpu_compiler_knows(options: dict[str, str]) -> bool:
+    """Whether XLA's CPU compiler takes these options: of one that it does not know it says so in an error, and compiles nothing."""
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             jax.jit(lambda: 0, compiler_options=options).lower().compile()
