@@ -1,12 +1,15 @@
-"""This package against the PyTorch version of the same work, on a CPU, in one run of alternating steps.
+"""This package against the PyTorch version of the same work, on a CPU, in one run of alternating turns.
 
     python experiments/benchmark/side_by_side.py --rounds 7
     python experiments/benchmark/side_by_side.py --rounds 7 --plain-malloc
 
-Every side is a process of its own on the same `--threads` CPUs. The sides start and warm up one after the other; then each
-round runs one step of each, while the others wait for input. Prints Markdown tables; writes them and all figures to
-`OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the end of its warm-up, imports and
+Every side is a process of its own on the same `--threads` CPUs. The sides start and warm up one after the other; then in each
+round each has its turn of `--turn` steps, while the others wait for input. Prints Markdown tables; writes them and all figures
+to `OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the end of its warm-up, imports and
 compilation included.
+
+Turns are of several steps because training knows no pauses: a virtual machine gives memory that lies free for seconds back to
+its host, and the first step behind a pause pays for having it again (XLA's side, which frees its memory after each step).
 
 Both sides run with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 10000000000: otherwise glibc gives every large array
 back to the system and pays for its pages again in the next operation. `--plain-malloc` leaves these out.
@@ -50,10 +53,11 @@ class Worker:
         self.ready["seconds_to_ready"] = time.perf_counter() - start
         self.steps: list[dict] = []
 
-    def step(self) -> None:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.steps.append(self._receive())
+    def turn(self, steps: int) -> None:
+        for _ in range(steps):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            self.steps.append(self._receive())
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -105,7 +109,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def compare(program: str, args: argparse.Namespace) -> dict:
-    """Summaries of all sides of one comparison, after alternating steps."""
+    """Summaries of all sides of one comparison, after alternating turns."""
     workers = []
     try:
         for side in COMPARISONS[program]:
@@ -114,8 +118,9 @@ def compare(program: str, args: argparse.Namespace) -> dict:
         for i in range(args.rounds):
             first = i % len(workers)
             for worker in workers[first:] + workers[:first]:
-                worker.step()
-            last = ", ".join(f"{worker.side} {worker.steps[-1]['seconds']:.2f} s" for worker in workers)
+                worker.turn(args.turn)
+            seconds = lambda worker: ", ".join(f"{step['seconds']:.2f}" for step in worker.steps[-args.turn :])
+            last = "; ".join(f"{worker.side} {seconds(worker)} s" for worker in workers)
             print(f"{program}: round {i + 1} of {args.rounds}: {last}", file=sys.stderr)
     finally:
         for worker in workers:
@@ -162,7 +167,8 @@ def machine() -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--turn", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each side before them")
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison (default: all)")
