@@ -188,10 +188,14 @@ def _beyond(x: Any) -> bool:
 
 
 def leave() -> None:
-    """Ends this host's part in a run that has succeeded, when all hosts have come here."""
+    """Ends this process with status 0 where it is one host of a run that has succeeded, when all hosts have come here. Not by the
+    way of `sys.exit`: a thread that Python's own end meets in the runtime's code would end the process by a signal."""
     if host_count() > 1:
         barrier("the end")
         jax.distributed.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def end(reason: str, status: int) -> None:
@@ -200,14 +204,14 @@ def end(reason: str, status: int) -> None:
     if host_count() == 1:
         print(f"nla: {reason}", file=sys.stderr)
         return
-    if _first_to_speak():
-        print(f"nla: {reason}", file=sys.stderr, flush=True)
+    _reasons.append((reason, status))
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         runtime.global_state.client.key_value_set(f"{FAILED}/{host_index()}", json.dumps([reason, status]))
     sys.stdout.flush()
+    sys.stderr.flush()
     if is_writer():
         time.sleep(5)  # the store lives in this process: the others must have read it
-    os._exit(status)
+    _exit(reason, status)
 
 
 def failed_host(seconds: float) -> tuple[str, int] | None:
@@ -228,10 +232,8 @@ def failed_host(seconds: float) -> tuple[str, int] | None:
 
 
 def _watch() -> None:
-    found = failed_host(float("inf"))
-    if found and _first_to_speak():
-        print(f"nla: {found[0]}", file=sys.stderr, flush=True)
-        os._exit(found[1])
+    if found := failed_host(float("inf")):
+        _exit(*found)
 
 
 def lost(error: RuntimeError) -> str:
@@ -250,25 +252,25 @@ def _lost(what: str, error: Exception) -> InputError:
     return InputError(found[0] if found else f"{what} ({reason}); the same command on every host continues the run.")
 
 
+_reasons: list[tuple[str, int]] = []  # why this process ends, and its exit status: the first is said
+_speaking = threading.Lock()
 _handler = None
-_spoken = threading.Lock()
 
 
-def _first_to_speak() -> bool:
-    """Several threads may learn of an end at once; one of them says so."""
-    return _spoken.acquire(blocking=False)
+def _exit(reason: str, status: int) -> None:
+    """Ends the process with its one sentence, the last that it writes. Several threads may come here at once (its own failure, that
+    of another host, the runtime's abort); one of them speaks, and none returns."""
+    _reasons.append((reason, status))
+    with _speaking:
+        reason, status = _reasons[0]
+        os.write(2, f"nla: {reason}\n".encode())
+        os._exit(status)
 
 
 def _at_abort(sentence: str) -> None:
     """What is said last where JAX's runtime aborts the process, as it does when hosts do not come or are lost: it raises
     nothing, and its callback cannot be a Python function (jaxlib 0.10), so this is a handler of C's for SIGABRT."""
     global _handler
-
-    def say(_):
-        if _first_to_speak():
-            os.write(2, f"nla: {sentence}\n".encode())
-        os._exit(1)
-
-    new = ctypes.CFUNCTYPE(None, ctypes.c_int)(say)
+    new = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _exit(sentence, 1))
     ctypes.CDLL(None).signal(signal.SIGABRT, new)
     _handler = new  # kept alive as long as C may call it
