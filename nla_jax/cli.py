@@ -35,7 +35,8 @@ DEFAULT_CONFIG = "configs/quickstart.py"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0; 1 after one sentence on standard error where an input is wrong or
-    training has broken down; 143 where SIGTERM ended it and the same command continues."""
+    training has broken down; 143 where SIGTERM ended it and the same command continues. One of several hosts ends its process
+    with that status instead."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments, overrides = parser().parse_known_args(argv)

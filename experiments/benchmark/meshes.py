@@ -1,6 +1,6 @@
 """What cutting one RL step over more devices costs and saves: eight CPU devices that share the same cores.
 
-    python experiments/benchmark/meshes.py --rounds 3
+    python experiments/benchmark/meshes.py --rounds 2
 
 The global batch is fixed. One process a mesh, all bound to the same CPUs; after their warm-up each has its turns of a few steps,
 while the others wait. With the cores shared, a step takes as long on any mesh but for the overhead of cutting it. A part of
@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from side_by_side import HERE, MALLOC, ROOT, Worker, machine
+from side_by_side import HERE, MALLOC, ROOT, Worker, machine, positive
 
 MESHES = ((1, 1, 1), (1, 2, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
 NLA = (sys.executable, "-m", "nla_jax.cli")
@@ -89,8 +89,8 @@ def table(activations: int, seconds: dict, memory: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each mesh")
-    parser.add_argument("--turn", type=int, default=3, help="timed steps of a turn")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each mesh")
+    parser.add_argument("--turn", type=positive, default=3, help="timed steps of a turn")
     parser.add_argument(
         "--activations", type=int, nargs="+", default=[8, 32], help=f"of a step, {GROUP} samples each; multiples of 8"
     )

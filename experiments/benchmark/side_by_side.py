@@ -1,15 +1,15 @@
 """This package against the PyTorch version of the same work, on a CPU, in one run of alternating turns.
 
-    python experiments/benchmark/side_by_side.py --rounds 7
-    python experiments/benchmark/side_by_side.py --rounds 7 --plain-malloc
+    python experiments/benchmark/side_by_side.py --rounds 4
+    python experiments/benchmark/side_by_side.py --rounds 4 --plain-malloc
 
 Every side is a process of its own on the same `--threads` CPUs. The sides start and warm up one after the other; then in each
 round each has its turn of `--turn` steps, while the others wait for input. Prints Markdown tables; writes them and all figures
 to `OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the end of its warm-up, imports and
 compilation included.
 
-Turns are of several steps because training knows no pauses: a virtual machine gives memory that lies free for seconds back to
-its host, and the first step behind a pause pays for having it again (XLA's side, which frees its memory after each step).
+Turns are of several steps because training knows no pauses: behind the turns of others the first step pays for having memory
+again, most likely from the virtual machine's host (XLA's side, which frees its memory after each step; see LOG.md).
 
 Both sides run with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 10000000000: otherwise glibc gives every large array
 back to the system and pays for its pages again in the next operation. `--plain-malloc` leaves these out.
@@ -165,10 +165,17 @@ def machine() -> dict:
     }
 
 
+def positive(text: str) -> int:
+    """A number of turns or steps, as `argparse` reads it."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--turn", type=int, default=3, help="timed steps of a turn")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each side")
+    parser.add_argument("--turn", type=positive, default=3, help="timed steps of a turn")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each side before them")
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison (default: all)")
