@@ -64,8 +64,9 @@ def released(
         model.update(batch=256, steps=1000)
         model.optimizer = ConfigDict(dict(function=ADAMW, lr=2e-5, final_lr=2e-6, warmup=50))
     c.rl.update(
-        steps=1000, activations=activations, group=group, kl_coefficient=0.01, checkpoint_every=50, heldout_every=50
-    )
+        steps=1000, activations=activations, group=group, rollout_chunks=1, kl_coefficient=0.01, checkpoint_every=50,
+        heldout_every=50,
+    )  # fmt: skip
     for optimizer in (c.rl.av_optimizer, c.rl.ar_optimizer):
         optimizer.update(lr=lr, warmup=0)
     c.plan.update(prefix=100, suffix=25, text_prefix=6 + bos, text=14 + bos)

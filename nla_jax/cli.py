@@ -177,12 +177,17 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
         try:
             values(command, known_only=False)
-            return values.config
+            config = values.config
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}"
             ) from None
+    for name in ("micro_batches", "rollout_chunks"):
+        parts, whole = config.rl[name], config.rl.activations
+        if parts < 1 or whole % parts:
+            raise InputError(f"rl.{name} is {parts}, which does not divide the rl.activations of a step ({whole}).")
+    return config
 
 
 def run_stages(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from nla_jax.models.pretrained import (
 )
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.prompts import Prompts, end_of_turn
-from nla_jax.sampling import decoding_layout, rollout
+from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sharding import TRAIN, place_batch, shardings
 from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
 
@@ -88,14 +88,17 @@ class Pair:
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injection=Injection(keep))
-        texts, mesh, sampler = [], jax.sharding.get_mesh(), sampler or self.sampler()
-        for start in range(0, len(vectors), batch):
-            part = vectors[start : start + batch]
-            padded = np.pad(part, ((0, batch - len(part)), *[(0, 0)] * (part.ndim - 1)), mode="edge")
-            sampled = rollout(
-                verbalizer, sampler, place_batch(mesh, padded), jax.random.key(seed), first + start,
-                group=1, max_new_tokens=max_new_tokens, temperature=temperature,
+        mesh, sampler, texts = jax.sharding.get_mesh(), sampler or self.sampler(), []
+        parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
+
+        def sample(i: int) -> Rollout:
+            padding = [(0, batch - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
+            return rollout(
+                verbalizer, sampler, place_batch(mesh, np.pad(parts[i], padding, mode="edge")), jax.random.key(seed),
+                first + i * batch, group=1, max_new_tokens=max_new_tokens, temperature=temperature,
             )  # fmt: skip
+
+        for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
             tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
             texts += [text or "" for text in self.prompts.read_responses(tokens, mask, finished)[: len(part)]]
         return texts

@@ -1,8 +1,11 @@
 """The rollout: sampling explanations with a key/value cache inside one jitted program."""
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from nla_jax.autoencoder import Verbalizer
 from nla_jax.models.transformer import Transformer, abstract_params, empty_cache, layers_apart
 from nla_jax.sharding import DECODE, cut_batch, relayout, vocabulary_parts
+
+BLOCK = 128  # entries of the vocabulary, at most, whose mass a draw sums first
 
 
 @struct.dataclass
@@ -46,36 +51,71 @@ def sample_tokens(
 
     The mesh may cut the vocabulary over `tensor`. All that is needed of other devices are sums, maxima and minima over it:
     a few numbers a row, never the logits."""
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0))
+    logits, scale = logits.astype(jnp.float32), temperature or 1.0
+    total = jax.nn.logsumexp(logits / scale, -1, keepdims=True)
     if temperature == 0:
-        token = _likeliest(logp)
-        return token, _at(logp, token)
-    p = jnp.exp(logp)
-    mass = p
+        token = _likeliest(logits)
+        return token, _at(logits, token) - total[:, 0]
+    logp, least = logits / scale - total, jnp.full_like(total, -jnp.inf)
     if top_k is not None:
-        mass = jnp.where(logp >= _threshold(logp, 1, top_k), mass, 0)
+        least = _threshold(logp, 1, top_k)
     if top_p is not None:
-        mass = jnp.where(logp >= _threshold(logp, p, top_p), mass, 0)
-    token = _inverse_cdf(mass, jax.vmap(jax.random.uniform)(keys))
-    if mass is not p or vocabulary_parts(logits.shape[-1]) > 1:  # rounding of the sums may name a token without mass
-        token = jnp.where(_at(mass, token) > 0, token, _likeliest(mass))
-    return token, _at(logp, token)
+        least = jnp.maximum(least, _threshold(logp, jnp.exp(logp), top_p))
+
+    def mass(logits: Float[Array, "B *n"]) -> Float[Array, "B *n"]:
+        """The probabilities of some entries of the rows, 0 where the draw excludes them."""
+        of_row = lambda x: jnp.expand_dims(x[:, 0], range(1, logits.ndim))
+        logp = logits / scale - of_row(total)
+        return jnp.where(logp >= of_row(least), jnp.exp(logp), 0)
+
+    token = _inverse_cdf(logits, mass, jax.vmap(jax.random.uniform)(keys))
+    return token, _at(logits, token) / scale - total[:, 0]
 
 
-def _inverse_cdf(mass: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The first token up to which the share `1 - uniform` of a row's mass lies: one random number a row, where the Gumbel
-    trick draws one for every entry of the vocabulary. First the part of the vocabulary, then the token in it."""
-    B, V = mass.shape
+def _inverse_cdf(logits: Float[Array, "B V"], mass: Callable, uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first token up to which the share `1 - uniform` of a row's mass lies: one random number a row, where the Gumbel trick
+    draws one for every entry of the vocabulary. First the part of the vocabulary, then a block of that part, then the token:
+    logits are read once, to sum their mass by blocks; what is accumulated, and written, are a few numbers a row."""
+    B, V = logits.shape
     parts = vocabulary_parts(V)
-    upto = jnp.cumsum(mass.reshape(B, parts, V // parts), -1)
+    width = max(w for w in range(1, BLOCK + 1) if V // parts % w == 0)
+    blocks = logits.reshape(B, parts, -1, width)
+    upto = jnp.cumsum(mass(blocks).sum(-1), -1)
     part = upto[..., -1]
     earlier = np.tri(parts, k=-1, dtype=np.float32)
     before = cut_batch(jnp.sum(part[:, None] * earlier, -1), rules=DECODE)  # the mass of all earlier parts
-    target = jnp.sum(part, -1) * (1 - uniform)
-    chosen = jnp.sum(before < target[:, None], -1) - 1
-    rest = jnp.minimum(target[:, None] - before, part)
-    place = jax.vmap(jax.vmap(jnp.searchsorted))(upto, rest) + np.arange(parts) * (V // parts)
-    return jnp.sum(jnp.where(np.arange(parts) == chosen[:, None], place, 0), -1)
+    target = (jnp.sum(part, -1) * (1 - uniform))[:, None]
+    chosen = jnp.max(jnp.where((before < target) & (part > 0), np.arange(parts), 0), -1)
+
+    # In every part: the block, and the token in it, that what is left of the share leads to.
+    rest = jnp.minimum(target - before, part)
+    block = _first(upto, rest)
+    rest -= jnp.where(block > 0, _pick(upto, jnp.maximum(block - 1, 0)), 0)
+    inside = mass(jax.lax.platform_dependent(blocks, block, tpu=_block_by_sum, default=_block))
+    upto = jnp.cumsum(inside, -1)
+    place = _first(upto, jnp.minimum(rest, upto[..., -1]))
+    place = jnp.where(_pick(inside, place) > 0, place, jnp.argmax(inside, -1))  # rounding may lead to a token without mass
+    token = np.arange(parts) * (V // parts) + block * width + place
+    return jnp.sum(jnp.where(np.arange(parts) == chosen[:, None], token, 0), -1)
+
+
+def _block(blocks: Float[Array, "B P n w"], index: Int[Array, "B P"]) -> Float[Array, "B P w"]:
+    return jnp.take_along_axis(blocks, index[..., None, None], 2)[:, :, 0]
+
+
+def _block_by_sum(blocks: Float[Array, "B P n w"], index: Int[Array, "B P"]) -> Float[Array, "B P w"]:
+    """`_block` without a gather, for which a TPU would lay out all blocks anew."""
+    chosen = np.arange(blocks.shape[2]) == index[..., None]
+    return jnp.sum(jnp.where(chosen[..., None], blocks, 0), 2)
+
+
+def _first(upto: Float[Array, "B P n"], share: Float[Array, "B P"]) -> Int[Array, "B P"]:
+    """The index of the first of growing sums that reaches a share; the last one where rounding lets none reach it."""
+    return jnp.minimum(jnp.sum(upto < share[..., None], -1), upto.shape[-1] - 1)
+
+
+def _pick(x: Float[Array, "B P n"], index: Int[Array, "B P"]) -> Float[Array, "B P"]:
+    return jnp.take_along_axis(x, index[..., None], -1)[..., 0]
 
 
 def _at(x: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -173,4 +213,24 @@ def rollout(
     )
     state = write(empty, 0, *sample(params, 0, jnp.repeat(first, group, axis=0)))
     cache = empty_cache(model.config, B, max(R - 1, 1))
-    return jax.lax.platform_dependent(params, past, cache, state, cpu=by_layer, default=generate)
+    return jax.lax.platform_dependent(params, past, cache, state, tpu=generate, default=by_layer)
+
+
+def start_all(mesh: Mesh, sample: Callable[[int], Rollout], chunks: int) -> Iterator[Rollout]:
+    """`sample(0)`, …, `sample(chunks - 1)`, in this order; all are started before the first is waited for.
+
+    Accelerators work through them one after the other, while the host reads what is done. The cores of a CPU, which the small
+    matrices of decoding leave half idle, work on as many chunks at a time: the CPU runs one program of each thread."""
+    if chunks < 2 or mesh.size > 1 or jax.default_backend() != "cpu":
+        return iter([sample(i) for i in range(chunks)])
+    starting = threading.Lock()
+
+    def done(i: int) -> Rollout:
+        with starting, jax.set_mesh(mesh):  # the first to start compiles for all
+            chunk = sample(i)
+        return jax.block_until_ready(chunk)
+
+    threads = concurrent.futures.ThreadPoolExecutor(min(chunks, os.cpu_count()))
+    results = threads.map(done, range(chunks))
+    threads.shutdown(wait=False)
+    return results

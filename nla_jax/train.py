@@ -22,7 +22,7 @@ from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.run import Run, resolve
-from nla_jax.sampling import Rollout, decoding_layout, rollout
+from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sharding import (
     TRAIN,
     RowsOf,
@@ -227,15 +227,13 @@ def rl(run: Run) -> None:
                 phases.enter("rollout")
                 sampler = to_decoding(state.verbalizer)
                 key = jax.random.fold_in(state.rng, i)
-                pieces = [
-                    along_batch(mesh, rollout(
-                        pair.verbalizer, sampler, part, key, j * len(part) * c.group,
-                        group=c.group, max_new_tokens=limit, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-                    ))
-                    for j, part in enumerate(vectors)
-                ]  # fmt: skip
+                sample = lambda j: along_batch(mesh, rollout(
+                    pair.verbalizer, sampler, vectors[j], key, j * len(vectors[j]) * c.group,
+                    group=c.group, max_new_tokens=limit, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                ))  # fmt: skip
                 batches = []
-                for part, piece in zip(vectors, pieces):  # the host reads one while the devices sample the next
+                # The host reads one chunk while the devices sample the next.
+                for part, piece in zip(vectors, start_all(mesh, sample, len(vectors))):
                     phases.enter("rollout")
                     jax.block_until_ready(piece)
                     phases.enter("reading texts")

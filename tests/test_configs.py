@@ -10,6 +10,7 @@ import pytest
 
 from conftest import random_params
 from nla_jax.cli import load_config, main
+from nla_jax.errors import InputError
 from nla_jax.metrics import read_metrics
 from nla_jax.models.pretrained import model_config, save_model
 from nla_jax.models.transformer import abstract_params
@@ -106,3 +107,9 @@ def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
     steps = read_metrics(workdir / "train/rl/metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2] and all(0 < step["mse"] < 4 for step in steps)
     assert (workdir / "pair/av/adapter_config.json").is_file() == (name == "qwen3_8b")
+
+
+@pytest.mark.parametrize("flag", ["--config.rl.micro_batches=5", "--config.rl.rollout_chunks=0"])
+def test_parts_that_do_not_divide_a_step_are_refused_before_anything_runs(flag):
+    with pytest.raises(InputError, match=r"rl\.\w+ is [05], which does not divide the rl.activations of a step \(48\)"):
+        load_config(f"{CONFIGS / 'quickstart.py'}", [flag])

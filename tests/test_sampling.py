@@ -14,7 +14,7 @@ from conftest import close
 from nla_jax.benchmark.measure import compilations
 from nla_jax.losses import token_loss
 from nla_jax.models.attention import MASKED, soft_cap
-from nla_jax.sampling import rollout, sample_tokens
+from nla_jax.sampling import rollout, sample_tokens, start_all
 from nla_jax.sharding import make_mesh
 
 G, R = 6, 7
@@ -62,6 +62,28 @@ def test_text_does_not_depend_on_how_the_batch_is_cut(draw, vectors):
     for i in (0, 2):
         part = draw(vectors[i : i + 2], first_row=i * G)
         close(part, jax.tree.map(lambda x: x[i * G : (i + 2) * G], whole), 1e-5)
+
+
+def test_chunks_of_a_batch_are_started_at_once_and_come_in_order(draw, verbalizer, params, vectors):
+    """The text of the whole batch, from a program that is compiled once, though each chunk has a thread."""
+    rows, key, mesh = [vectors[i : i + 1] for i in range(3)], jax.random.key(0), make_mesh()
+
+    def sample(i):
+        return rollout(verbalizer, params, rows[i], key, i * 5, group=5, max_new_tokens=R)
+
+    whole = draw(vectors[:3], group=5)
+    with compilations() as compiled:
+        chunks = jax.device_get(list(start_all(mesh, sample, 3)))
+    assert len(compiled) == 1
+    close(jax.tree.map(lambda *x: np.concatenate(x), *chunks), whole, 1e-5)
+
+
+def test_an_error_in_a_chunk_is_raised():
+    def sample(i):
+        raise ValueError(f"chunk {i}")
+
+    with pytest.raises(ValueError, match="chunk 0"):
+        list(start_all(make_mesh(), sample, 2))
 
 
 def test_equal_activations_get_different_texts(draw, vectors):
@@ -162,6 +184,20 @@ def test_draws_follow_the_restricted_softmax(logits, temperature, top_k, top_p):
     p /= p.sum()
     share = np.bincount(tokens, minlength=40) / n
     assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n) + 1e-4).all()
+
+
+@pytest.mark.parametrize("size", [37, 512, 1000, 4096])  # one block, whole blocks, blocks of 125, many
+def test_a_draw_is_the_inverse_of_the_cumulated_softmax(size):
+    logits = 3 * np.random.default_rng(size).normal(size=(4000, size)).astype(np.float32)
+    logits[:, ::7] = MASKED
+    keys = jax.random.split(jax.random.key(1), len(logits))
+    tokens = np.asarray(jax.jit(lambda keys, x: sample_tokens(keys, x, 0.8, None, None)[0])(keys, logits))
+    upto = np.cumsum(np.stack([softmax(x, 0.8) for x in logits]), 1)
+    share = 1 - np.asarray(jax.vmap(jax.random.uniform)(keys), np.float64)
+    expected = np.array([np.searchsorted(row, s) for row, s in zip(upto, share)])
+    rounded = np.abs(upto - share[:, None]).min(1) < 1e-5  # float32 may lie on the other side
+    assert (tokens == expected)[~rounded].all() and rounded.mean() < 0.1
+    assert (tokens % 7 > 0).all()
 
 
 def test_temperature_zero_is_greedy_and_tiny_mass_is_safe(logits):

@@ -3,10 +3,10 @@
     python experiments/benchmark/side_by_side.py --rounds 4
     python experiments/benchmark/side_by_side.py --rounds 4 --plain-malloc
 
-Every side is a process of its own on the same `--threads` CPUs. The sides start and warm up one after the other; then in each
-round each has its turn of `--turn` steps, while the others wait for input. Prints Markdown tables; writes them and all figures
-to `OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the end of its warm-up, imports and
-compilation included.
+Every side is a process of its own on the same `--threads` CPUs; ours samples in as many chunks. The sides start and warm up
+one after the other; then in each round each has its turn of `--turn` steps, while the others wait for input. Prints Markdown
+tables; writes them and all figures to `OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the
+end of its warm-up, imports and compilation included.
 
 Turns are of several steps because training knows no pauses: behind the turns of others the first step pays for having memory
 again, most likely from the virtual machine's host (XLA's side, which frees its memory after each step; see LOG.md).
@@ -19,6 +19,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -92,6 +93,7 @@ def command_of(side: str, program: str, args: argparse.Namespace) -> list[str]:
     common = [f"--warmup={args.warmup}", "--interactive"]
     if side == OURS:
         shapes["head_dim"] = args.width // args.heads
+        shapes["rollout_chunks"] = math.gcd(args.activations, args.threads)
         command = [sys.executable, "-m", "nla_jax.cli", "benchmark", program, *common]
         return command + [flag(name, value) for name, value in shapes.items()]
     shapes["suffix"] -= 1  # there it does not count the marker

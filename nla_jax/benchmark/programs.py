@@ -35,7 +35,7 @@ from nla_jax.models.transformer import (
     truncate,
 )
 from nla_jax.optimizer import adamw
-from nla_jax.sampling import decoding_layout
+from nla_jax.sampling import decoding_layout, start_all
 from nla_jax.sampling import rollout as sample_rollout
 from nla_jax.sharding import TRAIN, place_batch, relayout, shardings
 from nla_jax.subject import ROWS, Subject, residual_rows
@@ -143,11 +143,10 @@ class Sampler:
         s = self.s
         parts = jnp.split(place_batch(self.mesh, vectors), s.rollout_chunks)
         rows = len(vectors) // s.rollout_chunks * s.group
-        pieces = [
-            sample_rollout(self.verbalizer, params, part, key, i * rows, group=s.group, max_new_tokens=limit)
-            for i, part in enumerate(parts)
-        ]
-        return [jax.device_get(piece) for piece in pieces]
+        sample = lambda i: sample_rollout(
+            self.verbalizer, params, parts[i], key, i * rows, group=s.group, max_new_tokens=limit
+        )
+        return [jax.device_get(piece) for piece in start_all(self.mesh, sample, len(parts))]
 
     def decoding(self, params: dict, seconds: dict) -> dict:
         """What one step of decoding takes: the rollout's time without that of its first token, measured apart

@@ -65,7 +65,7 @@ class Settings:
     )
     attention: str = _flag("xla", f"who computes it: xla, {', '.join(PLATFORMS)}")
     micro_batches: int = _flag(1, "parts of an RL batch whose gradients are summed")
-    rollout_chunks: int = _flag(1, "parts in which a batch is sampled")
+    rollout_chunks: int = _flag(1, "parts in which a batch is sampled: at the same time on one CPU, else in turn")
     data: int = _flag(1, "mesh axis: copies of the model")
     fsdp: int = _flag(1, "mesh axis: weights cut by their width")
     tensor: int = _flag(1, "mesh axis: weights cut by heads, MLP and vocabulary")
