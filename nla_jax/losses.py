@@ -81,7 +81,7 @@ def token_loss(
         Returns the last carry, the total `[1]`, and the rest in rows again."""
         shape = constants[0].shape
         n = shape[0] * shape[1]
-        c = -(-n // -(-n // chunk))  # as many chunks, of equal size
+        c = -(-n // (-(-n // chunk) * 8)) * 8  # as many chunks, of equal size; a multiple of 8, to which a GPU would pad
 
         def chunks(x):  # [b, R, ...] -> [bR/c, c, ...]
             x = x.reshape(n, *x.shape[2:])

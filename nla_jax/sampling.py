@@ -212,7 +212,7 @@ def rollout(
         jnp.full((B, R), verbalizer.end, jnp.int32), jnp.zeros((B, R)), jnp.zeros((B, R), bool), jnp.zeros(B, bool)
     )
     state = write(empty, 0, *sample(params, 0, jnp.repeat(first, group, axis=0)))
-    cache = empty_cache(model.config, B, max(R - 1, 1))
+    cache = empty_cache(model.config, B, -(-max(R - 1, 1) // 8) * 8)  # a GPU pads other lengths, in a copy for every token
     return jax.lax.platform_dependent(params, past, cache, state, tpu=generate, default=by_layer)
 
 

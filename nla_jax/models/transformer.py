@@ -132,6 +132,19 @@ def _over_rows(x, y, rows: int):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+@jax.custom_vjp
+def vocabulary_scores(x: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:
+    """x · head in float32, from operands in the compute dtype; its gradient is cast to that before it meets them again
+    (JAX would cast the head to float32 for it, and multiply at half the speed)."""
+    return jnp.dot(x, head, preferred_element_type=jnp.float32)
+
+
+vocabulary_scores.defvjp(
+    lambda x, head: (vocabulary_scores(x, head), (x, head)),
+    lambda saved, d_scores: _linear_backward(1, saved, d_scores.astype(saved[0].dtype)),
+)
+
+
 class Dense(nn.Module):
     """A linear map over the last axes of its inputs, with a bias where there is one. Where the parameters hold a low-rank pair
     (`lora_a`, `lora_b`, attached by models/lora.py), x · a · b is added."""
@@ -341,7 +354,7 @@ class Transformer(nn.Module):
         """Final norm and output head; float32. Rows of the head that stand for no token have no mass."""
         hidden = self.final_norm(hidden)
         head = self.embedding.T if self.config.tied_head else self.head
-        logits = jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = vocabulary_scores(hidden, head.astype(hidden.dtype))
         logits = soft_cap(logits, self.config.logit_cap)
         real = np.arange(logits.shape[-1]) < self.config.vocab_size
         return logits if real.all() else jnp.where(real, logits, MASKED)
