@@ -8,8 +8,9 @@ one after the other; then in each round each has its turn of `--turn` steps, whi
 tables; writes them and all figures to `OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the
 end of its warm-up, imports and compilation included.
 
-Turns are of several steps because training knows no pauses: behind the turns of others the first step pays for having memory
-again, most likely from the virtual machine's host (XLA's side, which frees its memory after each step; see LOG.md).
+Each turn begins with a step that does not count, because training knows no pauses: behind the turns of others the first step
+pays for having memory again, most likely from the virtual machine's host (XLA's side, which frees its memory after each step;
+see LOG.md).
 
 Both sides run with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 10000000000: otherwise glibc gives every large array
 back to the system and pays for its pages again in the next operation. `--plain-malloc` leaves these out.
@@ -55,10 +56,12 @@ class Worker:
         self.steps: list[dict] = []
 
     def turn(self, steps: int) -> None:
-        for _ in range(steps):
+        """So many steps, behind one that does not count."""
+        for i in range(steps + 1):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-            self.steps.append(self._receive())
+            step = self._receive()
+            self.steps += [step] * (i > 0)
 
     def close(self) -> None:
         self.process.stdin.close()
