@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from conftest import TINY, close, random_params
 from nla_jax.errors import InputError
 from nla_jax.hlo import Program
-from nla_jax.models import kernels
 from nla_jax.models.attention import Segment, attend, causal_mask
 from nla_jax.models.kernels import attend_by, with_kernel
 from nla_jax.models.transformer import Transformer
@@ -26,7 +25,14 @@ KERNELS = ("cudnn", "splash")
 
 @pytest.fixture(autouse=True)
 def cudnn_by_xla(monkeypatch):
-    monkeypatch.setattr(kernels, "_cudnn", functools.partial(kernels._cudnn, implementation="xla"))
+    """What cuDNN is asked for, computed by XLA; and refused where cuDNN would refuse it."""
+    computed = jax.nn.dot_product_attention
+
+    def asked(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == v.shape[1] % 2 == 0
+        return computed(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", asked)
 
 
 def read(attention, window, q, kv):
@@ -108,7 +114,7 @@ def test_what_a_kernel_cannot_do_is_refused():
 
 
 def test_what_cudnn_cannot_do_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(InputError, match="not in float32"):
         with_kernel(TINY, "cudnn")
     half = dataclasses.replace(TINY, dtype=jnp.bfloat16)
