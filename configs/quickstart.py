@@ -112,7 +112,7 @@ def get_config(variant: str = "") -> ConfigDict:
         c.sft.checkpoint_every = 2
         c.sft.av.update(batch=8, steps=6)
         c.sft.ar.update(batch=8, steps=6)
-        c.rl.update(steps=4, activations=4, group=4, rollout_chunks=2, checkpoint_every=1, heldout_every=2, heldout_rows=8)
+        c.rl.update(steps=4, activations=4, group=4, rollout_chunks=1, checkpoint_every=1, heldout_every=2, heldout_rows=8)
         c.evaluate.update(rows=16, batch=16, examples=4)
     elif variant:
         raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are subject and tiny.")

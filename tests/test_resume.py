@@ -158,6 +158,15 @@ def test_a_run_is_continued_on_another_mesh(talking, arguments, tmp_path, monkey
     close(weights(workdir), weights(talking), 1e-4)
 
 
+def test_a_run_that_samples_in_chunks_is_the_same_run(talking, arguments, tmp_path, monkeypatch):
+    """Stopped in the second step's second chunk, which a thread of its own samples, and continued without chunks."""
+    workdir = copy_before(talking, tmp_path, "rl")
+    calls = stopping(monkeypatch, 4, interrupt)
+    assert main(arguments("rl", workdir, "rl.rollout_chunks=2")) == 130 and len(calls) == 4
+    assert main(arguments("rl", workdir)) == 0
+    close(weights(workdir), weights(talking), 1e-4)
+
+
 def test_evaluation_samples_only_what_is_missing(talking, arguments, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole, workdir = copy_before(talking, tmp_path / "whole", "evaluate"), copy_before(talking, tmp_path, "evaluate")
