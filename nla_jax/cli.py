@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := [flag for flag in overrides if not flag.startswith(allowed)]:
             raise InputError(f"Unknown argument {unknown[0]!r}; see `nla {arguments.verb} --help`.")
         arguments.overrides, arguments.command, arguments.stage = overrides, shlex.join(["nla", *argv]), None
+        take_gpus_whole()
         with sigterm_raises():
             arguments.function(arguments)
         return 0
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return failed("stopped; the same command continues from the last checkpoint.", 130)
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return failed(out_of_memory(error, arguments.stage), 1)
         if distributed.host_count() == 1:
             raise
         if found := distributed.failed_host(3):  # a program that runs on all hosts fails on all where it fails on one
@@ -94,6 +97,24 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}."
     return " ".join(str(error).split())
+
+
+def out_of_memory(error: Exception, stage: str | None) -> str:
+    """What a user reads where the devices' memory did not suffice."""
+    smaller = "a smaller batch"
+    if stage in ("sft", "rl"):
+        smaller = "rl.micro_batches, rl.rollout_chunks or smaller batches, compute.remat=nothing_saveable, LoRA"
+    return (
+        f"The devices' memory does not hold {stage or 'this'} ({sentence(error).split('. ')[0]}); use {smaller}, or more devices; "
+        "`nla plan` says what a config needs. What is finished is kept."
+    )
+
+
+def take_gpus_whole() -> None:
+    """JAX would take three quarters of a GPU's memory; training may want nearly all. What the user has set stays."""
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the second is the older name
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = "0.95"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer, normalise, normalised_mse
@@ -211,22 +211,31 @@ class SupervisedStep:
         return kept.replace(step=state.step + 1), metrics | {"loss": loss, "grad_norm": norm, "skipped": ~finite}
 
 
-# XLA's CPU compiler has two sets of matrix products: YNNPACK's, its default, and Eigen's, which are faster where there are many
-# rows, as where one device trains (and slower in the rollout). An experimental option of XLA's.
-EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# What XLA's compilers are told about training steps, by platform.
+COMPILER_OPTIONS = {
+    # One device: of its two sets of matrix products, YNNPACK's (the default) and Eigen's, those that are faster where there are
+    # many rows (and slower in the rollout). An experimental option of XLA's.
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    # XLA would join the products of prompts and of responses, which read the same weights, by copies of all their rows. And near
+    # the limit of memory it computes again what `remat` did not name: slices and casts of weights, up to four times each, which
+    # saves hardly any (experiments/benchmark/LOG.md).
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 0, "xla_disable_hlo_passes": "rematerialization"},
+}
 
 
 def jit_step(step: JointStep | SupervisedStep, mesh: Mesh) -> Callable:
     """The compiled `step` for the devices of `mesh`; the state that it is given is consumed."""
-    eigen = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and cpu_compiler_knows(EIGEN)
-    return jax.jit(step, donate_argnums=0, compiler_options=EIGEN if eigen else None)
+    platform = mesh.devices.flat[0].platform
+    options = {} if platform == "cpu" and mesh.size > 1 else COMPILER_OPTIONS.get(platform)
+    known = options and compiler_knows(options, mesh)
+    return jax.jit(step, donate_argnums=0, compiler_options=options if known else None)
 
 
-def cpu_compiler_knows(options: dict[str, str]) -> bool:
-    """Whether XLA's CPU compiler takes these options: of one that it does not know it says so in an error, and compiles nothing."""
+def compiler_knows(options: dict, mesh: Mesh) -> bool:
+    """Whether the compiler for these devices takes these options: of one that it does not know it says so in an error, and compiles
+    nothing."""
     try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=options).lower().compile()
         return True
     except jax.errors.JaxRuntimeError:
         return False

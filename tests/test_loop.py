@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -227,6 +228,13 @@ def test_the_subject_must_be_the_pairs(finished, tmp_path, capsys):
     shutil.copytree(finished / "pair_warm/av", other)
     assert main(["explain", "--pair", str(finished / "pair"), "--text", "x", "--subject", str(other)]) == 1
     assert "not the subject" in one_line(capsys)
+
+
+def test_devices_without_memory_are_one_sentence(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nla_jax.train.rl", lambda run: jnp.zeros(1 << 46).block_until_ready())
+    assert nla_main("rl", tmp_path, corpus) == 1
+    said = one_line(capsys)
+    assert "memory does not hold rl (RESOURCE_EXHAUSTED: Out of memory allocating" in said and "micro_batches" in said
 
 
 WRONG = {
