@@ -23,7 +23,7 @@ TINY = dict(
 )  # fmt: skip
 MESHES = {
     "v5e_4": dict(mesh=(1, 4, 1)),  # v5e:2x2
-    "gpu_1": dict(mesh=(1, 1, 1), micro_batches=2),
+    "gpu_1": dict(mesh=(1, 1, 1)),  # 16 GiB; with two micro-batches 17: a second set of gradients
     "gpu_2": dict(mesh=(1, 2, 1)),
 }
 

@@ -15,6 +15,7 @@ import os
 import sys
 
 from nla_jax.cli import load_config
+from nla_jax.errors import InputError
 from nla_jax.flops import decode_bytes
 from nla_jax.plan import plan_program, tasks
 from nla_jax.topology import GPUS, Slice, mesh_over
@@ -62,4 +63,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(str(error))
