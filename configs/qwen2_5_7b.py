@@ -25,7 +25,7 @@ TINY = dict(
 )  # fmt: skip
 MESHES = {
     "v5e_32": dict(mesh=(1, 8, 4)),  # v5e:4x8
-    "v6e_16": dict(mesh=(1, 4, 4), micro_batches=2),  # v6e:4x4
+    "v6e_16": dict(mesh=(1, 4, 4)),  # v6e:4x4
     "v5p_16": dict(mesh=(1, 4, 4)),  # v5p:2x2x4
 }
 

@@ -22,7 +22,7 @@ TINY = dict(
     num_key_value_heads=2, head_dim=8,
 )  # fmt: skip
 MESHES = {
-    "v5p_8": dict(mesh=(1, 2, 4), micro_batches=2),  # v5p:2x2x2
+    "v5p_8": dict(mesh=(1, 2, 4)),  # v5p:2x2x2
 }
 
 
