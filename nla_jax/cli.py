@@ -101,11 +101,10 @@ def sentence(error: Exception) -> str:
 
 def out_of_memory(error: Exception, stage: str | None) -> str:
     """What a user reads where the devices' memory did not suffice."""
-    smaller = "a smaller batch"
-    if stage in ("sft", "rl"):
-        smaller = "rl.micro_batches, rl.rollout_chunks or smaller batches, compute.remat=nothing_saveable, LoRA"
+    smaller = {"sft": "a smaller sft.av.batch and sft.ar.batch", "rl": "more rl.micro_batches (8, say) and rl.rollout_chunks"}
+    use = f"{smaller[stage]}, compute.remat=nothing_saveable, LoRA" if stage in smaller else "a smaller batch"
     return (
-        f"The devices' memory does not hold {stage or 'this'} ({sentence(error).split('. ')[0]}); use {smaller}, or more devices; "
+        f"The devices' memory does not hold {stage or 'this'} ({sentence(error).split('. ')[0]}); use {use}, or more devices; "
         "`nla plan` says what a config needs. What is finished is kept."
     )
 

@@ -495,6 +495,19 @@ def test_search_ranks_meshes_with_the_fewest_micro_batches_that_fit(uncompiled, 
     assert ranking(plans).count("| yes |") == 5
 
 
+def test_search_finds_one_micro_batch_where_two_do_not_fit(uncompiled, monkeypatch, tmp_path):
+    """Two have two sets of gradients."""
+    monotone = searching.plan_program
+
+    def program(task, place):
+        name, micro, real = task
+        return monotone(task, place) | ({"fits": True} if micro == 1 and real.mesh.shape["tensor"] == 2 else {})
+
+    monkeypatch.setattr(searching, "plan_program", program)
+    plans = search(small(), slice_of(4), tmp_path / "plan.jsonl")
+    assert {(p["mesh"]["tensor"], p["micro_batches"]) for p in plans} == {(1, 4), (2, 1)}
+
+
 def test_search_compiles_nothing_on_a_mesh_that_cannot_hold_the_arguments(uncompiled, tmp_path):
     least = {
         sizes: max(
