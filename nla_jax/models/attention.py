@@ -91,9 +91,9 @@ def _backward(q, d_out, out, log_total, segments: Sequence[Segment], scale: floa
         queries, d_o, log, mean = (_fold(x, segment) for x in (q, d_out, log_total, delta))
         scores, slope = _scores(queries, segment, scale, cap)
         weights = jnp.exp(scores - log[..., None])
-        d_scores = weights * (_dot(d_o, segment.v, 5, 3) - mean[..., None]) * slope
+        d_scores = weights * (_dot(d_o, segment.v, (5,), (3,)) - mean[..., None]) * slope
         weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
-        d_q += _unfold(_dot(d_scores, segment.k, 5, 2), q.shape)
+        d_q += _unfold(_dot(d_scores, segment.k, (5,), (2,)), q.shape)
         rows = (2, 3, 4)
         d_k, d_v = (_dot(a, b, rows, rows).swapaxes(2, 3) for a, b in ((queries, d_scores), (d_o, weights)))
         d_segments.append(segment.replace(k=d_k.astype(segment.k.dtype), v=d_v.astype(segment.v.dtype), mask=None))
@@ -140,7 +140,7 @@ def _partial(q, segment: Segment, scale: float, cap: float | None):
     scores, _ = _scores(_fold(q, segment), segment, scale, cap)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
-    out = _dot(weights.astype(q.dtype), segment.v, 5, 2)
+    out = _dot(weights.astype(q.dtype), segment.v, (5,), (2,))
     return [_unfold(x, q.shape) for x in (top, weights.sum(-1), out)]
 
 
@@ -156,17 +156,28 @@ def _scores(queries, segment: Segment, scale: float, cap: float | None):
 def _products(queries, keys):
     """q·k of all queries and keys. Of two operands a CPU reads the second by columns, which it does slowly: when decoding, that
     should be the few queries."""
-    plain = lambda queries, keys: _dot(queries, keys, 5, 3)
+    plain = lambda queries, keys: _dot(queries, keys, (5,), (3,))
     if np.prod(queries.shape[2:5]) >= keys.shape[2]:
         return plain(queries, keys)
-    swapped = lambda queries, keys: jnp.moveaxis(_dot(keys, queries, 3, 5), 2, -1)
+    swapped = lambda queries, keys: jnp.moveaxis(_dot(keys, queries, (3,), (5,)), 2, -1)
     return jax.lax.platform_dependent(queries, keys, cpu=swapped, default=plain)
 
 
-def _dot(x, y, x_axes, y_axes):
+def _dot(x, y, x_axes: tuple[int, ...], y_axes: tuple[int, ...]):
     """The product of x and y over the named axes, for each of their first two (batch, key/value head), in float32."""
-    axes = tuple((a,) if isinstance(a, int) else a for a in (x_axes, y_axes))
-    return jax.lax.dot_general(x, y, (axes, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+    def product(x, y, x_axes=x_axes, y_axes=y_axes):
+        return jax.lax.dot_general(x, y, ((x_axes, y_axes), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+    def of_matrices(x, y):
+        """The same with all queries of a row and head in one axis: of several, a CPU would write transposed copies first."""
+        x_axis, y_axis = (3 if axes == (z.ndim - 1,) else 2 for z, axes in ((x, x_axes), (y, y_axes)))
+        x_rows, y_rows = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))
+        return product(x_rows, y_rows, (x_axis,), (y_axis,)).reshape(jax.eval_shape(product, x, y).shape)
+
+    if jax.sharding.get_abstract_mesh().size > 1:  # which may cut the queries along any of their axes
+        return product(x, y)
+    return jax.lax.platform_dependent(x, y, cpu=of_matrices, default=product)
 
 
 def _fold(x, segment: Segment):
