@@ -54,11 +54,14 @@ def search(config, place: Slice, file: Path) -> list[dict]:
         # One micro-batch has one set of gradients, others two: it may fit where they do not. Of those, what fitted the mesh before
         # is the first guess; from there downwards while it fits, upwards until it does.
         best, i = at(sizes, micro[0]), 0
-        while not fits(best) and i + 1 < len(micro) and "train_step" in best["programs"]:
-            i = i + 1 if i else max(j for j, n in enumerate(micro) if n <= start or j == 1)
+        if not fits(best) and len(micro) > 1 and "train_step" in best["programs"]:
+            i = max(j for j, n in enumerate(micro) if n <= start or j == 1)
             best = at(sizes, micro[i])
             while fits(best) and i > 1 and fits(smaller := at(sizes, micro[i - 1])):
                 best, i = smaller, i - 1
+            while not fits(best) and i + 1 < len(micro):
+                i += 1
+                best = at(sizes, micro[i])
         start = micro[i] if fits(best) else start
         plans.append(best)
         progress.update(micro_batches=micro[i], samples_per_second=speed(best))

@@ -213,8 +213,8 @@ class SupervisedStep:
 
 # What XLA's compilers are told about training steps, by platform.
 COMPILER_OPTIONS = {
-    # One device: of its two sets of matrix products, YNNPACK's (the default) and Eigen's, those that are faster where there are
-    # many rows (and slower in the rollout). An experimental option of XLA's.
+    # On one device: Eigen's matrix products instead of YNNPACK's, XLA's default. They are faster where there are many rows (and
+    # slower in the rollout). An experimental option of XLA's.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
     # XLA would join the products of prompts and of responses, which read the same weights, by copies of all their rows. And near
     # the limit of memory it computes again what `remat` did not name: slices and casts of weights, up to four times each, which
@@ -226,9 +226,10 @@ COMPILER_OPTIONS = {
 def jit_step(step: JointStep | SupervisedStep, mesh: Mesh) -> Callable:
     """The compiled `step` for the devices of `mesh`; the state that it is given is consumed."""
     platform = mesh.devices.flat[0].platform
-    options = {} if platform == "cpu" and mesh.size > 1 else COMPILER_OPTIONS.get(platform)
-    known = options and compiler_knows(options, mesh)
-    return jax.jit(step, donate_argnums=0, compiler_options=options if known else None)
+    options = None if platform == "cpu" and mesh.size > 1 else COMPILER_OPTIONS.get(platform)
+    if options and not compiler_knows(options, mesh):
+        options = None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def compiler_knows(options: dict, mesh: Mesh) -> bool:

@@ -166,18 +166,18 @@ def _products(queries, keys):
 def _dot(x, y, x_axes: tuple[int, ...], y_axes: tuple[int, ...]):
     """The product of x and y over the named axes, for each of their first two (batch, key/value head), in float32."""
 
-    def product(x, y, x_axes=x_axes, y_axes=y_axes):
-        return jax.lax.dot_general(x, y, ((x_axes, y_axes), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    batch, product = ((0, 1), (0, 1)), functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    plain = lambda x, y: product(x, y, ((x_axes, y_axes), batch))
 
     def of_matrices(x, y):
         """The same with all queries of a row and head in one axis: of several, a CPU would write transposed copies first."""
-        x_axis, y_axis = (3 if axes == (z.ndim - 1,) else 2 for z, axes in ((x, x_axes), (y, y_axes)))
-        x_rows, y_rows = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))
-        return product(x_rows, y_rows, (x_axis,), (y_axis,)).reshape(jax.eval_shape(product, x, y).shape)
+        axes = tuple((3,) if axes == (z.ndim - 1,) else (2,) for z, axes in ((x, x_axes), (y, y_axes)))
+        rows = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))
+        return product(*rows, (axes, batch)).reshape(jax.eval_shape(plain, x, y).shape)
 
     if jax.sharding.get_abstract_mesh().size > 1:  # which may cut the queries along any of their axes
-        return product(x, y)
-    return jax.lax.platform_dependent(x, y, cpu=of_matrices, default=product)
+        return plain(x, y)
+    return jax.lax.platform_dependent(x, y, cpu=of_matrices, default=plain)
 
 
 def _fold(x, segment: Segment):
