@@ -15,6 +15,7 @@ from nla_jax.models.transformer import Transformer, output_head
 from nla_jax.sharding import on_each_device
 
 FAILED_REWARD = -2.0  # truncated or unparsable responses: below every good reconstruction, and trained on
+FEW_CHUNKS = 16  # whose gradients of the head may be added up in bfloat16, which rounds by 0.4 % in all, and by 15 % for 600
 
 
 def negative_mse(mse: Float[Array, "B"], length: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -106,9 +107,10 @@ def token_loss(
             (part, tokens), (more, d_hidden) = value(head, hidden, other_head, constants)
             return jax.tree.map(jnp.add, d_head, more), (part, tokens, d_hidden)
 
-        zeros = jax.tree.map(jnp.zeros_like, head)
+        few = constants[0].size <= FEW_CHUNKS * chunk
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, None if few else jnp.float32), head)
         d_head, total, tokens, d_hidden = scan(with_gradient, zeros, hidden, constants)
-        return (total, tokens), (d_head, d_hidden)
+        return (total, tokens), (jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head), d_hidden)
 
     def backward(gradient, d_result):
         (d_total,), _ = d_result

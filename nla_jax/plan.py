@@ -41,6 +41,7 @@ from nla_jax.sharding import (
     padded_vocabulary,
     relayout,
     shardings,
+    working_dtypes,
 )
 from nla_jax.subject import ROWS
 from nla_jax.topology import GiB, Slice, libtpu_wanted
@@ -123,10 +124,12 @@ class Task:
 
 
 def placed(mesh: Mesh, boxed: Any, rules=TRAIN, dtype: Any = None) -> Any:
-    """Shapes with their shardings, of (boxed) shapes with axis names; in `dtype` where one is given."""
+    """Shapes with their shardings, of (boxed) shapes with axis names; of a working copy in `dtype` where one is given."""
     boxed = padded_vocabulary(mesh, boxed, rules)
-    shape = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding)
-    return jax.tree.map(shape, nn.unbox(boxed), shardings(mesh, boxed, rules))
+    shapes = nn.unbox(boxed)
+    dtypes = working_dtypes(shapes, dtype) if dtype else jax.tree.map(lambda s: s.dtype, shapes)
+    shape = lambda s, dtype, sharding: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding)
+    return jax.tree.map(shape, shapes, dtypes, shardings(mesh, boxed, rules))
 
 
 def placed_batch(mesh: Mesh, tree: Any) -> Any:

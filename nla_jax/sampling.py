@@ -35,7 +35,7 @@ class Rollout:
 
 def decoding_layout(mesh: Mesh, verbalizer: Verbalizer, base: dict | None = None) -> Callable[[dict], dict]:
     """A function from the AV's trained parameters to the whole ones from which `rollout` samples on a mesh: a copy in the
-    compute dtype, laid out for decoding. An adapter's frozen `base` is copied once, here; on one device it serves as it is."""
+    compute dtype (`working_dtypes`), laid out for decoding. An adapter's frozen `base` is copied once, here; on one device it serves as it is."""
     config = verbalizer.model.config
     move = relayout(mesh, verbalizer.abstract_params(), config.dtype, DECODE)
     if verbalizer.lora and mesh.size > 1:
@@ -175,6 +175,8 @@ def rollout(
     depend on how a batch is cut or sharded."""
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
     model = Transformer(config)
+    cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x
+    params = jax.tree_util.tree_map_with_path(cast, params)  # adapters: once, not for every token
     verbalizer = dataclasses.replace(verbalizer, model=model)
     past, first = verbalizer.read_prompt(params, cut_batch(vectors, rules=DECODE))
     B, R = len(vectors) * group, max_new_tokens

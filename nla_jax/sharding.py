@@ -31,6 +31,7 @@ DECODE = (
     ("batch", ("data", "fsdp")), ("layers", None), ("embed", None), ("embed_out", None), ("vocab", "tensor"),
     ("heads", "tensor"), ("kv_heads", "tensor"), ("head_dim", None), ("mlp", "tensor"), ("lora_rank", None),
 )  # fmt: skip
+FLOAT32 = ("scale", "lora_a", "lora_b")  # parameters (norms, adapters) whose working copies keep float32
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -156,21 +157,30 @@ def place_local(sharding: NamedSharding, rows: np.ndarray, values: np.ndarray, c
     return jax.make_array_from_callback((count, *values.shape[1:]), sharding, read)
 
 
+def working_dtypes(params: Any, dtype: Any) -> Any:
+    """The dtype of each parameter in a working copy: `dtype`, which models cast the others to anyway, but float32 for what they
+    compute with before they cast. Rounded here already, the copy would be another policy than the one that is trained."""
+    of_leaf = lambda path, _: jnp.dtype(jnp.float32 if path[-1].key in FLOAT32 else dtype)
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
 def relayout(mesh: Mesh, abstract: Any, dtype: Any, rules: Any):
-    """A jitted function that casts parameters to `dtype` and lays them out by `rules`: frozen weights for training, and
-    once per rollout the verbalizer's for decoding. Stacked layers move one by one, so that no second copy exists."""
+    """A jitted function that casts parameters to `dtype` (`working_dtypes`) and lays them out by `rules`: frozen weights for
+    training, and once per rollout the verbalizer's for decoding. Stacked layers move one by one, so that no second copy exists."""
     padded = padded_vocabulary(mesh, abstract, rules)
     layout, before = shardings(mesh, padded, rules), shardings(mesh, abstract, TRAIN)
     stacked = jax.tree.map(lambda spec: tuple(spec)[:1] == ("layers",), nn.get_partition_spec(abstract))
 
-    def move(x, shape, place, old, stacked):
+    def move(x, shape, dtype, place, old, stacked):
         if stacked and not place.is_equivalent_to(old, x.ndim):
             layer = NamedSharding(mesh, PartitionSpec(*place.spec[1:]))
             return jax.lax.map(lambda x: jax.lax.with_sharding_constraint(x.astype(dtype), layer), x)
         return jnp.pad(x.astype(dtype), [(0, n - m) for n, m in zip(shape.shape, x.shape)])
 
+    shapes = nn.unbox(padded)
+    dtypes = working_dtypes(shapes, dtype)
     return jax.jit(
-        lambda params: jax.tree.map(move, params, nn.unbox(padded), layout, before, stacked), out_shardings=layout
+        lambda params: jax.tree.map(move, params, shapes, dtypes, layout, before, stacked), out_shardings=layout
     )
 
 

@@ -19,8 +19,9 @@ from nla_jax.errors import InputError
 from nla_jax.metrics import read_metrics
 from nla_jax.models.lora import CONFIG, WEIGHTS, Lora, load_adapter
 from nla_jax.models.pretrained import read_config, save_model
-from nla_jax.models.transformer import Transformer
+from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.pair import Pair, load_pair, new_pair
+from nla_jax.sharding import DECODE, TRAIN, make_mesh, relayout
 from nla_jax.train_step import Frozen, JointStep, SupervisedStep, TextBatch, reconstructor_loss, verbalizer_loss
 
 LORA = Lora(rank=4, alpha=6.0)
@@ -63,6 +64,19 @@ def test_merged_equals_attached_and_a_new_adapter_changes_nothing(lora, params):
     close(logits(lora.merge(base, adapter)), attached, 1e-5)
     assert np.abs(np.asarray(attached) - np.asarray(logits(base))).max() > 0.1
     close(logits(lora.attach(base, lora.init_params(jax.random.key(1), TINY))), logits(base), 0)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(4, 6.0, rslora=True)])
+def test_a_working_copy_in_bfloat16_is_the_policy_that_is_trained(lora, params):
+    """The copies that sample, and that the KL refers to, compute the very logits of the float32 masters."""
+    model, mesh = Transformer(dataclasses.replace(TINY, dtype=jnp.bfloat16)), make_mesh()
+    boxed = lora.abstract_params(TINY) if lora else abstract_params(TINY)
+    trained = lively(lora) if lora else params
+    whole = lambda trained: lora.attach(params, trained) if lora else trained
+    compute = jax.jit(lambda trained: model.apply({"params": whole(trained)}, IDS, method="next_token_logits"))
+    for rules in (TRAIN, DECODE):
+        copy = relayout(mesh, boxed, jnp.bfloat16, rules)(jax.tree.map(jnp.asarray, trained))
+        np.testing.assert_array_equal(compute(copy), compute(trained))
 
 
 def test_scales():

@@ -14,6 +14,7 @@ from conftest import TINY, joint_batch, close, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.benchmark.measure import compilations
 from nla_jax.losses import group_normalised, token_loss
+from nla_jax.models.transformer import Transformer
 from nla_jax.sampling import rollout
 from nla_jax.topology import mesh_over
 from nla_jax.train_step import COMPILER_OPTIONS, Frozen, JointBatch, JointStep, compiler_knows, identical_share
@@ -208,6 +209,24 @@ def test_token_loss_in_chunks_equals_whole_logits(model, params, reference):
     np.testing.assert_allclose(statistics.logprob, np.take_along_axis(logp, targets[..., None], -1)[..., 0], rtol=1e-4)
     np.testing.assert_allclose(statistics.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(statistics.kl, (np.exp(logp) * (logp - base)).sum(-1), rtol=1e-4)
+
+
+def test_the_heads_gradient_adds_up_over_many_chunks_in_bfloat16(params):
+    """Of 300 chunks that all pull the same way, as frequent tokens do."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(1, 2400, TINY.width)).astype(np.float32) + 1
+    targets = np.minimum(rng.zipf(1.3, (1, 2400)), TINY.vocab_size) - 1
+    params = {name: params[name] for name in ("final_norm", "head")}
+
+    def gradient(dtype, chunk):
+        model = Transformer(dataclasses.replace(TINY, dtype=dtype))
+        loss = lambda params: token_loss(
+            model, params, hidden.astype(dtype), targets, lambda tokens: -tokens.logprob, chunk=chunk
+        )[0]
+        return jax.jit(jax.grad(loss))(params)["head"]
+
+    exact, many = gradient(jnp.float32, 2400), gradient(jnp.bfloat16, 8)
+    assert np.linalg.norm(many - exact) < 0.01 * np.linalg.norm(exact)
 
 
 def test_identical_share_equals_a_count():
