@@ -1,10 +1,11 @@
-"""The whole loop on a laptop: a small subject, real text, twelve minutes on two CPU cores.
+"""The whole loop on a laptop: a small subject, real text, ten minutes on two CPU cores.
 
 nla quickstart --workdir runs/quickstart
 nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 ADAMW = "nla_jax.optimizer:adamw"
 
@@ -84,7 +85,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rl = ConfigDict(
         dict(
             steps=72, activations=48, group=8, rollout_chunks=4, micro_batches=1,
-            temperature=1.0, top_k=None, top_p=None,
+            temperature=1.0, top_k=placeholder(int), top_p=placeholder(float),  # None: every token can be drawn
             reward="nla_jax.losses:negative_mse",
             advantage="nla_jax.losses:group_normalised",
             kl_coefficient=0.03,

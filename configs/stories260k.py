@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 def get_config(variant: str = "") -> ConfigDict:
     """The quickstart with longer texts; no variants."""
-    c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"](variant)
+    if variant:
+        raise ValueError(f"configs/stories260k.py has no variants; found {variant!r}.")
+    c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]()
     c.subject.layer = 3
     c.corpus.min_chars = 150
     c.extract.update(positions=12, min_position=20)

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from nla_jax.errors import InputError, Stopped
+from nla_jax.errors import InputError, Stopped, first_line
 from nla_jax.files import AnyPath
 
 # The settings that may differ between the runs that share a working folder: what they name says where and how a result is
@@ -134,9 +134,9 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # tensorstore, JSON and structure errors have no common class
-            reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"Checkpoint {path} cannot be restored ({reason}); remove that folder to continue from the one before it."
+                f"Checkpoint {path} cannot be restored ({first_line(error)}); remove that folder to continue from the one "
+                f"before it."
             ) from None
         if step > steps:
             raise InputError(
@@ -171,9 +171,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore, asynchronous tasks and the file system have no common class
-            reason = isinstance(error, OSError) and error.strerror
-            reason = reason or str(error).partition(" [")[0].strip().splitlines()[0].rpartition(": ")[2]
+            why = isinstance(error, OSError) and error.strerror
+            why = why or first_line(error).partition(" [")[0].rpartition(": ")[2]
             raise InputError(
-                f"A checkpoint cannot be written to {self.folder} ({reason}); the one before it is intact. Make room (or the "
+                f"A checkpoint cannot be written to {self.folder} ({why}); the one before it is intact. Make room (or the "
                 f"folder writable) and run the same command again."
             ) from None

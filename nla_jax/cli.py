@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import functools
 import json
+import operator
 import os
 import shlex
 import signal
@@ -31,6 +33,13 @@ STAGES = {
     "report": "summary.json and report.html",
 }
 DEFAULT_CONFIG = "configs/quickstart.py"
+LEAST = {  # the lowest values that settings may have, where not every number means something
+    "checkpoints.keep": 1, "watchdog.window": 1, "extract.positions": 1, "extract.max_tokens": 1, "extract.shard_documents": 1,
+    "pretrain.batch": 1, "pretrain.length": 1, "pretrain.checkpoint_every": 1, "prompts.max_new_tokens": 1,
+    "sft.checkpoint_every": 1, "sft.av.batch": 1, "sft.ar.batch": 1, "rl.activations": 1, "rl.group": 1, "rl.steps": 0,
+    "rl.checkpoint_every": 1, "rl.heldout_every": 1, "rl.heldout_rows": 2, "evaluate.rows": 2, "evaluate.batch": 1,
+    "rl.temperature": 1e-3, "watchdog.stall_minutes": 1e-3,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"Unknown argument {unknown[0]!r}; see `nla {arguments.verb} --help`.")
         arguments.overrides, arguments.command, arguments.stage = overrides, shlex.join(["nla", *argv]), None
         take_gpus_whole()
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)  # a config may name functions of the user's, by import path
         with sigterm_raises():
             arguments.function(arguments)
         return 0
@@ -157,6 +168,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=int, default=150)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_injection(sub)
 
     sub = verb("export", export, "a pair as plain Hugging Face folders, and a run's datasets in the reference's form")
     source = sub.add_mutually_exclusive_group(required=True)
@@ -165,14 +177,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="a new or empty folder")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     sub.add_argument("--adapters", action="store_true", help="write LoRA adapters as they are (default: merged)")
+    add_injection(sub)
 
     sub = verb("import", import_pair, "anybody's AV and AR as a checked pair of this package")
     sub.add_argument("--av", required=True, help="folder or hub id of the AV, a model or a PEFT adapter")
     sub.add_argument("--ar", required=True, help="folder or hub id of the AR, a model or a PEFT adapter")
     sub.add_argument("--base", help="the adapters' base model (default: what they name)")
-    sub.add_argument("--injection", help="replace or norm_matched_addition (default: what the AV's sidecar names)")
-    sub.add_argument("--injection-block", type=int, help="behind which block, from 0 (default -1: input embeddings)")
     sub.add_argument("--out", required=True, help="a new or empty folder")
+    add_injection(sub)
 
     from nla_jax.benchmark import settings
     from nla_jax.plan import add_arguments
@@ -182,6 +194,32 @@ def parser() -> argparse.ArgumentParser:
         configured("plan", plan, "what a config needs on a TPU slice, from its programs compiled without one")
     )
     return parser
+
+
+def add_injection(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--injection",
+        help="replace, norm_matched_addition or package.module:function (default: what the AV's sidecar names)",
+    )
+    sub.add_argument("--injection-block", type=int, help="behind which block, from 0 (default -1: input embeddings)")
+
+
+def given_injection(arguments: argparse.Namespace):
+    """The injection that the command line names; None where it leaves that to the sidecar."""
+    from nla_jax.autoencoder import Injection
+    from nla_jax.run import resolve
+    from nla_jax.sidecar import INJECTIONS
+
+    name, block = arguments.injection, arguments.injection_block
+    if not name:
+        if block is not None:
+            raise InputError("--injection-block says where, but not how; give --injection too.")
+        return None
+    if name not in INJECTIONS and ":" not in name:
+        raise InputError(
+            f"--injection must be {', '.join(INJECTIONS)} or a function's package.module:function; found {name!r}."
+        )
+    return Injection(INJECTIONS.get(name) or resolve(name), -1 if block is None else block)
 
 
 def load_config(file: str, overrides: list[str]) -> ConfigDict:
@@ -200,9 +238,19 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
             config = values.config
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
+            if isinstance(error, KeyError) or any(isinstance(cause, KeyError) for cause in error.args):
+                reason = "there is no field " + reason.strip('"')
             raise InputError(
                 f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}"
             ) from None
+    values = config.to_dict()
+    for name, least in LEAST.items():
+        try:
+            value = functools.reduce(operator.getitem, name.split("."), values)
+        except KeyError:
+            raise InputError(f"The config {file} has no field {name}; configs/quickstart.py shows all.") from None
+        if value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}.")
     for name in ("micro_batches", "rollout_chunks"):
         parts, whole = config.rl[name], config.rl.activations
         if parts < 1 or whole % parts:
@@ -282,7 +330,7 @@ def explain(arguments: argparse.Namespace) -> None:
     enable_compile_cache()
     rows = explain_text(
         text, arguments.pair, subject=arguments.subject, tokens=arguments.tokens, temperature=arguments.temperature,
-        max_new_tokens=arguments.max_new_tokens, seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, injection=given_injection(arguments),
     )  # fmt: skip
     for row in rows:
         if arguments.json:
@@ -301,7 +349,7 @@ def export(arguments: argparse.Namespace) -> None:
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
-    pair = load_pair(folder)
+    pair = load_pair(folder, injection=given_injection(arguments))
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
     if arguments.workdir:
@@ -312,17 +360,9 @@ def export(arguments: argparse.Namespace) -> None:
 
 def import_pair(arguments: argparse.Namespace) -> None:
     """Reads an AV and an AR with all checks, and writes them as whole models with complete sidecars."""
-    from nla_jax.autoencoder import Injection
     from nla_jax.pair import load_pair
-    from nla_jax.sidecar import INJECTIONS
 
-    out, injection, block = empty_folder(arguments.out), None, arguments.injection_block
-    if arguments.injection:
-        if arguments.injection not in INJECTIONS:
-            raise InputError(f"--injection must be one of {', '.join(INJECTIONS)}; found {arguments.injection!r}.")
-        injection = Injection(INJECTIONS[arguments.injection], -1 if block is None else block)
-    elif block is not None:
-        raise InputError("--injection-block says where, but not how; give --injection too.")
+    out, injection = empty_folder(arguments.out), given_injection(arguments)
     load_pair(arguments.av, arguments.ar, base=arguments.base, injection=injection).merged().save(out)
     print_written(out)
 

@@ -25,7 +25,7 @@ import jax
 from jax._src import distributed as runtime  # the public module does not show the client of the store
 from jax.experimental import multihost_utils
 
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, first_line
 
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 30  # without a sign of life for so long, a host counts as dead
@@ -238,18 +238,16 @@ def _watch() -> None:
 
 def lost(error: RuntimeError) -> str:
     """What to say of a program that failed between hosts (`jax.errors.JaxRuntimeError` is a `RuntimeError`)."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return (
-        f"host {host_index()} of {host_count()} stopped in a program that runs on all hosts ({reason}), most likely because "
-        f"another host was lost; the same command on every host continues from the last checkpoint."
+        f"host {host_index()} of {host_count()} stopped in a program that runs on all hosts ({first_line(error)}), most likely "
+        f"because another host was lost; the same command on every host continues from the last checkpoint."
     )
 
 
 def _lost(what: str, error: Exception) -> InputError:
     """The error of a wait that did not end well; another host's own words where it left some."""
-    reason = str(error).strip().splitlines()[0]
     found = failed_host(3)
-    return InputError(found[0] if found else f"{what} ({reason}); the same command on every host continues the run.")
+    return InputError(found[0] if found else f"{what} ({first_line(error)}); the same command on every host continues the run.")
 
 
 _reasons: list[tuple[str, int]] = []  # why this process ends, and its exit status: the first is said

@@ -5,6 +5,11 @@ class InputError(ValueError):
     """A user's input is wrong; the message is one clear sentence: what is wrong, where, what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's exception says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class Stopped(RuntimeError):
     """A training loop ended before its last step, in good order: the message says why, at which step, and what to do.
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nla_jax.autoencoder import Injection
 from nla_jax.errors import InputError
 from nla_jax.files import path_to
 from nla_jax.pair import find_base, load_pair
@@ -17,13 +18,14 @@ def explain_text(
     temperature: float = 0.0,
     max_new_tokens: int = 150,
     seed: int = 0,
+    injection: Injection | None = None,
 ) -> list[dict]:
     """One dict for each token asked for (`tokens`: "last", "all", or indices such as "3,-1"): `position, token,
     explanation, cosine, fve`, where fve = 1 - mse / variance with the variance of the pair's training activations (None
-    where its sidecar records none). Raises `InputError` where text, pair or subject cannot be used."""
+    where its sidecar records none). `injection`: as for `load_pair`. Raises `InputError` where text, pair or subject cannot be used."""
     if not text.strip():
         raise InputError("There is no text to explain; give --text, --file or standard input.")
-    loaded = load_pair(pair, base=subject)
+    loaded = load_pair(pair, base=subject, injection=injection)
     model = load_subject(subject or find_base(loaded.sidecar.base_checkpoint, path_to(pair)), loaded.sidecar.layer)
     if model.model.config.width != loaded.sidecar.d_model:
         raise InputError(

@@ -16,7 +16,7 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, first_line
 
 AnyPath = Path | epath.Path
 
@@ -101,10 +101,9 @@ def reaching(path: AnyPath) -> Iterator[None]:
     except Exception as error:  # of the network, of authorisation and of gcsfs, without a common class
         if isinstance(path, Path) or isinstance(error, InputError):
             raise
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(
-            f"{path} cannot be read or written ({reason}); see that the bucket exists, that you may use it, and that the local "
-            f"disk has room for copies."
+            f"{path} cannot be read or written ({first_line(error)}); see that the bucket exists, that you may use it, and that "
+            f"the local disk has room for copies."
         ) from None
 
 

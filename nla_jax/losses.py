@@ -1,7 +1,8 @@
 """Rewards, advantages and the per-token quantities of the policy: everything the joint step differentiates or scores.
 
 A reward is a function `reward(mse [B], length [B]) -> [B]`, an advantage `advantage(rewards [A, G]) -> [A, G]`; configs
-name one by value or import path, so that a new one edits no file of this package.
+name one by value or import path, so that a new one edits no file of this package. Both see the samples of one micro-batch: what
+an advantage does across groups changes with their number.
 """
 
 from collections.abc import Callable

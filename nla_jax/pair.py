@@ -243,7 +243,8 @@ def load_pair(
     if sidecar.injection is None:
         raise InputError(
             f"{av / FILE} names no injection that is known here ({', '.join(INJECTIONS)}); pass load_pair an "
-            f"`injection`, e.g. Injection(add_norm_matched, block=1) for EasyNLA and nanoNLA."
+            f"`injection`, e.g. Injection(add_norm_matched, block=1) for EasyNLA and nanoNLA (`nla`: --injection and "
+            f"--injection-block)."
         )
 
     adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, residual
-from nla_jax.errors import InputError
+from nla_jax.autoencoder import Reconstructor, Verbalizer, residual
+from nla_jax.errors import InputError, first_line
 from nla_jax.fit import make_optimizer
 from nla_jax.flops import Flops, blocks, reconstructor_flops, verbalizer_flops
 from nla_jax.hlo import Program
@@ -31,7 +31,7 @@ from nla_jax.models.kernels import with_kernel
 from nla_jax.models.pretrained import locate, model_config, read_config
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.pretrain import SHIPPED
-from nla_jax.run import resolve
+from nla_jax.run import injection, resolve
 from nla_jax.sampling import rollout
 from nla_jax.sharding import (
     DECODE,
@@ -90,9 +90,8 @@ def hub_folder(name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
     except Exception as error:  # network, authorisation, unknown repository
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name} is neither a folder nor a model that the hub gives ({reason}); set subject.architecture."
+            f"{name} is neither a folder nor a model that the hub gives ({first_line(error)}); set subject.architecture."
         ) from None
 
 
@@ -156,11 +155,10 @@ def tasks(config, mesh: Mesh, host: Mesh | None = None) -> dict[str, Task]:
     Raises `InputError` where the mesh does not divide a parameter."""
     model, c, p = with_kernel(subject_config(config), config.compute.attention, mesh), config.rl, config.plan
     subject = model.truncated(config.subject.layer + 1)
-    injection = Injection(resolve(config.prompts.injection), config.prompts.injection_block)
     prompt = tuple(range(p.prefix)), tuple(range(p.suffix))
     av = Verbalizer(
-        Transformer(model), *prompt, end=0, injection_scale=config.prompts.injection_scale or 1.0, injection=injection,
-        lora=lora(config.sft.av.lora),
+        Transformer(model), *prompt, end=0, injection_scale=config.prompts.injection_scale or 1.0,
+        injection=injection(config), lora=lora(config.sft.av.lora),
     )  # fmt: skip
     ar = Reconstructor(Transformer(subject), tuple(range(p.text_prefix)), lora(config.sft.ar.lora))
     A, G, D, R = c.activations, c.group, model.width, config.prompts.max_new_tokens

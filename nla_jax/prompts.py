@@ -23,8 +23,13 @@ EXPLANATION = re.compile(r"\s*<explanation>\s*((?:(?!</?explanation>).)*?)\s*</e
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, content: str, answer: str | None = None) -> str:
     """The text of a conversation up to the model's turn (or with its `answer`), by the tokenizer's chat template; a
-    tokenizer without one gets its BOS, the content and a line break."""
+    tokenizer without one gets its BOS, the content and a line break. Raises `InputError` where nothing ends an answer."""
     if tokenizer.chat_template is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"The tokenizer of {tokenizer.name_or_path} has neither a chat template nor an end token, so that no answer "
+                f"would end; set eos_token in its tokenizer_config.json."
+            )
         return (tokenizer.bos_token or "") + content + "\n" + ("" if answer is None else answer + tokenizer.eos_token)
     messages = [{"role": "user", "content": content}]
     if answer is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from nla_jax.autoencoder import Injection
 from nla_jax.checkpoint import FREE, UNTIL_FINISHED, Checkpoints, differences
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.distributed import barrier, from_writer, host_count, host_index, writer_first
@@ -38,13 +39,17 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: str | Path, command: str = ""):
         self.config, self.workdir, self.command = config, path_to(workdir), command
+        with self._writing():
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        self._check_shared()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
             with reaching(self.workdir):
-                self.workdir.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+                yield
         except OSError as error:
-            raise InputError(f"The working folder {workdir} cannot be written ({error.strerror}).") from None
-        self._check_shared()
+            raise InputError(f"The working folder {self.workdir} cannot be written ({error.strerror}).") from None
 
     def _check_shared(self, seconds: float = 60) -> None:
         """Raises `InputError` on a host that does not see what the first one writes (network file systems may take a while)."""
@@ -97,6 +102,8 @@ class Run:
         previous, start = self._record(name), time.monotonic()
         if previous:
             self._check(name)
+        with self._writing():
+            write_atomically(self.workdir / "config.json", self.config.to_json_best_effort(indent=1) + "\n")
         spent = previous["seconds"] if previous else 0.0
         record = {"basis": self.basis(name), "seconds": spent}
         self._write(name, record)
@@ -156,6 +163,11 @@ class Run:
     @property
     def subject_folder(self) -> str | AnyPath:
         return self.config.subject.path or self.workdir / "subject"
+
+
+def injection(config: ConfigDict) -> Injection:
+    """How a config says that activations enter the prompt."""
+    return Injection(resolve(config.prompts.injection), config.prompts.injection_block)
 
 
 def resolve(name: str) -> Callable:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
+from nla_jax.errors import InputError
 from nla_jax.models.transformer import Transformer, abstract_params, empty_cache, layers_apart
 from nla_jax.sharding import DECODE, cut_batch, relayout, vocabulary_parts
 
@@ -47,10 +48,16 @@ def sample_tokens(
     keys: Array, logits: Float[Array, "B V"], temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token of each row and its log-probability under softmax(logits / temperature); temperature 0 is greedy (the
-    log-probability is then that of temperature 1). `top_k` and `top_p` restrict what can be drawn, in float32.
+    log-probability is then that of temperature 1). `top_k` and `top_p` restrict what can be drawn, in float32. Raises
+    `InputError` for values that mean nothing.
 
     The mesh may cut the vocabulary over `tensor`. All that is needed of other devices are sums, maxima and minima over it:
     a few numbers a row, never the logits."""
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise InputError(
+            f"Sampling needs a temperature of 0 or more, top_k of 1 or more and top_p above 0 and up to 1 (or None); found "
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}."
+        )
     logits, scale = logits.astype(jnp.float32), temperature or 1.0
     total = jax.nn.logsumexp(logits / scale, -1, keepdims=True)
     if temperature == 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from nla_jax.autoencoder import Injection, add_norm_matched, replace
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, first_line
 from nla_jax.prompts import Marker, Prompts
 
 FILE = "nla_meta.yaml"
@@ -198,7 +198,7 @@ def read_yaml(file: Path, missing: str) -> dict:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file} is not plain YAML ({str(error).splitlines()[0]}).") from None
+        raise InputError(f"{file} is not plain YAML ({first_line(error)}).") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} holds {reprlib.repr(content)}, expected fields and values.")
     return content

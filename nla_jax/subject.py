@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -84,31 +85,47 @@ def extract(
     max_tokens: int = 2048,
     doc_ids: Sequence[str] | None = None,
 ) -> Activations:
-    """Activations of `texts` at "last", "all", one index, or several indices of each text's tokens (negative from the end).
+    """Activations of `texts` at "last", "all", one index, or several indices of each text's tokens (negative from the end), in
+    the order of the texts; `doc_ids` name them (default: their numbers). Special tokens are left out of "all".
 
-    Special tokens are left out of "all". Raises `InputError` for an index that a text does not have."""
+    Raises `InputError` for positions of another kind, an index that a text does not have, an empty text, one of more than
+    `max_tokens` tokens (16 are read at a time, and the memory for it grows with the square of their length), and `doc_ids`
+    that are not as many as the texts."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         raise InputError("There is no text to extract activations from.")
-    rows = [ids[:max_tokens] for ids in subject.tokenizer(texts, verbose=False).input_ids]
+    if isinstance(positions, str) and positions not in ("last", "all"):
+        raise InputError(f"positions must be 'last', 'all', an index or indices; found {positions!r}.")
+    doc_ids = [str(i) for i in range(len(texts))] if doc_ids is None else list(doc_ids)
+    if len(doc_ids) != len(texts):
+        raise InputError(f"There are {len(doc_ids)} doc_ids for {len(texts)} texts; they must be as many.")
+    rows = subject.tokenizer(texts, verbose=False).input_ids
     special = set(subject.tokenizer.all_special_ids)
     wanted = []
-    for row in rows:
-        if not row:
+    for text, row in zip(texts, rows):
+        if not text or not row:
             raise InputError("A text has no tokens; it is empty.")
-        ordinary = [i for i, token in enumerate(row) if token not in special]
-        if positions == "all":
-            chosen = ordinary
-        elif positions == "last":
-            chosen = [len(row) - 1]
+        if len(row) > max_tokens:
+            raise InputError(
+                f"A text has {len(row)} tokens, more than max_tokens = {max_tokens}; shorten it, or raise max_tokens."
+            )
+        if isinstance(positions, str):
+            ordinary = [i for i, token in enumerate(row) if token not in special]
+            wanted.append(ordinary if positions == "all" else [len(row) - 1])
         else:
-            chosen = [positions] if isinstance(positions, int) else list(positions)
-            if bad := [i for i in chosen if not -len(row) <= i < len(row)]:
-                raise InputError(f"Position {bad[0]} does not exist in a text of {len(row)} tokens.")
-            chosen = [i % len(row) for i in chosen]
-        wanted.append(chosen)
-    doc_ids = doc_ids or [str(i) for i in range(len(rows))]
+            wanted.append(_indices(positions, len(row)))
     return activations_at(subject, rows, wanted, doc_ids)
+
+
+def _indices(positions: int | Sequence[int], length: int) -> list[int]:
+    """Indices from 0 of a text of `length` tokens."""
+    try:
+        chosen = [operator.index(i) for i in np.atleast_1d(positions).tolist()]
+    except (TypeError, ValueError):
+        raise InputError(f"positions must be 'last', 'all', an index or indices; found {positions!r}.") from None
+    if bad := [i for i in chosen if not -length <= i < length]:
+        raise InputError(f"Position {bad[0]} does not exist in a text of {length} tokens.")
+    return [i % length for i in chosen]
 
 
 def activations_at(

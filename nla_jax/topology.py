@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, first_line
 from nla_jax.hlo import Machine
 from nla_jax.sharding import AXES, device_mesh, host_mesh
 
@@ -108,7 +108,7 @@ def slice_named(name: str) -> Slice:
     try:
         devices = topologies.get_topology_desc(name, "tpu").devices
     except Exception as error:
-        raise InputError(f"The TPU compiler has no topology {name!r} ({str(error).splitlines()[0]}).") from None
+        raise InputError(f"The TPU compiler has no topology {name!r} ({first_line(error)}).") from None
     sizes = tuple(int(n) for n in sizes.split("x"))
     cores = len(devices) // math.prod(sizes)  # devices a chip: two on v4
     shares = {field: getattr(CHIPS[kind], field) / cores for field in ("flops", "memory", "bandwidth")}

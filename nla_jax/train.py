@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nla_jax.autoencoder import Injection
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step
 from nla_jax.data.dataset import load_rows, spread
+from nla_jax.distributed import is_writer
 from nla_jax.errors import InputError
 from nla_jax.evaluate.fve import fve, normalised
 from nla_jax.fit import fit, make_optimizer
@@ -21,7 +22,7 @@ from nla_jax.models.lora import Lora
 from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_config
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
-from nla_jax.run import Run, resolve
+from nla_jax.run import Run, injection, resolve
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sharding import (
     TRAIN,
@@ -63,6 +64,7 @@ def sft(run: Run) -> None:
         )  # fmt: skip
         result["injection_scale"] = pair.sidecar.injection_scale
         subject = pair.sidecar.provenance["base_hash"]
+        check_source(run, subject)
         av_place, ar_place = run.workdir / "train/sft_av", run.workdir / "train/sft_ar"
 
         responses = map(pair.prompts.response_ids, av_rows.pieces("api_explanation"))
@@ -94,15 +96,14 @@ def lora(settings: ConfigDict) -> Lora | None:
     return Lora(settings.rank, settings.alpha, settings.rslora, tuple(settings.targets)) if settings.rank else None
 
 
-def injection(run: Run) -> Injection:
-    """How the config says that activations enter the prompt."""
-    return Injection(resolve(run.config.prompts.injection), run.config.prompts.injection_block)
-
-
 def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
     """The sidecar of the pair that a run is about to train; `vectors` are its training activations, whose mean norm is the
     injection scale where the config sets none, and whose variance makes an FVE of a single activation meaningful."""
     c, folder = run.config.prompts, locate(run.subject_folder)
+    if (slots := c.verbalizer_template.count("{injection_char}")) != 1:
+        raise InputError(
+            f"prompts.verbalizer_template holds {{injection_char}} {slots} times; training shows one activation, at one place."
+        )
     norm, variance = norm_and_variance(vectors)
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
@@ -116,12 +117,31 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
         verbalizer_template=c.verbalizer_template,
         reconstructor_template=c.reconstructor_template,
         suffix_ids=tuple(prompts.suffix_ids()),
-        injection=injection(run),
+        injection=injection(run.config),
         provenance={
             "base_hash": fingerprint(folder),
             "activation_variance": variance,
         },
     )
+
+
+def check_source(run: Run, subject: str) -> None:
+    """Says where the data were made for another prompt than this pair is trained with. Raises `InputError` where they come from
+    another subject than the one with the hash `subject`."""
+    made = run.require("extract")
+    if subject != made["base_hash"]:
+        raise InputError(
+            f"The subject {run.subject_folder} has changed since its activations were extracted (hash {made['base_hash']} then, "
+            f"{subject} now); put the old one back, or use another --workdir."
+        )
+    for role, field in (("av", "verbalizer_template"), ("ar", "reconstructor_template")):
+        template = made.get("templates", {}).get(role)
+        if template not in (None, run.config.prompts[field]) and is_writer():
+            print(
+                f"sft: extract.source.{role}_sft was made for the prompt {template!r}; this pair is trained with "
+                f"prompts.{field} = {run.config.prompts[field]!r}.",
+                file=sys.stderr,
+            )
 
 
 def norm_and_variance(vectors: np.ndarray, chunk: int = 1024) -> tuple[float, float]:
@@ -180,7 +200,7 @@ def rl(run: Run) -> None:
         data = load_rows(run.workdir, "rl")
         heldout = spread(load_rows(run.workdir, "heldout"), c.heldout_rows).vectors
         mesh = run.mesh
-        pair = load_pair(run.workdir / "pair_warm", **run.config.compute, injection=injection(run), mesh=mesh)
+        pair = load_pair(run.workdir / "pair_warm", **run.config.compute, injection=injection(run.config), mesh=mesh)
         width = reconstructor_width(pair.prompts, limit)
 
         # The step, and where its state lives: shardings come from shapes, before any array exists.

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer, normalise, normalised_mse
+from nla_jax.errors import InputError
 from nla_jax.losses import FAILED_REWARD, group_normalised, masked_mean, negative_mse, token_loss
 
 
@@ -141,8 +142,9 @@ class JointStep:
 
         ar_grads, mse = jax.grad(reconstruction_loss, has_aux=True)(state.reconstructor)
 
-        reward = jnp.where(batch.valid, self.reward(mse, batch.response_mask.sum(1)), FAILED_REWARD)
-        advantage = self.advantage(reward.reshape(A, B // A)).reshape(B, 1)
+        reward = _shaped("reward", self.reward(mse, batch.response_mask.sum(1)), (B,))
+        reward = jnp.where(batch.valid, reward, FAILED_REWARD)
+        advantage = _shaped("advantage", self.advantage(reward.reshape(A, B // A)), (A, B // A)).reshape(B, 1)
         weights = batch.response_mask / totals["tokens"]
 
         anchor = None
@@ -180,6 +182,13 @@ class JointStep:
             "logprob_gap_mean": masked_mean(gap, batch.response_mask),
             "logprob_gap_max": jnp.max(jnp.where(batch.response_mask, gap, 0)),
         }
+
+
+def _shaped(name: str, x: Array, shape: tuple[int, ...]) -> Array:
+    """x. Raises `InputError` where a function of the user's gave another shape, which might be broadcast unnoticed."""
+    if jnp.shape(x) != shape:
+        raise InputError(f"The {name} function gives an array of shape {jnp.shape(x)}, expected {shape}.")
+    return x
 
 
 def identical_share(texts: Int[Array, "B T"], valid: Bool[Array, "B"], groups: int) -> Float[Array, ""]:

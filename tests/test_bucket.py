@@ -140,7 +140,7 @@ def test_the_loop_stopped_and_resumed_on_a_bucket_is_the_one_on_a_disk(
 
     before = dict(store.objects)
     assert nla_main("quickstart", workdir, corpus, every) == 0
-    assert {name for name in before if before[name] != store.objects[name]} == {"runs/tiny/config.json"}
+    assert store.objects == before
 
     assert (
         main(["explain", "--pair", f"{workdir}/pair", "--text", "The import statement", "--max-new-tokens", "8"]) == 0

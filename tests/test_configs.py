@@ -109,6 +109,29 @@ def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
     assert (workdir / "pair/av/adapter_config.json").is_file() == (name == "qwen3_8b")
 
 
+@pytest.mark.parametrize("name, value", [
+    ("rl.heldout_every", 0), ("rl.checkpoint_every", -1), ("watchdog.stall_minutes", 0.0), ("checkpoints.keep", 0),
+    ("rl.temperature", 0.0), ("evaluate.rows", 1),
+])  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused_before_anything_runs(name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}; it must be at least"):
+        load_config(f"{CONFIGS / 'quickstart.py'}", [f"--config.{name}={value}"])
+
+
+def test_settings_that_may_be_none_can_be_set():
+    c = load_config(f"{CONFIGS / 'quickstart.py'}", ["--config.rl.top_k=5", "--config.rl.top_p=0.9"])
+    assert (c.rl.top_k, c.rl.top_p) == (5, 0.9)
+    with pytest.raises(InputError, match="there is no field 'final_lr'"):
+        load_config(f"{CONFIGS / 'quickstart.py'}", ["--config.rl.av_optimizer.final_lr=1e-5"])
+
+
+def test_stories_are_the_quickstart_with_longer_texts(tokenizer):
+    c, quickstart = config("stories260k"), config("quickstart")
+    assert c.keys() == quickstart.keys() and c.prompts.max_new_tokens > quickstart.prompts.max_new_tokens
+    with pytest.raises(InputError, match="has no variants"):
+        config("stories260k", "tiny")
+
+
 @pytest.mark.parametrize("flag", ["--config.rl.micro_batches=5", "--config.rl.rollout_chunks=0"])
 def test_parts_that_do_not_divide_a_step_are_refused_before_anything_runs(flag):
     with pytest.raises(InputError, match=r"rl\.\w+ is [05], which does not divide the rl.activations of a step \(48\)"):

@@ -164,12 +164,29 @@ def test_extract_by_position(subject):
         close(last.vectors[i], everything.vectors[j], 1e-5)
         assert last.texts[i] == SENTENCES[i] and last.following[i] == ""
     close(extract(subject, SENTENCES[0], [2, -1]).vectors[1], last.vectors[0], 1e-5)
-    for bad, message in [(500, "Position 500 does not exist"), ([0, -900], "Position -900 does not exist")]:
-        with pytest.raises(InputError, match=message) as error:
-            extract(subject, SENTENCES[0], bad)
-        one_sentence(error)
-    with pytest.raises(InputError, match="no text"):
-        extract(subject, [])
+    close(extract(subject, SENTENCES[0], np.array([-1])).vectors, extract(subject, SENTENCES[0], np.int64(-1)).vectors, 0)
+    assert extract(subject, SENTENCES[:2], doc_ids=np.array(["a", "b"])).doc_ids == ["a", "b"]
+
+
+WRONG_EXTRACTIONS = {
+    "index beyond the text": (dict(positions=500), "Position 500 does not exist"),
+    "index before the text": (dict(positions=[0, -900]), "Position -900 does not exist"),
+    "word": (dict(positions="frist"), "positions must be 'last', 'all', an index or indices; found 'frist'"),
+    "fraction": (dict(positions=2.5), "positions must be"),
+    "lists of lists": (dict(positions=[[1], [2]]), "positions must be"),
+    "no texts": (dict(texts=[]), "no text"),
+    "empty text": (dict(texts=["one", ""]), "it is empty"),
+    "long text": (dict(max_tokens=4), r"has \d+ tokens, more than max_tokens = 4"),
+    "too few ids": (dict(doc_ids=["a"]), "1 doc_ids for 4 texts"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_EXTRACTIONS)
+def test_wrong_extractions(subject, case):
+    wrong, message = WRONG_EXTRACTIONS[case]
+    with pytest.raises(InputError, match=message) as error:
+        extract(subject, **dict(texts=SENTENCES) | wrong)
+    one_sentence(error)
 
 
 @pytest.mark.parametrize("layer", [-1, TINY.layers])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -86,10 +87,12 @@ def test_explain(finished, capsys):
 
 
 def test_a_second_run_changes_nothing(finished, corpus, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*") if path.name != "config.json"}
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
     assert nla_main("quickstart", finished, corpus) == 0
     assert capsys.readouterr().err.count("already done") == len(LOOP)
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.*") if path.name != "config.json"}
+    assert nla_main("sft", finished, corpus, "--config.sft.av.optimizer.lr=0.5") == 1
+    assert "made with other settings" in one_line(capsys)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
 
 
 def test_evaluation_on_a_mesh_is_that_on_one_device(finished, corpus, tmp_path, monkeypatch):
@@ -102,6 +105,33 @@ def test_evaluation_on_a_mesh_is_that_on_one_device(finished, corpus, tmp_path, 
     assert len(laid_out) == 2
     read = lambda folder: json.loads((folder / "stages/evaluate.json").read_text())["result"]["summary"]
     close(read(workdir), read(finished), 1e-4)
+
+
+def test_functions_of_the_user_are_found_where_the_command_runs(finished, corpus, tmp_path, monkeypatch, capsys):
+    """An injection and a reward in a file of the current folder, through training, evaluation and use."""
+    code = "def half(states, vectors, scale):\n    return (states + vectors) / 2\n\n\ndef short(mse, length):\n    return -mse - 0.1 * length\n"
+    (tmp_path / "of_mine.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    workdir = copy_before(finished, tmp_path, "sft")
+    flags = ["--config.prompts.injection=of_mine:half", "--config.rl.reward=of_mine:short", "--config.rl.steps=1"]
+    for verb in ("sft", "rl", "evaluate"):
+        assert nla_main(verb, workdir, corpus, *flags) == 0
+    assert (workdir / "evaluation.json").is_file()
+    explain = ["explain", "--pair", str(workdir / "pair"), "--text", "The import statement"]
+    capsys.readouterr()
+    assert main(explain) == 1 and "--injection" in one_line(capsys)
+    assert main([*explain, "--injection", "of_mine:half"]) == 0
+    assert main(["export", "--workdir", str(workdir), "--out", "out", "--injection", "of_mine:half"]) == 0
+
+
+def test_the_subject_must_not_change_behind_the_extraction(finished, corpus, tmp_path, capsys):
+    workdir = copy_before(finished, tmp_path, "sft")
+    record = json.loads((workdir / "stages/extract.json").read_text())
+    record["result"]["base_hash"] = "another"
+    (workdir / "stages/extract.json").write_text(json.dumps(record))
+    assert nla_main("sft", workdir, corpus) == 1
+    assert "has changed since its activations were extracted (hash another then" in one_line(capsys)
 
 
 # Files of others in and out
@@ -119,7 +149,7 @@ def sources(folder: Path, splits=SPLITS) -> list[str]:
     return [f"--config.extract.source.{split}={folder / split}.parquet" for split in splits]
 
 
-def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corpus, tmp_path):
+def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corpus, tmp_path, capsys):
     """Vectors and labels from the files give the same models bit for bit; without texts, examples have none."""
     for split in SPLITS:
         table = pq.read_table(exported / f"datasets/{split}.parquet").drop_columns("detokenized_text_truncated")
@@ -128,12 +158,19 @@ def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corp
         shutil.copy(exported / "datasets" / meta, tmp_path / meta)
     flags = [f"--config.subject.path={finished}/subject", "--config.label.function=builtins:print"]  # is not called
     assert nla_main("quickstart", tmp_path / "run", corpus, *flags, *sources(tmp_path)) == 0
+    assert "was made for the prompt" not in capsys.readouterr().err
     same_run(finished, tmp_path / "run")
     before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (finished, tmp_path / "run"))
     assert before["row_fve"] == after["row_fve"]
     for old, new in zip(before["examples"], after["examples"]):
         assert old["context"] and new == old | {"context": "", "token": "", "after": ""}
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
+
+    other = copy_before(tmp_path / "run", tmp_path, "sft")
+    flags.append("--config.prompts.verbalizer_template=Say what {injection_char} is")
+    assert nla_main("sft", other, corpus, *flags, *sources(tmp_path)) == 0
+    said = "av_sft was made for the prompt 'Explain this activation: {injection_char}'; this pair is trained with"
+    assert said in capsys.readouterr().err
 
 
 def test_files_without_heldout_or_labels(finished, exported, corpus, tmp_path, capsys):
@@ -255,6 +292,10 @@ WRONG = {
         ["label", "--config.label.function=nowhere:f", "--workdir={labelled}"], "'nowhere:f' names no function",
     ),
     "marker of several tokens": (["sft", "--config.prompts.marker=marker", "--workdir={warm}"], "'marker'"),
+    "two markers": (
+        ["sft", "--config.prompts.verbalizer_template={{injection_char}} or {{injection_char}}", "--workdir={warm}"],
+        "holds {injection_char} 2 times",
+    ),
     "mesh too large": (["sft", "--config.mesh.data=64", "--workdir={warm}"], "64 devices"),
     "no pair": (["explain", "--pair", "nowhere", "--text", "x"], "nowhere"),
     "no text": (["explain", "--pair", "{run}/pair", "--text", " "], "no text"),
@@ -285,7 +326,7 @@ WRONG = {
     "import over files": (["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{run}"], "is not an empty folder"),
     "unknown injection": (
         ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{new}", "--injection", "add"],
-        "one of replace, norm_matched_addition; found 'add'",
+        "replace, norm_matched_addition or a function's package.module:function; found 'add'",
     ),
     "block without injection": (
         ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{new}", "--injection-block", "1"],

@@ -11,16 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from conftest import one_sentence
+from conftest import SENTENCES, TINY, one_sentence
 from nla_jax.data import extraction
 from nla_jax.data.dataset import load_rows
 from nla_jax.data.extraction import activation_table, write_table
 from nla_jax.data.reference import Origin, export_datasets, import_datasets, sidecar_content
+from nla_jax.data.tokenizer import train_tokenizer
 from nla_jax.errors import InputError
+from nla_jax.prompts import find_marker
 from nla_jax.subject import Activations
 
 D, LAYER = 8, 1
 SUBJECT = Origin("models/tiny", "c0ffee", D, LAYER)
+TOKENIZER = train_tokenizer(SENTENCES * 3, TINY.vocab_size)
+ACTOR = "Explain: <concept>{injection_char}</concept>"
+MARKER = find_marker(TOKENIZER, ACTOR)
 CRITIC = "Summary of the following text: <text>{explanation}</text> <summary>"
 CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 DOCUMENTS = {  # split -> documents, three rows each
@@ -70,10 +75,10 @@ def sidecar(split: str) -> dict:
         },
         "kind": "nla_dataset", "schema_version": 1, "keep_debug_metadata": True,
         "tokens": {
-            "injection_char": "㈎", "injection_token_id": 5, "injection_left_neighbor_id": 4,
-            "injection_right_neighbor_id": 6, "critic_suffix_ids": [7, 8] if split == "ar_sft" else None,
+            "injection_char": MARKER.char, "injection_token_id": MARKER.id, "injection_left_neighbor_id": MARKER.left,
+            "injection_right_neighbor_id": MARKER.right, "critic_suffix_ids": [7, 8] if split == "ar_sft" else None,
         },
-        "prompt_templates": {"actor": "Explain: <concept>{injection_char}</concept>", "critic": CRITIC},
+        "prompt_templates": {"actor": ACTOR, "critic": CRITIC},
         "parent_datasets": ["base_0123"], "created_at": "2026-01-01T00:00:00+00:00",
         "created_by": "nla.datagen.stage3_build", "git_commit": "abc",
     }  # fmt: skip
@@ -95,7 +100,7 @@ def sources(tmp_path, small_batches):
 
 
 def read(sources, folder, is_heldout=lambda id: False, shard_rows: int = 7):
-    return import_datasets(sources, folder / "activations", SUBJECT, is_heldout, shard_rows)
+    return import_datasets(sources, folder / "activations", SUBJECT, TOKENIZER, is_heldout, shard_rows)
 
 
 def shards(folder, split: str) -> pa.Table:
@@ -267,6 +272,8 @@ BAD_SIDECARS = {
     "a model's": ("kind", "nla_model", "kind is 'nla_model', expected 'nla_dataset'"),
     "no extraction": ("extraction", "x", "expected 'nla_dataset' with a field extraction"),
     "other weights": ("base_hash", "beef", "base_hash is beef, but the subject models/tiny has c0ffee"),
+    "other marker": ("tokens.injection_token_id", 3, "(token 3, expected 1 times"),
+    "other neighbour": ("tokens.injection_left_neighbor_id", 3, "the sidecar belongs to another tokenizer or prompt"),
     "no template": ("prompt_templates", None, "names the template around them"),
     "template of no use": ("prompt_templates.critic", "Summary:", "names the template around them"),
 }
@@ -433,7 +440,7 @@ def test_rows_never_become_lists(tmp_path):
     del vectors, table
     arrow = pa.total_allocated_bytes()
     tracemalloc.start()
-    import_datasets(sources, tmp_path / "activations", Origin("tiny", "", d, LAYER), lambda id: False, 4000)
+    import_datasets(sources, tmp_path / "activations", Origin("tiny", "", d, LAYER), TOKENIZER, lambda id: False, 4000)
     _, importing = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     rows = load_rows(tmp_path, "rl")

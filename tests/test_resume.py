@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import nla_jax.pair
 import nla_jax.train
 from conftest import CONFIG, close, copy_before, history, nla_main, one_line, same_run, talkative, weights
 from nla_jax.cli import main
+from nla_jax.data.extraction import shards_of
 from nla_jax.pair import load_pair
 
 
@@ -87,6 +90,30 @@ def stopping(monkeypatch, at: int, how, module=nla_jax.train) -> list:
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def test_another_pair_is_evaluated_by_its_own_texts(talking, arguments, tmp_path):
+    """The texts that are there already are those of another AV. And the parts of a document count as one."""
+    workdir = copy_before(talking, tmp_path, "evaluate")
+
+    def evaluated() -> dict:
+        assert main(arguments("evaluate", workdir)) == 0
+        record = workdir / "stages/evaluate.json"
+        summary = json.loads(record.read_text())["result"]["summary"]
+        record.unlink()
+        return summary
+
+    before = evaluated()
+    shutil.rmtree(workdir / "pair")
+    shutil.copytree(workdir / "pair_warm", workdir / "pair")
+    for file in shards_of(workdir / "activations", "heldout"):
+        table = pq.read_table(file)
+        parts = pa.array([f"book#{i % 3 + 1}" for i in range(len(table))])
+        pq.write_table(table.set_column(table.column_names.index("doc_id"), "doc_id", parts), file)
+    now = evaluated()
+    assert now["fve_rl"] == now["fve_warm"] == before["fve_warm"] != before["fve_rl"]
+    assert now["heldout_documents"] == 1 < before["heldout_documents"]
+    np.testing.assert_allclose(now["fve_rl_ci95"], now["fve_rl"])
 
 
 @pytest.mark.parametrize("moment", ["rollout", "place_batch"])

@@ -12,6 +12,7 @@ from test_transformer import full_states
 
 from conftest import close
 from nla_jax.benchmark.measure import compilations
+from nla_jax.errors import InputError
 from nla_jax.losses import token_loss
 from nla_jax.models.attention import MASKED, soft_cap
 from nla_jax.sampling import rollout, sample_tokens, start_all
@@ -198,6 +199,12 @@ def test_a_draw_is_the_inverse_of_the_cumulated_softmax(size):
     rounded = np.abs(upto - share[:, None]).min(1) < 1e-5  # float32 may lie on the other side
     assert (tokens == expected)[~rounded].all() and rounded.mean() < 0.1
     assert (tokens % 7 > 0).all()
+
+
+@pytest.mark.parametrize("wrong", [(1.0, 0, None), (1.0, None, 0.0), (1.0, None, 1.5), (-1.0, None, None)])
+def test_restrictions_that_mean_nothing_are_refused(logits, wrong):
+    with pytest.raises(InputError, match="Sampling needs a temperature"):
+        sample_tokens(jax.random.split(jax.random.key(0), len(logits)), logits, *wrong)
 
 
 def test_temperature_zero_is_greedy_and_tiny_mass_is_safe(logits):

@@ -13,6 +13,7 @@ from test_transformer import full_states
 from conftest import TINY, joint_batch, close, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
 from nla_jax.benchmark.measure import compilations
+from nla_jax.errors import InputError
 from nla_jax.losses import group_normalised, token_loss
 from nla_jax.models.transformer import Transformer
 from nla_jax.sampling import rollout
@@ -138,6 +139,9 @@ def test_reward_and_advantage_are_replaceable_and_kl_can_be_off(joint, state, re
     lengths = batch.response_mask.sum(1)
     np.testing.assert_allclose(metrics["reward"], np.where(batch.valid, lengths, -2).mean(), rtol=1e-6)
     assert metrics["kl"] == 0 and not metrics["skipped"] and metrics["av_grad_norm"] > 0
+    for wrong in (dict(reward=lambda mse, length: mse.mean()), dict(advantage=lambda rewards: rewards.reshape(-1))):
+        with pytest.raises(InputError, match="function gives an array of shape"):
+            jax.eval_shape(dataclasses.replace(joint, **wrong), state, Frozen(reference), batch)
 
 
 def test_kl_vanishes_at_the_reference(step, state, batch, result):

@@ -86,6 +86,11 @@ def load_corpus(
     return documents
 
 
+def document_of(id: str) -> str:
+    """The document of an id, which may name a part of it (`guide#2`)."""
+    return PART_SUFFIX.sub("", id)
+
+
 def split_of(document: Document, fractions: Mapping[str, float], seed: int = 0) -> str:
     """Which of the splits named in `fractions` the document belongs to.
 
@@ -99,7 +104,7 @@ def split_of(document: Document, fractions: Mapping[str, float], seed: int = 0) 
     edges = list(accumulate(fractions[name] for name in names))
     if not edges or min(fractions.values()) < 0 or abs(edges[-1] - 1) > 1e-6:
         raise InputError(f"The split fractions {dict(fractions)} must be non-negative and sum to 1: correct them.")
-    digest = hashlib.blake2b(f"{seed}:{PART_SUFFIX.sub('', document.id)}".encode(), digest_size=6).digest()
+    digest = hashlib.blake2b(f"{seed}:{document_of(document.id)}".encode(), digest_size=6).digest()
     point = int.from_bytes(digest, "big") / 2**48 * edges[-1]  # in [0, last edge)
     return next(name for name, edge in zip(names, edges) if point < edge)
 

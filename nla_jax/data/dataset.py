@@ -23,7 +23,7 @@ from nla_jax.distributed import barrier, share
 from nla_jax.errors import InputError
 from nla_jax.files import AnyPath
 from nla_jax.metrics import Progress
-from nla_jax.models.pretrained import fingerprint, locate, read_config
+from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_config
 from nla_jax.run import Run, resolve
 from nla_jax.sharding import host_mesh
 from nla_jax.subject import load_subject
@@ -40,7 +40,7 @@ def extract(run: Run) -> None:
         origin = Origin(str(run.subject_folder), fingerprint(folder), width, c.subject.layer)
         if any(c.extract.source.values()):
             result |= import_datasets(
-                c.extract.source, run.workdir / "activations", origin,
+                c.extract.source, run.workdir / "activations", origin, load_tokenizer(folder),
                 is_heldout=lambda id: run.split(Document(id, "")) == "heldout",
                 shard_rows=c.extract.shard_documents * c.extract.positions,
             )  # fmt: skip

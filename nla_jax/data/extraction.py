@@ -14,7 +14,7 @@ import yaml
 
 from nla_jax.data.corpus import Document
 from nla_jax.distributed import from_writer, host_index
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, first_line
 from nla_jax.files import AnyPath, local, replacing
 from nla_jax.subject import Activations, Subject, activations_at
 
@@ -160,8 +160,7 @@ def readable(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, pa.ArrowException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} cannot be read as a Parquet file with the columns expected ({reason}).") from None
+        raise InputError(f"{path} cannot be read as a Parquet file with the columns expected ({first_line(error)}).") from None
 
 
 def read_table(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:

@@ -12,13 +12,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
-from nla_jax.data.corpus import PART_SUFFIX
+from nla_jax.data.corpus import document_of
 from nla_jax.data.extraction import (
     SIDECAR,
     VECTORS,
@@ -37,6 +39,7 @@ from nla_jax.distributed import barrier, share
 from nla_jax.errors import InputError
 from nla_jax.files import AnyPath, local
 from nla_jax.metrics import Progress
+from nla_jax.prompts import Marker, Prompts
 from nla_jax.sidecar import Sidecar, read_yaml
 
 LABEL, TEXT = "api_explanation", "detokenized_text_truncated"
@@ -96,14 +99,15 @@ def sidecar_content(split: str, stage: str, rows: int, extraction: dict, **field
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A Parquet file that fits the subject: its columns, what its sidecar says of the extraction and the hash of the subject (an
-    empty mapping and None without one), and the AR's template around the explanation in its prompts, `(before, after)`."""
+    """A Parquet file that fits the subject: its columns, what its sidecar says of the extraction (an empty mapping without one) and
+    of the prompts (`templates`, by `av` and `ar`), and the AR's template around the explanation in its prompts, `(before, after)`."""
 
     path: Path
     columns: frozenset[str]
     width: int
     layer: int
     extraction: Mapping
+    templates: Mapping[str, str]
     template: tuple[str, str] | None
 
     def rows_by_document(self) -> collections.Counter[str]:
@@ -164,17 +168,12 @@ class Dataset:
         return value.strip()
 
 
-def document_of(id: str) -> str:
-    """The document of an id, which may name a part of it (`guide#2`)."""
-    return PART_SUFFIX.sub("", id)
-
-
-def open_dataset(path: Path, subject: Origin) -> Dataset:
+def open_dataset(path: Path, subject: Origin, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """A dataset of the reference's form (`av_sft`, `ar_sft`, `rl`, or with `api_explanation`), its type and sidecar checked against
-    the subject.
+    the subject and its tokenizer.
 
-    Raises `InputError` for another subject, layer, width or normalisation, missing columns, or a prompt whose template is not
-    known."""
+    Raises `InputError` for another subject, layer, width or normalisation, a marker that is not the tokenizer's, missing columns,
+    or a prompt whose template is not known."""
     with readable(path):
         schema = pq.read_schema(path)
     if missing := [name for name in REQUIRED if name not in schema.names]:
@@ -187,22 +186,42 @@ def open_dataset(path: Path, subject: Origin) -> Dataset:
             f"{path}: its vectors have {kind.list_size} numbers, but the subject {subject.base_model} has width "
             f"{subject.d_model}; set subject.path to the model that they come from."
         )
-    file, meta, extraction = path.with_name(path.name + SIDECAR), {}, {}
+    file, extraction, templates = path.with_name(path.name + SIDECAR), {}, {}
     if file.exists():
         meta = read_yaml(file, "")
-        extraction = check_sidecar(file, meta, subject)
+        extraction, templates = check_sidecar(file, meta, subject), templates_of(meta)
+        check_marker(file, meta.get("tokens"), templates.get("av"), tokenizer)
     template = None
     finished = "prompt" in schema.names and schema.field("prompt").type in (pa.string(), pa.large_string())
     if finished and not {LABEL, "response"} & set(schema.names):
-        templates = meta.get("prompt_templates")
-        critic = templates.get("critic", templates.get("ar")) if isinstance(templates, dict) else None
-        if not isinstance(critic, str) or critic.count("{explanation}") != 1:
+        critic = templates.get("ar", "")
+        if critic.count("{explanation}") != 1:
             raise InputError(
                 f"{path} holds explanations inside prompts, and no {file.name} beside it names the template around them "
                 f"(prompt_templates.critic with one {{explanation}}); put the dataset's sidecar there."
             )
         template = tuple(critic.split("{explanation}"))
-    return Dataset(path, frozenset(schema.names), subject.d_model, subject.layer_index, extraction, template)
+    return Dataset(path, frozenset(schema.names), subject.d_model, subject.layer_index, extraction, templates, template)
+
+
+def templates_of(meta: dict) -> dict[str, str]:
+    """The prompt templates that a sidecar names, by `av` and `ar`, in either generation of names."""
+    found = meta.get("prompt_templates")
+    found = found if isinstance(found, dict) else {}
+    by_role = {role: found.get(role, found.get(older)) for role, older in (("av", "actor"), ("ar", "critic"))}
+    return {role: template for role, template in by_role.items() if isinstance(template, str)}
+
+
+def check_marker(file: Path, tokens: Any, template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `InputError` where the marker that a dataset's sidecar names is not what the tokenizer makes of it in the AV's
+    prompt; a sidecar may leave out either."""
+    names = [f"injection_{name}" for name in ("char", "token_id", "left_neighbor_id", "right_neighbor_id")]
+    if template is None or not isinstance(tokens, dict) or any(tokens.get(name) is None for name in names):
+        return
+    try:
+        Prompts(tokenizer, Marker(*(tokens[name] for name in names)), template).verbalizer_prompt()
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
@@ -234,10 +253,16 @@ def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
 
 
 def import_datasets(
-    sources: Mapping[str, str], folder: Path, subject: Origin, is_heldout: Callable[[str], bool], shard_rows: int
-) -> dict[str, dict[str, int]]:
+    sources: Mapping[str, str],
+    folder: Path,
+    subject: Origin,
+    tokenizer: PreTrainedTokenizerBase,
+    is_heldout: Callable[[str], bool],
+    shard_rows: int,
+) -> dict[str, dict]:
     """Writes the rows of the files `sources` (`av_sft`, `ar_sft`, `rl` and perhaps `heldout`) as shards into `folder`, each host its
-    share of them; shards that are there already are kept. Returns `rows` and `documents` of each split.
+    share of them; shards that are there already are kept. Returns `rows` and `documents` of each split, and the
+    `templates` that the warm start's data were made for, where their sidecars say so.
 
     Without a `heldout` file those documents of `rl` that `is_heldout` and that neither `av_sft` nor `ar_sft` holds become it.
 
@@ -246,7 +271,10 @@ def import_datasets(
     for split in TRAINING:
         if not sources[split]:
             raise InputError(f"extract.source.{split} is empty, but other files are given; name its Parquet file too.")
-    datasets = {split: open_dataset(Path(path).expanduser(), subject) for split, path in sources.items() if path}
+    datasets = {
+        split: open_dataset(Path(path).expanduser(), subject, tokenizer) for split, path in sources.items() if path
+    }
+    templates = {role: datasets[f"{role}_sft"].templates.get(role) for role in ("av", "ar")}
     rows = {split: dataset.rows_by_document() for split, dataset in datasets.items()}
     if "heldout" not in datasets:
         datasets["heldout"] = datasets["rl"]
@@ -279,7 +307,7 @@ def import_datasets(
             progress.update()
     progress.close()
     barrier("the activations")
-    return {"rows": counts, "documents": {split: len(rows[split]) for split in datasets}}
+    return {"rows": counts, "documents": {split: len(rows[split]) for split in datasets}, "templates": templates}
 
 
 def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

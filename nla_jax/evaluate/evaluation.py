@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 
@@ -9,14 +10,16 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from nla_jax.data.corpus import document_of
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.data.extraction import read_table, write_table
 from nla_jax.distributed import barrier, from_writer, is_writer
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
 from nla_jax.metrics import Progress, read_metrics, write_atomically
+from nla_jax.models.pretrained import fingerprint
 from nla_jax.pair import Pair, load_pair
 from nla_jax.report.page import render
-from nla_jax.run import Run
+from nla_jax.run import Run, injection
 
 
 def evaluate(run: Run) -> None:
@@ -32,24 +35,32 @@ def evaluate(run: Run) -> None:
         run.require("rl")
         rows = spread(load_rows(run.workdir, "heldout"), c.rows)
         doc_ids, labels = rows.column("doc_id"), rows.column("api_explanation")
+        documents = [document_of(id) for id in doc_ids]
         contexts, tokens, following = map(rows.column, ("detokenized_text_truncated", "token", "following"))
         warm, pair = (
-            load_pair(run.workdir / name, **run.config.compute, mesh=run.mesh) for name in ("pair_warm", "pair")
+            load_pair(run.workdir / name, **run.config.compute, injection=injection(run.config), mesh=run.mesh)
+            for name in ("pair_warm", "pair")
         )
+        warm_weights, weights = (fingerprint(run.workdir / name / "av") for name in ("pair_warm", "pair"))
         curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
         progress = Progress("evaluate", 10 + len(curve))
 
         def texts(
-            name: str, pair: Pair, sampler: Callable[[], dict], temperature: float = c.temperature, inject: bool = True
-        ) -> list[str]:
-            """The texts of one condition, a file on disk for each batch of rows: a restart samples those that are missing."""
-            files = []
+            name: str, pair: Pair, weights: str, sampler: Callable[[], dict], temperature: float = c.temperature,
+            inject: bool = True,
+        ) -> list[str]:  # fmt: skip
+            """The texts of one condition, a file on disk for each batch of rows: a restart samples those that are missing, or
+            were made from something else (`weights`: the AV's hash)."""
+            files, prompts, seed = [], run.config.prompts, run.config.seed
             for start in range(0, len(rows), c.batch):
-                path = run.workdir / "evaluation" / f"{name}-{start:07d}.parquet"
+                vectors = rows.vectors[start : start + c.batch]
+                made_from = repr((weights, prompts.to_json_best_effort(), temperature, inject, seed, start))
+                key = hashlib.blake2b(made_from.encode() + vectors.tobytes(), digest_size=6).hexdigest()
+                path = run.workdir / "evaluation" / f"{name}-{start:07d}-{key}.parquet"
                 if not from_writer(path.exists):
                     written = pair.verbalize(
-                        rows.vectors[start : start + c.batch], run.config.prompts.max_new_tokens, temperature,
-                        run.config.seed, inject=inject, batch=c.batch, first=start, sampler=sampler(),
+                        vectors, prompts.max_new_tokens, temperature, seed,
+                        inject=inject, batch=c.batch, first=start, sampler=sampler(),
                     )  # fmt: skip
                     if is_writer():
                         write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
@@ -58,11 +69,11 @@ def evaluate(run: Run) -> None:
             progress.update()
             return [text for file in files for text in read_table(file, ["explanation"]).column(0).to_pylist()]
 
-        warm_texts = texts("warm", warm, functools.cache(warm.sampler))
+        warm_texts = texts("warm", warm, warm_weights, functools.cache(warm.sampler))
         sampler = functools.cache(pair.sampler)  # one copy for all conditions, and none where no text is missing
-        rl_texts = texts("rl", pair, sampler)
-        drawn_texts = texts("rl_temperature_1", pair, sampler, temperature=1.0)
-        silent_texts = texts("no_injection", pair, sampler, inject=False)
+        rl_texts = texts("rl", pair, weights, sampler)
+        drawn_texts = texts("rl_temperature_1", pair, weights, sampler, temperature=1.0)
+        silent_texts = texts("no_injection", pair, weights, sampler, inject=False)
         del sampler
 
         def scores(texts: list[str], pair: Pair = pair) -> np.ndarray:
@@ -73,7 +84,7 @@ def evaluate(run: Run) -> None:
         recon = pair.reconstruct(rl_texts, batch=c.batch)
         rl_scores, warm_scores = row_fve(recon, rows.vectors), scores(warm_texts, warm)
         gold_scores = scores(labels)
-        shuffled_scores = scores([rl_texts[i] for i in derangement(doc_ids, run.config.seed)])
+        shuffled_scores = scores([rl_texts[i] for i in derangement(documents, run.config.seed)])
         silent_scores = scores(silent_texts)
         empty = float(row_fve(pair.reconstruct([""] * 2)[[0] * len(rows)], rows.vectors).mean())
         prefixes = [float(scores(cut(pair, rl_texts, n)).mean()) for n in curve]
@@ -81,7 +92,7 @@ def evaluate(run: Run) -> None:
 
         lengths = [len(ids) for ids in pair.prompts.tokenizer(rl_texts, add_special_tokens=False).input_ids]
         cosine = pair_cosine(recon, rows.vectors)
-        interval = lambda s: list(clustered_interval(s, doc_ids))
+        interval = lambda s: list(clustered_interval(s, documents))
         result["summary"] = {
             "fve_warm": float(warm_scores.mean()),
             "fve_warm_ci95": interval(warm_scores),
@@ -99,10 +110,10 @@ def evaluate(run: Run) -> None:
             "extraction_rate": float(np.mean([text != "" for text in rl_texts])),
             "extraction_rate_warm": float(np.mean([text != "" for text in warm_texts])),
             "mean_length": float(np.mean(lengths)),
-            "heldout_documents": len(set(doc_ids)),
+            "heldout_documents": len(set(documents)),
             "heldout_rows": len(rows),
         }
-        picked = example_rows(doc_ids, c.examples)
+        picked = example_rows(documents, c.examples)
         page = {
             "prefix_curve": {"tokens": curve, "fve": prefixes},
             "row_fve": {"warm": warm_scores.tolist(), "rl": rl_scores.tolist(), "shuffled": shuffled_scores.tolist()},
@@ -126,11 +137,11 @@ def evaluate(run: Run) -> None:
         write_atomically(run.workdir / "evaluation.json", json.dumps(page))
 
 
-def derangement(doc_ids: list[str], seed: int) -> np.ndarray:
+def derangement(documents: list[str], seed: int) -> np.ndarray:
     """A permutation that gives every row another row's place, and wherever it can, another document's."""
-    order = np.random.default_rng(seed).permutation(len(doc_ids))
-    order = order[np.argsort(np.asarray(doc_ids)[order], kind="stable")]  # documents in blocks
-    most = np.unique(np.asarray(doc_ids), return_counts=True)[1].max()
+    order = np.random.default_rng(seed).permutation(len(documents))
+    order = order[np.argsort(np.asarray(documents)[order], kind="stable")]  # documents in blocks
+    most = np.unique(np.asarray(documents), return_counts=True)[1].max()
     target = np.empty(len(order), int)
     target[order] = np.roll(order, most if most < len(order) else 1)  # a shift by the largest block leaves every block
     return target
@@ -148,9 +159,9 @@ def pair_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def example_rows(doc_ids: list[str], count: int) -> list[int]:
+def example_rows(documents: list[str], count: int) -> list[int]:
     """Rows to show: one a document, documents evenly spaced, without a look at any score."""
-    first = sorted({id: i for i, id in reversed(list(enumerate(doc_ids)))}.values())
+    first = sorted({id: i for i, id in reversed(list(enumerate(documents)))}.values())
     return [first[i] for i in np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
 
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
 from nla_jax.distributed import barrier, from_writer, is_writer, share, to_host
-from nla_jax.errors import InputError
+from nla_jax.errors import InputError, first_line
 from nla_jax.files import local, path_to, reaching, upload
 from nla_jax.models.families import (
     CONSTANTS,
@@ -464,8 +464,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # many kinds, by tokenizer class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}).") from None
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from None
 
 
 def locate(name: str | os.PathLike) -> Path:
@@ -487,8 +486,7 @@ def locate(name: str | os.PathLike) -> Path:
             )
         )
     except Exception as error:  # network, authorisation, unknown repository
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name} is neither a folder nor a model that the hub gives ({reason}).") from None
+        raise InputError(f"{name} is neither a folder nor a model that the hub gives ({first_line(error)}).") from None
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
