@@ -18,7 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from nla_jax import distributed
-from nla_jax.errors import InputError, Stopped, Terminated
+from nla_jax.errors import InputError, Stopped, Terminated, first_line
 from nla_jax.files import path_to, stand_in
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
@@ -37,6 +37,7 @@ LEAST = {  # the lowest values that settings may have, where not every number me
     "checkpoints.keep": 1, "watchdog.window": 1, "extract.positions": 1, "extract.max_tokens": 1, "extract.shard_documents": 1,
     "pretrain.batch": 1, "pretrain.length": 1, "pretrain.checkpoint_every": 1, "prompts.max_new_tokens": 1,
     "sft.checkpoint_every": 1, "sft.av.batch": 1, "sft.ar.batch": 1, "rl.activations": 1, "rl.group": 1, "rl.steps": 0,
+    "sft.av.steps": 0, "sft.ar.steps": 0, "pretrain.steps": 0, "evaluate.temperature": 0.0,
     "rl.checkpoint_every": 1, "rl.heldout_every": 1, "rl.heldout_rows": 2, "evaluate.rows": 2, "evaluate.batch": 1,
     "rl.temperature": 1e-3, "watchdog.stall_minutes": 1e-3,
 }  # fmt: skip
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         kept = f" amid {arguments.stage}; its finished shards, texts and steps are kept, and the same command continues"
         return failed(f"stopped by SIGTERM{kept if arguments.stage else ''}.", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        return failed("stopped; the same command continues from the last checkpoint.", 130)
+        continues = "; the same command continues from what is finished" if arguments.stage else ""
+        return failed(f"stopped{continues}.", 130)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return failed(out_of_memory(error, arguments.stage), 1)
@@ -236,10 +238,12 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
         try:
             values(command, known_only=False)
             config = values.config
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            if isinstance(error, KeyError) or any(isinstance(cause, KeyError) for cause in error.args):
-                reason = "there is no field " + reason.strip('"')
+        except Exception as error:  # of the flags, or of the user's file
+            cause = next((e for e in (error, *error.args) if isinstance(e, KeyError)), None)
+            # A file's own error comes with its trace; the last line says what it is.
+            reason = f"there is no field {' '.join(cause.args[0].split())}" if cause else str(error).strip().splitlines()[-1]
+            if not isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError)):
+                reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(
                 f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}"
             ) from None
@@ -279,13 +283,14 @@ def run_stages(arguments: argparse.Namespace) -> None:
     stages = LOOP if arguments.verb == "quickstart" else (arguments.verb,)
     if arguments.verb == "quickstart" and config.subject.path:
         stages = LOOP[1:]
-    for stage in stages:
-        arguments.stage = stage  # for who has to say where the run was stopped
-        known = run.result(stage) is not None
-        functions[stage](run)
-        result = run.result(stage)
-        if distributed.is_writer():
-            print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
+    with run.alone():
+        for stage in stages:
+            arguments.stage = stage  # for who has to say where the run was stopped
+            known = run.result(stage) is not None
+            functions[stage](run)
+            result = run.result(stage)
+            if distributed.is_writer():
+                print(f"{stage}: {'already done' if known else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
     if stages[-1] == "report" and distributed.is_writer():
         print_headline(run)
     distributed.leave()
@@ -299,9 +304,10 @@ def workdir(arguments: argparse.Namespace) -> str:
 def print_headline(run) -> None:
     """The figures that everybody looks for first."""
     s = json.loads((run.workdir / "summary.json").read_text())
-    low, high = s["fve_rl_ci95"]
+    from nla_jax.report.page import interval
+
     print(
-        f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {low:.3f} to {high:.3f}) after RL, {s['fve_warm']:.3f} before; "
+        f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {interval(s['fve_rl_ci95'])}) after RL, {s['fve_warm']:.3f} before; "
         f"shuffled {s['fve_shuffled']:.3f}, no injection {s['fve_no_injection']:.3f}, empty {s['fve_empty']:.3f}.\n"
         f"Report: {run.workdir / 'report.html'}   Pair: {run.workdir / 'pair'}"
     )
@@ -363,7 +369,10 @@ def import_pair(arguments: argparse.Namespace) -> None:
     from nla_jax.pair import load_pair
 
     out, injection = empty_folder(arguments.out), given_injection(arguments)
-    load_pair(arguments.av, arguments.ar, base=arguments.base, injection=injection).merged().save(out)
+    pair = load_pair(arguments.av, arguments.ar, base=arguments.base, injection=injection)
+    if arguments.base and pair.base is None:
+        raise InputError("--base names the base model of adapters, but AV and AR are whole models; leave it out.")
+    pair.merged().save(out)
     print_written(out)
 
 

@@ -45,6 +45,8 @@ def explain_text(
     explanations = loaded.verbalize(activations.vectors, max_new_tokens, temperature, seed)
     scores = loaded.score(explanations, activations.vectors)
     variance = loaded.sidecar.provenance.get("activation_variance")
+    if not isinstance(variance, (int, float, type(None))):
+        raise InputError(f"The sidecar of {pair} says activation_variance {variance!r}, expected a number.")
     return [
         {
             "position": int(activations.positions[i]),

@@ -105,6 +105,8 @@ class Pair:
 
     def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:
         """ĥ `[n, d]` float32 from explanations: the AR's raw output. Compare it after normalising (`score`, `nla.fve`)."""
+        if isinstance(texts, str):
+            raise InputError("reconstruct and score take a list of texts; put a single one in a list.")
         rows = self.prompts.reconstructor_ids(list(texts))
         order, mesh = sorted(range(len(rows)), key=lambda i: len(rows[i])), jax.sharding.get_mesh()
         out = np.zeros((len(rows), self.sidecar.d_model), np.float32)
@@ -123,7 +125,7 @@ class Pair:
     def score(self, texts: Sequence[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
         """How well each text brings back its row of `vectors`: `mse` = 2(1 - cos) in [0, 4], and `cosine`, both `[n]`."""
         vectors = self._checked(vectors)
-        if len(texts) != len(vectors):
+        if not isinstance(texts, str) and len(texts) != len(vectors):
             raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; they must be as many.")
         a, b = (x.astype(np.float64) for x in (self.reconstruct(texts), vectors))
         cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
@@ -151,6 +153,8 @@ class Pair:
         """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are such
         (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are float32."""
         folder, d = path_to(folder), self.sidecar.d_model
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise InputError(f"Weights are saved as floating point numbers, not as {dtype}.")
         weight = np.asarray(to_host(self.reconstructor_params["head"]), np.float32)
         head = {"weight": np.ascontiguousarray(weight.T).reshape(d, d)}
         extra = {"av": {}, "ar": {HEAD: lambda path: save_file(head, path)}}
@@ -175,13 +179,16 @@ class Pair:
                     write(scratch / name)
 
     def _checked(self, vectors: np.ndarray, slots: int | None = None) -> np.ndarray:
-        vectors = np.asarray(vectors, np.float32)
         shape = ([slots] if slots else []) + [self.sidecar.d_model]
-        if list(vectors.shape[1:]) != shape or not vectors.ndim > 1 or not np.isfinite(vectors).all():
-            expected = ", ".join(map(str, ["n", *shape]))
-            raise InputError(
-                f"Activations must be finite and of shape [{expected}], found shape {list(vectors.shape)}."
-            )
+        expected = ", ".join(map(str, ["n", *shape]))
+        try:
+            vectors = np.asarray(vectors, np.float32)
+        except (TypeError, ValueError):
+            raise InputError(f"Activations must be an array of numbers of shape [{expected}].") from None
+        if list(vectors.shape[1:]) != shape or not vectors.ndim > 1:
+            raise InputError(f"Activations must be of shape [{expected}], found shape {list(vectors.shape)}.")
+        if not (finite := np.isfinite(vectors).all(tuple(range(1, vectors.ndim)))).all():
+            raise InputError(f"Row {int(np.argmin(finite))} of the activations holds NaN or infinite values.")
         return vectors
 
 
@@ -303,6 +310,8 @@ def _base_folder(given: str | Path | None, adapters: list[Path]) -> Path | None:
 
 
 def _config(folder: Path, dtype, remat, attention, mesh) -> TransformerConfig:
+    if remat and not hasattr(jax.checkpoint_policies, remat):
+        raise InputError(f"remat {remat!r} is no policy of jax.checkpoint_policies; nothing_saveable is one.")
     return dataclasses.replace(with_kernel(read_config(folder, dtype), attention, mesh), remat=remat or None)
 
 
@@ -321,8 +330,8 @@ def _models(
     prefix, suffix, slots = prompts.verbalizer_prompt()
     if not -1 <= sidecar.injection.block < config.layers:
         raise InputError(
-            f"The sidecar of {folder} injects behind block {sidecar.injection.block}, but there are blocks 0 to "
-            f"{config.layers - 1}."
+            f"Activations are to be injected behind block {sidecar.injection.block}, but {folder} has blocks 0 to "
+            f"{config.layers - 1} (-1: the input embeddings)."
         )
     verbalizer = Verbalizer(
         Transformer(config), prefix, suffix, end_of_turn(prompts.tokenizer), sidecar.injection_scale, sidecar.injection,

@@ -2,9 +2,12 @@
 
 import contextlib
 import datetime
+import fcntl
 import functools
 import importlib
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from ml_collections import ConfigDict
 from nla_jax.autoencoder import Injection
 from nla_jax.checkpoint import FREE, UNTIL_FINISHED, Checkpoints, differences
 from nla_jax.data.corpus import Document, load_corpus, split_of
-from nla_jax.distributed import barrier, from_writer, host_count, host_index, writer_first
+from nla_jax.distributed import barrier, from_writer, host_count, host_index, is_writer, writer_first
 from nla_jax.errors import InputError
 from nla_jax.files import AnyPath, path_to, reaching, stand_in
 from nla_jax.metrics import write_atomically
@@ -30,6 +33,18 @@ STAGES = {
     "rl": ("sft", ("mesh", "rl")),
     "evaluate": ("rl", ("evaluate",)),
     "report": ("evaluate", ("report",)),
+}
+
+
+# What each stage leaves as it goes on, made from its settings. (A text of `evaluate` says itself what it was made from.)
+LEAVES = {
+    "pretrain": ("train/pretrain/checkpoints/*",),
+    "extract": ("activations/*.parquet",),
+    "label": ("labels/*.parquet",),
+    "sft": ("train/sft_av/checkpoints/*", "train/sft_ar/checkpoints/*"),
+    "rl": ("train/rl/checkpoints/*",),
+    "evaluate": (),
+    "report": (),
 }
 
 
@@ -50,6 +65,31 @@ class Run:
                 yield
         except OSError as error:
             raise InputError(f"The working folder {self.workdir} cannot be written ({error.strerror}).") from None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes out of the folder; a lock ends with its process, however that ends. Raises `InputError` where
+        another one works in it. (Buckets, and file systems without locks, keep nobody out.)"""
+        if not is_writer() or not isinstance(self.workdir, Path):
+            yield
+            return
+        with self._writing():
+            file = open(self.workdir / "lock", "a+", encoding="utf-8")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise InputError(
+                    f"Another run works in {self.workdir} ({file.read().strip() or 'it has just begun'}); wait for its end, stop "
+                    f"it, or use another --workdir."
+                ) from None
+            except OSError:
+                pass
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
 
     def _check_shared(self, seconds: float = 60) -> None:
         """Raises `InputError` on a host that does not see what the first one writes (network file systems may take a while)."""
@@ -93,14 +133,14 @@ class Run:
     def stage(self, name: str) -> Iterator[dict | None]:
         """Runs a stage once: yields None where it has finished before, else a dict to fill with its result.
 
-        Raises `InputError` where the folder holds this stage made from other settings, naming all that differ and are not free
-        (`nla_jax.checkpoint.FREE`; the number of steps is until the stage has finished)."""
+        Raises `InputError` where the folder holds this stage, or a part of it, made from other settings, naming all that differ
+        and are not free (`nla_jax.checkpoint.FREE`; the number of steps is until the stage has finished)."""
         if self.result(name) is not None:
             self._check(name)
             yield None
             return
         previous, start = self._record(name), time.monotonic()
-        if previous:
+        if previous and from_writer(lambda: any(any(self.workdir.glob(pattern)) for pattern in LEAVES[name])):
             self._check(name)
         with self._writing():
             write_atomically(self.workdir / "config.json", self.config.to_json_best_effort(indent=1) + "\n")
@@ -121,7 +161,14 @@ class Run:
 
     def _record(self, stage: str) -> dict | None:
         file = self._file(stage)
-        return from_writer(lambda: json.loads(file.read_text()) if file.exists() else None)
+
+        def read() -> dict | None:
+            try:
+                return json.loads(file.read_text()) if file.exists() else None
+            except ValueError:
+                raise InputError(f"{file} is damaged; delete it and what the stage wrote, to make it anew.") from None
+
+        return from_writer(read)
 
     def _write(self, stage: str, record: dict) -> None:
         self._file(stage).parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def sample_tokens(
 
     The mesh may cut the vocabulary over `tensor`. All that is needed of other devices are sums, maxima and minima over it:
     a few numbers a row, never the logits."""
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise InputError(
             f"Sampling needs a temperature of 0 or more, top_k of 1 or more and top_p above 0 and up to 1 (or None); found "
             f"temperature {temperature}, top_k {top_k}, top_p {top_p}."
@@ -178,8 +178,10 @@ def rollout(
 ) -> Rollout:
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
 
-    On a mesh `params` lie as `decoding_layout` gives them. Row i draws from `fold_in(rng, first_row + i)`: the text does not
+    Raises `InputError` where a number means nothing. On a mesh `params` lie as `decoding_layout` gives them. Row i draws from `fold_in(rng, first_row + i)`: the text does not
     depend on how a batch is cut or sharded."""
+    if min(group, max_new_tokens) < 1:
+        raise InputError(f"A rollout needs a group and max_new_tokens of 1 or more; found {group} and {max_new_tokens}.")
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
     model = Transformer(config)
     cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x

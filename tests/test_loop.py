@@ -279,6 +279,16 @@ WRONG = {
     "unknown variant": (["extract", "--config", CONFIG.replace("tiny", "huge")], "no variant 'huge'"),
     "unknown field": (["extract", "--config.rl.stepz=3"], "stepz"),
     "wrong type": (["extract", "--config.rl.steps=many"], "steps"),
+    "field of its own": (["extract", "--config.rl.av_optimizer.b3=0.9"], "there is no field 'b3'"),
+    "config with an error": (["extract", "--config", "{broken}"], "SyntaxError"),
+    "empty split": (
+        ["extract", "--config.corpus.max_documents=2", "--config.subject.path={subject}"], "documents falls into split",
+    ),
+    "no tokens to write": (["explain", "--pair", "{run}/pair", "--text", "x", "--max-new-tokens", "0"], "1 or more"),
+    "base of no adapters": (
+        ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--base", "{subject}", "--out", "{new}"],
+        "--base names the base model of adapters",
+    ),
     "unknown flag": (["extract", "--stepz=3"], "--stepz=3"),
     "verb too early": (["rl"], "nla sft"),
     "no such corpus": (["pretrain", "--config.corpus.source=nowhere.jsonl"], "nowhere.jsonl"),
@@ -340,6 +350,8 @@ def test_wrong_input_gets_one_sentence(case, finished, exported, corpus, tmp_pat
     arguments, message = WRONG[case]
     text = " ".join(arguments)
     places = {"subject": finished / "subject", "run": finished, "exported": exported, "new": tmp_path / "new"}
+    places["broken"] = tmp_path / "broken.py"
+    places["broken"].write_text("def get_config(:\n")
     if "{labelled}" in text:
         places["labelled"] = copy_before(finished, tmp_path, "label")
         shutil.rmtree(places["labelled"] / "labels")

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from conftest import TINY, close, one_sentence
 from nla_jax.errors import InputError
+from nla_jax.evaluate.fve import fve
 from nla_jax.pair import HEAD, load_pair, new_pair
 
 TEXTS = ["The river turns north.", "By noon the fish are gone and only bread is left.", "é", ""]
@@ -128,12 +129,35 @@ def test_a_new_pair_starts_from_the_subject(sidecar, subject_folder, params):
 # What is refused
 
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 31)), np.zeros(32), np.full((1, 32), np.nan), np.full((1, 32), np.inf)])
-def test_wrong_vectors(pair, bad):
+@pytest.mark.parametrize(("bad", "message"), [
+    (np.zeros((2, 31)), r"shape \[n, 32\], found shape \[2, 31\]"),
+    (np.zeros(32), r"shape \[n, 32\], found shape \[32\]"),
+    ([[1.0, 2.0], [3.0]], r"an array of numbers of shape \[n, 32\]"),
+    (np.full((1, 32), np.nan), "Row 0 of the activations holds NaN or infinite values"),
+    (np.diag([1.0, np.inf] + [1.0] * 30), "Row 0|Row 1"),
+])  # fmt: skip
+def test_wrong_vectors(pair, bad, message):
     for call in (lambda: pair.verbalize(bad), lambda: pair.score(["a"] * len(bad), bad)):
-        with pytest.raises(InputError, match=r"shape \[n, 32\]") as error:
+        with pytest.raises(InputError, match=message) as error:
             call()
         one_sentence(error)
+
+
+def test_wrong_requests(pair, vectors, subject_folder, sidecar, tmp_path):
+    for call, message in (
+        (lambda: pair.verbalize(vectors, max_new_tokens=0), "max_new_tokens of 1 or more"),
+        (lambda: pair.verbalize(vectors, temperature=-1.0), "a temperature of 0 or more"),
+        (lambda: pair.reconstruct("one text"), "a list of texts"),
+        (lambda: pair.score("one text", vectors), "a list of texts"),
+        (lambda: pair.save(tmp_path / "out", dtype="int8"), "not as int8"),
+        (lambda: new_pair(sidecar, subject_folder, remat="foo"), "'foo' is no policy"),
+        (lambda: fve(vectors, np.full_like(vectors, 2.0)), "no variance to explain"),
+        (lambda: fve(vectors, np.where(np.arange(len(vectors))[:, None] == 1, np.nan, vectors)), "are finite"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            call()
+        one_sentence(error)
+    assert not (tmp_path / "out").exists()
 
 
 def refused(match, *folders):

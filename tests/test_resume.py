@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ import nla_jax.pair
 import nla_jax.train
 from conftest import CONFIG, close, copy_before, history, nla_main, one_line, same_run, talkative, weights
 from nla_jax.cli import main
+from nla_jax.data.dataset import load_rows
 from nla_jax.data.extraction import shards_of
 from nla_jax.pair import load_pair
 
@@ -90,6 +92,41 @@ def stopping(monkeypatch, at: int, how, module=nla_jax.train) -> list:
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def test_settings_bind_when_something_was_made_from_them(talking, arguments, tmp_path, monkeypatch, capsys):
+    """Not by a stage that has failed at once, nor by one that was too early."""
+    workdir = copy_before(talking, tmp_path, "sft")
+    assert main(arguments("rl", workdir, "rl.group=2")) == 1
+    assert "holds no finished 'sft' stage" in one_line(capsys)
+    assert main(arguments("sft", workdir, "prompts.marker=marker")) == 1
+    one_line(capsys)
+    assert main(arguments("sft", workdir)) == 0
+    stopping(monkeypatch, 1, interrupt)
+    assert main(arguments("rl", workdir, "rl.group=2")) == 130
+    monkeypatch.undo()
+    assert main(arguments("rl", workdir, "rl.steps=1")) == 0
+
+    record = workdir / "stages/sft.json"
+    record.write_text("{")
+    capsys.readouterr()
+    assert main(arguments("sft", workdir)) == 1
+    assert f"{record} is damaged; delete it" in one_line(capsys)
+
+
+def test_two_runs_do_not_share_a_folder(talking, arguments, capsys):
+    with open(talking / "lock", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(arguments("rl", talking)) == 1
+        assert f"Another run works in {talking} (process {os.getpid()} on " in one_line(capsys)
+    assert main(arguments("rl", talking)) == 0
+
+
+def test_damaged_copies_of_vectors_are_made_again(talking):
+    whole = np.array(load_rows(talking, "rl").vectors)
+    (file,) = (talking / "activations").glob("rl-*.npy")
+    os.truncate(file, file.stat().st_size // 2)
+    np.testing.assert_array_equal(load_rows(talking, "rl").vectors, whole)
 
 
 def test_another_pair_is_evaluated_by_its_own_texts(talking, arguments, tmp_path):

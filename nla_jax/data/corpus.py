@@ -1,7 +1,9 @@
 """Documents from any source: the embedded corpus, TFDS, text, JSON-lines and Parquet files, or a function."""
 
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -187,7 +189,9 @@ def tfds_rows(source: str, data_dir: str | os.PathLike, text_field: str, id_fiel
     name = source.removeprefix("tfds:")
     try:
         builder = tfds_builder(name, data_dir)
-        builder.download_and_prepare(file_format="array_record")
+        silent = contextlib.redirect_stdout(io.StringIO())  # what ships with the package is not downloaded
+        with silent if name == "python_docs" else contextlib.nullcontext():
+            builder.download_and_prepare(file_format="array_record")
     except OSError:
         builder = tfds_builder(name, data_dir)
         if not builder.data_path.exists():  # it does when another process has prepared the same dataset meanwhile

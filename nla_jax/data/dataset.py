@@ -84,6 +84,11 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     for split, i, total, _ in shards:
         counts[split] += row_count(name(split, i, total))
     for split, count in counts.items():
+        if not documents[split]:
+            raise InputError(
+                f"None of the {sum(documents.values())} documents falls into split {split!r}; take more documents, or raise "
+                f"split.{split}."
+            )
         if count == 0:
             raise InputError(
                 f"The documents of split {split!r} give no activations: none is longer than extract.min_position = "

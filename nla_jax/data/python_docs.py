@@ -99,7 +99,7 @@ def documents(sources: Sources) -> Iterator[tuple[str, str]]:
     """The corpus as (id, text), in the order of the ids, without duplicates and near-duplicates."""
     files = [(name, path, file) for name in sources for path, file in sources[name].items()]
     found = {}
-    for name, path, file in tqdm(files, desc="Reading installed sources", unit=" files", leave=False):
+    for name, path, file in tqdm(files, desc="Reading installed sources", unit=" files", leave=False, disable=None):
         for id, text in file_documents(name, path, file):
             if len(text) >= MIN_CHARS:
                 found.setdefault(id, text)  # a property's setter repeats the getter's name

@@ -17,7 +17,8 @@ def row_fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> n
     """1 - mse_i / variance for each row, `[n]`; its mean is `fve`.
 
     variance = mean((ĝ-μ)²) over all rows with μ the mean of the normalised golds ĝ: not normalised itself for the canonical
-    baseline "mean" (reference `fve_nrm`), normalised for "meannorm", which reads 8-13 points higher."""
+    baseline "mean" (reference `fve_nrm`), normalised for "meannorm", which reads 8-13 points higher. Raises `InputError` where
+    shapes differ and where the activations have no variance."""
     p, g = normalised(recon), normalised(vectors)
     if p.shape != g.shape or g.ndim != 2 or len(g) < 2:
         raise InputError(
@@ -28,7 +29,10 @@ def row_fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> n
         mean = normalised(mean)
     elif baseline != "mean":
         raise InputError(f"baseline must be 'mean' or 'meannorm', not {baseline!r}.")
-    return 1 - ((p - g) ** 2).mean(1) / ((g - mean) ** 2).mean()
+    variance = ((g - mean) ** 2).mean()
+    if not variance > 1e-12:
+        raise InputError("FVE needs activations that differ and are finite; these have no variance to explain.")
+    return 1 - ((p - g) ** 2).mean(1) / variance
 
 
 def fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> float:

@@ -29,7 +29,13 @@ FIGURES = (
     ("cos_rl", "Cosine after RL", "score"), ("fve_gold_text", "FVE of the gold label text", "score"),
     ("fve_no_injection", "FVE without injection", "score"), ("fve_empty", "FVE of the empty text", "score"),
     ("fve_shuffled", "FVE of shuffled pairs", "score"), ("extraction_rate", "Explanations extracted", "percent"),
+    ("extraction_rate_warm", "Explanations extracted before RL", "percent"),
+    ("fve_warm_ci95", "FVE after the warm start, 95 % interval", "interval"),
+    ("fve_rl_temperature_1", "FVE after RL, sampled at temperature 1", "score"),
+    ("fve_gold_text_warm", "FVE of the gold label text, warm AR", "score"),
     ("mean_length", "Mean explanation length, tokens", "number"),
+    ("injection_scale", "Length at which activations are injected", "number"),
+    ("skipped_steps", "RL steps skipped for NaN", "count"),
     ("logprob_gap_max", "Largest sampler–trainer log-prob gap", "number"),
     ("subject_loss", "Subject loss, nats per token", "number"), ("bigram_loss", "Bigram loss, same tokens", "number"),
     ("unigram_loss", "Unigram loss, same tokens", "number"), ("heldout_documents", "Held-out documents", "count"),
@@ -178,9 +184,10 @@ def learning_curve(data: Mapping) -> str:
 
     caption = ("Each point of the line is one training batch, unsmoothed. The step axis is logarithmic, log(1 + step), "
                "so that equal distances are equal ratios of training; the warm start stands at step 0. Training texts are "
-               "drawn at the training temperature, held-out texts as in the evaluation.")
+               "drawn at the training temperature, held-out texts as in the evaluation, but of fewer activations.")
     if ends:
-        caption += " The vertical bar at the last step is the 95 % interval of the final evaluation."
+        caption += (" The vertical bar at the last step is the 95 % interval of the final evaluation, which has more of them: "
+                    "the last dot may lie outside.")
     rows = [(short(at), score(value)) for at, value in start + heldout]
     legend = [("training batch", "control"), ("held-out", "rl"), ("warm start", "warm")]
     return (figure(responsive(draw), caption, legend)
