@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from nla_jax.prompts import RECONSTRUCTOR_TEMPLATE, VERBALIZER_TEMPLATE  # the paper's
+
 ADAMW = "nla_jax.optimizer:adamw"
 
 
@@ -50,12 +52,8 @@ def released(
     c.split = ConfigDict(dict(av_sft=0.40, ar_sft=0.40, rl=0.19, heldout=0.01))
     c.extract.update(positions=10, min_position=50, max_tokens=1024, shard_documents=2000)
     c.prompts.update(
-        verbalizer_template=(
-            "You are a meticulous AI researcher conducting an important investigation into activation vectors from a "
-            "language model. Your overall task is to describe the semantic content of that activation vector.\n\nHere is "
-            "the vector: <concept>{injection_char}</concept>\n\nPlease provide an explanation within <explanation> tags."
-        ),
-        reconstructor_template="Summary of the following text: <text>{explanation}</text> <summary>",
+        verbalizer_template=VERBALIZER_TEMPLATE,
+        reconstructor_template=RECONSTRUCTOR_TEMPLATE,
         injection_scale=injection_scale,
         max_new_tokens=150,
     )

@@ -127,11 +127,16 @@ def agree(settings: dict, seconds: int = JOIN_SECONDS) -> None:
 
 def versions() -> dict[str, str]:
     """What must be alike on all hosts: Python, the packages that compute, and the source of this one."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "the source of nla_jax": source_hash()} | found
+
+
+def source_hash() -> str:
+    """A hash of this package's source."""
     source = hashlib.blake2b(digest_size=8)
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "the source of nla_jax": source.hexdigest()} | found
+    return source.hexdigest()
 
 
 # Waiting

@@ -127,9 +127,8 @@ class Pair:
         vectors = self._checked(vectors)
         if not isinstance(texts, str) and len(texts) != len(vectors):
             raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; they must be as many.")
-        a, b = (x.astype(np.float64) for x in (self.reconstruct(texts), vectors))
-        cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
-        return {"mse": 2 * (1 - cosine), "cosine": cosine}
+        similarity = cosine(self.reconstruct(texts), vectors)
+        return {"mse": 2 * (1 - similarity), "cosine": similarity}
 
     def merged(self) -> "Pair":
         """The pair with its adapters merged into plain parameters: what `transformers` and servers load without PEFT."""
@@ -190,6 +189,12 @@ class Pair:
         if not (finite := np.isfinite(vectors).all(tuple(range(1, vectors.ndim)))).all():
             raise InputError(f"Row {int(np.argmin(finite))} of the activations holds NaN or infinite values.")
         return vectors
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each row of `a` with its row of `b`, `[n]` float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
 _reconstruct = jax.jit(lambda reconstructor, *args: reconstructor.reconstruct(*args), static_argnums=0)

@@ -17,6 +17,7 @@ VERBALIZER_TEMPLATE = (
     "<concept>{injection_char}</concept>\n\nPlease provide an explanation within <explanation> tags."
 )
 RECONSTRUCTOR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
+RESPONSE = "<explanation>\n{explanation}\n</explanation>"
 MARKERS = "㈎㈜㎡㊙㋿™~§¤¬|^"  # rare characters, tried in this order where no marker is named
 EXPLANATION = re.compile(r"\s*<explanation>\s*((?:(?!</?explanation>).)*?)\s*</explanation>\s*", re.DOTALL)
 
@@ -116,7 +117,7 @@ class Prompts:
     def response_ids(self, explanations: Sequence[str]) -> list[list[int]]:
         """What the AV is to write: each explanation in its tags, ended."""
         end = end_of_turn(self.tokenizer)
-        texts = [f"<explanation>\n{text}\n</explanation>" for text in explanations]
+        texts = [RESPONSE.replace("{explanation}", text) for text in explanations]
         return [ids + [end] for ids in plain_ids(self.tokenizer, texts)]
 
     def read_responses(self, tokens: np.ndarray, mask: np.ndarray, finished: np.ndarray) -> list[str | None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from nla_jax.distributed import source_hash
 from nla_jax.errors import InputError
 from nla_jax.metrics import Progress
 from nla_jax.plan import RL, Task, describe, plan_program, tasks
@@ -86,12 +87,10 @@ def candidates(config, place: Slice) -> list[tuple[tuple[int, int, int], list[in
 
 def _basis(config, place: Slice) -> str:
     """A hash of all that a compiled program depends on, but for mesh and micro-batches."""
-    settings = json.loads(config.to_json_best_effort()) | {"mesh": None, "devices": place.name, "jax": jax.__version__}
+    settings = json.loads(config.to_json_best_effort()) | {"mesh": None, "devices": place.name}
+    settings |= {"jax": jax.__version__, "source": source_hash()}
     settings["rl"]["micro_batches"] = None
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _read(file: Path, basis: str) -> dict[tuple, dict]:

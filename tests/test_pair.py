@@ -4,15 +4,19 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
+import optax
 import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
 from conftest import TINY, close, one_sentence
 from nla_jax.errors import InputError
+from nla_jax.evaluate.evaluation import derangement
 from nla_jax.evaluate.fve import fve
 from nla_jax.pair import HEAD, load_pair, new_pair
+from nla_jax.train_step import SupervisedStep, TextBatch, reconstructor_loss
 
 TEXTS = ["The river turns north.", "By noon the fish are gone and only bread is left.", "é", ""]
 SAMPLE = dict(max_new_tokens=24, seed=3, batch=8)
@@ -117,6 +121,26 @@ def test_score_closed_form(pair, vectors):
     with pytest.raises(InputError, match="3 texts for 4 vectors") as error:
         pair.score(TEXTS[:3], vectors)
     one_sentence(error)
+
+
+def test_shuffled_texts_are_no_better_than_the_mean(pair):
+    """With an AR that was trained to read: a word names a direction, and the wrong word misleads."""
+    words = "river mill sea list market bread shadow margin".split()
+    rng = np.random.default_rng(0)
+    which = rng.integers(0, len(words), 64)
+    golds = rng.normal(size=(len(words), TINY.width)).astype(np.float32)[which] * 5
+    golds += rng.normal(size=golds.shape).astype(np.float32)
+    texts = [f"It is about the {words[i]}." for i in which]
+    tokens, lengths = pair.prompts.reconstructor_batch(texts, 48)
+    step = SupervisedStep(reconstructor_loss(pair.reconstructor), optax.adam(1e-2))
+    state, train = step.init(pair.reconstructor_params), jax.jit(step)
+    for _ in range(80):
+        state, _ = train(state, TextBatch(tokens, lengths, golds), None)
+    reader = dataclasses.replace(pair, reconstructor_params=state.params)
+    assert fve(reader.reconstruct(texts), golds) > 0.7
+    shuffled = derangement([words[i] for i in which], seed=0)
+    assert np.all(which[shuffled] != which)
+    assert fve(reader.reconstruct([texts[i] for i in shuffled]), golds) < 0
 
 
 def test_a_new_pair_starts_from_the_subject(sidecar, subject_folder, params):

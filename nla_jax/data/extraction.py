@@ -133,9 +133,8 @@ def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: AnyPath, s
     complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if sidecar is not None:
-        path.with_name(path.name + SIDECAR).write_text(
-            yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        with replacing(path.with_name(path.name + SIDECAR)) as scratch:
+            scratch.write_text(yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8")
     with replacing(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
         for table in tables:
             writer.write_table(table)

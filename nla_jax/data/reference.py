@@ -39,13 +39,12 @@ from nla_jax.distributed import barrier, share
 from nla_jax.errors import InputError
 from nla_jax.files import AnyPath, local
 from nla_jax.metrics import Progress
-from nla_jax.prompts import Marker, Prompts
+from nla_jax.prompts import RESPONSE, Marker, Prompts
 from nla_jax.sidecar import Sidecar, read_yaml
 
 LABEL, TEXT = "api_explanation", "detokenized_text_truncated"
 REQUIRED = (VECTORS, "doc_id", "n_raw_tokens", "activation_layer")
 TRAINING = ("av_sft", "ar_sft", "rl")
-RESPONSE = "<explanation>\n{explanation}\n</explanation>"
 TAGGED = re.compile("<explanation>(.*?)</explanation>", re.DOTALL)
 PLACEHOLDER = "<INJECT>"  # stands for the marker in the prompts of a dataset
 CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

@@ -17,7 +17,7 @@ from nla_jax.distributed import barrier, from_writer, is_writer
 from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
 from nla_jax.metrics import Progress, read_metrics, write_atomically
 from nla_jax.models.pretrained import fingerprint
-from nla_jax.pair import Pair, load_pair
+from nla_jax.pair import Pair, cosine, load_pair
 from nla_jax.report.page import render
 from nla_jax.run import Run, injection
 
@@ -91,7 +91,7 @@ def evaluate(run: Run) -> None:
         progress.close()
 
         lengths = [len(ids) for ids in pair.prompts.tokenizer(rl_texts, add_special_tokens=False).input_ids]
-        cosine = pair_cosine(recon, rows.vectors)
+        similarity = cosine(recon, rows.vectors)
         interval = lambda s: list(clustered_interval(s, documents))
         result["summary"] = {
             "fve_warm": float(warm_scores.mean()),
@@ -106,7 +106,7 @@ def evaluate(run: Run) -> None:
             "fve_shuffled": float(shuffled_scores.mean()),
             "fve_empty": empty,
             "fve_no_injection": float(silent_scores.mean()),
-            "cos_rl": float(cosine.mean()),
+            "cos_rl": float(similarity.mean()),
             "extraction_rate": float(np.mean([text != "" for text in rl_texts])),
             "extraction_rate_warm": float(np.mean([text != "" for text in warm_texts])),
             "mean_length": float(np.mean(lengths)),
@@ -129,7 +129,7 @@ def evaluate(run: Run) -> None:
                     "rl": rl_texts[i],
                     "fve_warm": float(warm_scores[i]),
                     "fve_rl": float(rl_scores[i]),
-                    "cos_rl": float(cosine[i]),
+                    "cos_rl": float(similarity[i]),
                 }
                 for i in picked
             ],
@@ -151,12 +151,6 @@ def cut(pair: Pair, texts: list[str], tokens: int) -> list[str]:
     """Each text's first `tokens` tokens."""
     tokenizer = pair.prompts.tokenizer
     return [tokenizer.decode(ids[:tokens]) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-
-
-def pair_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row of `a` with its row of `b`."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
 def example_rows(documents: list[str], count: int) -> list[int]:
