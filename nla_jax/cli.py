@@ -239,13 +239,8 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
             values(command, known_only=False)
             config = values.config
         except Exception as error:  # of the flags, or of the user's file
-            cause = next((e for e in (error, *error.args) if isinstance(e, KeyError)), None)
-            # A file's own error comes with its trace; the last line says what it is.
-            reason = f"there is no field {' '.join(cause.args[0].split())}" if cause else str(error).strip().splitlines()[-1]
-            if not isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError)):
-                reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(
-                f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {reason}"
+                f"The config {file} with {' '.join(overrides) or 'no overrides'} is not valid: {invalid(error)}"
             ) from None
     values = config.to_dict()
     for name, least in LEAST.items():
@@ -260,6 +255,15 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
         if parts < 1 or whole % parts:
             raise InputError(f"rl.{name} is {parts}, which does not divide the rl.activations of a step ({whole}).")
     return config
+
+
+def invalid(error: Exception) -> str:
+    """Why a config cannot be read."""
+    if key := next((e for e in (error, *error.args) if isinstance(e, KeyError)), None):
+        return f"there is no field {' '.join(str(part) for part in key.args)}"
+    if isinstance(error, (flags.Error, AttributeError, TypeError, ValueError)) and str(error).strip():
+        return str(error).strip().splitlines()[-1]  # a file's own error comes with its trace, whose last line says what it is
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def run_stages(arguments: argparse.Namespace) -> None:
