@@ -5,7 +5,7 @@
 
 TEXTS is a folder of .jsonl or .parquet files, about half web text, half chat.
 
-Planned for v5p:4x4x8, not measured (docs/scaling.md): at most 41.8 of 95 GiB a chip in RL; a step of 1024 samples 6.6 s without host
+Planned for v5p:4x4x8, not measured (docs/scaling.md): at most 41.8 of 95 GiB a chip in RL; a step of 1024 samples 6.7 s without host
 work; extraction, warm starts and 1000 such steps 2.6 hours.
 """
 
