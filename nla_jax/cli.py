@@ -307,9 +307,9 @@ def workdir(arguments: argparse.Namespace) -> str:
 
 def print_headline(run) -> None:
     """The figures that everybody looks for first."""
-    s = json.loads((run.workdir / "summary.json").read_text())
     from nla_jax.report.page import interval
 
+    s = json.loads((run.workdir / "summary.json").read_text())
     print(
         f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {interval(s['fve_rl_ci95'])}) after RL, {s['fve_warm']:.3f} before; "
         f"shuffled {s['fve_shuffled']:.3f}, no injection {s['fve_no_injection']:.3f}, empty {s['fve_empty']:.3f}.\n"

@@ -22,7 +22,8 @@ def explain_text(
 ) -> list[dict]:
     """One dict for each token asked for (`tokens`: "last", "all", or indices such as "3,-1"): `position, token,
     explanation, cosine, fve`, where fve = 1 - mse / variance with the variance of the pair's training activations (None
-    where its sidecar records none). `injection`: as for `load_pair`. Raises `InputError` where text, pair or subject cannot be used."""
+    where its sidecar records none). `injection`: as for `load_pair`. Raises `InputError` where text, pair or subject cannot be
+    used."""
     if not text.strip():
         raise InputError("There is no text to explain; give --text, --file or standard input.")
     loaded = load_pair(pair, base=subject, injection=injection)

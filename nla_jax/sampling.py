@@ -36,7 +36,8 @@ class Rollout:
 
 def decoding_layout(mesh: Mesh, verbalizer: Verbalizer, base: dict | None = None) -> Callable[[dict], dict]:
     """A function from the AV's trained parameters to the whole ones from which `rollout` samples on a mesh: a copy in the
-    compute dtype (`working_dtypes`), laid out for decoding. An adapter's frozen `base` is copied once, here; on one device it serves as it is."""
+    compute dtype (`working_dtypes`), laid out for decoding. An adapter's frozen `base` is copied once, here; on one device it
+    serves as it is."""
     config = verbalizer.model.config
     move = relayout(mesh, verbalizer.abstract_params(), config.dtype, DECODE)
     if verbalizer.lora and mesh.size > 1:
@@ -178,8 +179,8 @@ def rollout(
 ) -> Rollout:
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
 
-    Raises `InputError` where a number means nothing. On a mesh `params` lie as `decoding_layout` gives them. Row i draws from `fold_in(rng, first_row + i)`: the text does not
-    depend on how a batch is cut or sharded."""
+    On a mesh `params` lie as `decoding_layout` gives them. Row i draws from `fold_in(rng, first_row + i)`: the text does not
+    depend on how a batch is cut or sharded. Raises `InputError` where a number means nothing."""
     if min(group, max_new_tokens) < 1:
         raise InputError(f"A rollout needs a group and max_new_tokens of 1 or more; found {group} and {max_new_tokens}.")
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))

@@ -58,13 +58,14 @@ def sft(run: Run) -> None:
             return
         run.require("label")
         av_rows, ar_rows = (load_rows(run.workdir, split) for split in ("av_sft", "ar_sft"))
+        sidecar = describe_pair(run, av_rows.vectors)
+        subject = sidecar.provenance["base_hash"]
+        check_source(run, subject)
         pair = new_pair(
-            describe_pair(run, av_rows.vectors), locate(run.subject_folder), **run.config.compute,
+            sidecar, locate(run.subject_folder), **run.config.compute,
             av_lora=lora(c.av.lora), ar_lora=lora(c.ar.lora), seed=run.config.seed, mesh=run.mesh,
         )  # fmt: skip
-        result["injection_scale"] = pair.sidecar.injection_scale
-        subject = pair.sidecar.provenance["base_hash"]
-        check_source(run, subject)
+        result["injection_scale"] = sidecar.injection_scale
         av_place, ar_place = run.workdir / "train/sft_av", run.workdir / "train/sft_ar"
 
         responses = map(pair.prompts.response_ids, av_rows.pieces("api_explanation"))

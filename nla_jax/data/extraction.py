@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -105,19 +104,29 @@ def _decoded_vectors(files: Sequence[Path]) -> str:
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     split = files[0].name.rsplit("-", 3)[0]
     path = files[0].with_name(f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}.npy")
-    with readable(files[0]):
-        shape = sum(map(row_count, files)), pq.read_schema(files[0]).field(VECTORS).type.list_size
-    if not path.exists() or path.stat().st_size < 4 * math.prod(shape):
+    if not _can_be_mapped(path):
         for stale in path.parent.glob(f"{split}-*.npy"):
             stale.unlink()
+        with readable(files[0]):
+            width = pq.read_schema(files[0]).field(VECTORS).type.list_size
+        shape = (sum(map(row_count, files)), width)
         scratch = path.with_name(f"{path.name}.{host_index()}.incomplete")  # hosts may decode at once
         with open(scratch, "wb") as out:  # written, not mapped: a full disk is an error then, and no crash
             np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for file in files:
                 for batch in read_batches(file, [VECTORS]):
-                    out.write(np.ascontiguousarray(list_vectors(batch.column(0), shape[1], file)))
+                    out.write(np.ascontiguousarray(list_vectors(batch.column(0), width, file)))
         os.replace(scratch, path)
     return path.name
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether an array file is there, and whole; reads its header alone."""
+    try:
+        np.load(file, mmap_mode="r")
+    except (OSError, EOFError, ValueError):
+        return False
+    return True
 
 
 # Files
