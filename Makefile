@@ -1,14 +1,20 @@
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-core test-oldest clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/nla quickstart --workdir $(WORKDIR)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
+
+test-core: $(VENV)/installed-test  # the quick tests of every file
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --core tests
+
+test-oldest:  # the whole suite on the oldest releases that setup.py admits, in an environment of its own
+	@$(MAKE) VENV=.venv-oldest OLDEST=1 test
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -20,7 +26,8 @@ $(VENV)/installed: $(VENV)/bin/python setup.py
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/bin/python setup.py
-	$(VENV)/bin/python -m pip install -q -e '.[test]'
+	sed -nE 's/^ *"([A-Za-z0-9_.-]+)(\[[a-z,]+\])?>=([0-9.]+)".*/\1==\3/p' setup.py > $(VENV)/oldest.txt
+	$(VENV)/bin/python -m pip install -q -e '.[test]' $(if $(OLDEST),-c $(VENV)/oldest.txt)
 	@touch $@ $(VENV)/installed
 
 clean:

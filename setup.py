@@ -1,43 +1,49 @@
+import re
+
 from setuptools import find_packages, setup
+
+VERSION = re.search(r'^__version__ = "(.+)"$', open("nla_jax/__init__.py", encoding="utf-8").read(), re.MULTILINE)[1]
 
 setup(
     name="nla_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Natural language autoencoders in JAX: activations of a language model as text, and back",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["nla_jax", "nla_jax.*"]),
+    packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.configs"],
+    package_dir={"nla_jax.configs": "configs"},  # so that commands find configs/NAME.py outside a checkout too
     package_data={"nla_jax": ["quickstart_subject/*"]},
+    # The lower bounds are those that `make test-oldest` installs and tests.
     install_requires=[
-        "jax>=0.10",
-        "flax>=0.12",
-        "optax>=0.2.5",
-        "orbax-checkpoint>=0.11",
-        "etils[epath]>=1.6",
-        "fsspec",
-        "transformers>=5.0",
-        "tensorflow-datasets>=4.9.9",
-        "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
-        "array_record",
-        "ml-collections>=1.0",
-        "absl-py",
-        "jaxtyping",
-        "numpy>=2.0",
-        "pyarrow>=17",
-        "safetensors>=0.5",
-        "tokenizers>=0.20",
-        "huggingface_hub",
-        "jinja2",  # chat templates
-        "pyyaml",
-        "tensorboardX",
-        "tqdm",
+        "jax>=0.10.0",
+        "flax>=0.12.6",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.36",
+        "etils[epath]>=1.12.0",
+        "fsspec>=2026.1.0",
+        "transformers>=5.4.0",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.5.2",  # tensorflow-datasets 4.9.10 imports it without declaring it
+        "array_record>=0.8.3",
+        "ml-collections>=1.1.0",
+        "absl-py>=2.3.1",
+        "jaxtyping>=0.3.4",
+        "numpy>=2.1.0",
+        "pyarrow>=20.0.0",
+        "safetensors>=0.7.0",
+        "tokenizers>=0.22.2",
+        "huggingface_hub>=1.5.0",
+        "jinja2>=3.1.4",  # chat templates
+        "pyyaml>=6.0.2",
+        "tensorboardX>=2.6.4",
+        "tqdm>=4.67.1",
     ],
     extras_require={
-        "cuda": ["jax[cuda12]>=0.10"],
-        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10.0"],
+        "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs"],
-        "test": ["pytest>=8", "pytest-xdist", "torch==2.13.0", "peft", "gcsfs"],
+        "test": ["pytest>=8.4.0", "pytest-xdist>=3.6.0", "torch==2.13.0", "peft>=0.19.0", "gcsfs>=2026.1.0", "setuptools>=77.0.0"],
     },
     entry_points={"console_scripts": ["nla=nla_jax.cli:main"]},
 )

@@ -1,5 +1,7 @@
 """Natural language autoencoders in JAX: activations of a language model as text, and back."""
 
+__version__ = "0.2.0"
+
 from nla_jax.autoencoder import Injection, add_norm_matched, replace
 from nla_jax.errors import InputError
 from nla_jax.evaluate.fve import fve

@@ -132,6 +132,7 @@ def take_gpus_whole() -> None:
 def parser() -> argparse.ArgumentParser:
     """All verbs; each leads to the function that runs it."""
     parser = argparse.ArgumentParser(prog="nla", description="Natural language autoencoders in JAX.")
+    parser.add_argument("--version", action=Version, nargs=0, help="versions of this package and of what it computes with")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, function: Callable, text: str, **more) -> argparse.ArgumentParser:
@@ -198,6 +199,17 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Version(argparse.Action):
+    """`nla --version`: one line for this package, and one for each that it computes with."""
+
+    def __call__(self, parser, *_) -> None:
+        from nla_jax.environment import environment
+
+        for name, value in environment().items():
+            print(f"{name} {value or 'unknown'}")
+        parser.exit()
+
+
 def add_injection(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--injection",
@@ -228,10 +240,11 @@ def load_config(file: str, overrides: list[str]) -> ConfigDict:
     """The config that `file.py[:variant]` gives, changed by `--config.field=value` overrides."""
     path, colon, variant = file.partition(":")
     if not Path(path).is_file():
-        beside = Path(__file__).parent.parent / path
-        if not beside.is_file():
+        package = Path(__file__).parent  # of a checkout, whose configs lie beside it, or installed, with configs inside
+        shipped = [file for file in (package.parent / path, package / path) if file.is_file()]
+        if not shipped:
             raise InputError(f"There is no config file {path}.")
-        path = str(beside)
+        path = str(shipped[0])
     values, command = flags.FlagValues(), ["nla", f"--config={path}{colon}{variant}", *overrides]
     with contextlib.redirect_stderr(None):
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)

@@ -8,7 +8,6 @@ process is the first and only host of its run: nothing here waits or fails then.
 import contextlib
 import ctypes
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -25,12 +24,12 @@ import jax
 from jax._src import distributed as runtime  # the public module does not show the client of the store
 from jax.experimental import multihost_utils
 
+from nla_jax.environment import versions
 from nla_jax.errors import InputError, first_line
 
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 30  # without a sign of life for so long, a host counts as dead
 WAIT_SECONDS = 24 * 3600  # for a host that is alive but busy; a dead one ends the wait by its heartbeats
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 FAILED = "nla/failed"
 
 _turn = itertools.count()  # hosts run the same program, so they count alike
@@ -107,7 +106,7 @@ def agree(settings: dict, seconds: int = JOIN_SECONDS) -> None:
     versions, naming the first host and field that differ from host 0. From here on a host that fails ends the others."""
     if host_count() == 1:
         return
-    own = {"--num_processes": host_count()} | versions() | settings
+    own = {"--num_processes": host_count(), "the source of nla_jax": source_hash()} | versions() | settings
     client, here = runtime.global_state.client, platform.node()
     client.key_value_set(f"nla/host/{host_index()}", json.dumps([here, own]))
     first = None
@@ -123,12 +122,6 @@ def agree(settings: dict, seconds: int = JOIN_SECONDS) -> None:
                 f"{first[1].get(field)!r}; give every host the same command, config and package versions."
             )
     threading.Thread(target=_watch, daemon=True).start()
-
-
-def versions() -> dict[str, str]:
-    """What must be alike on all hosts: Python, the packages that compute, and the source of this one."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "the source of nla_jax": source_hash()} | found
 
 
 def source_hash() -> str:

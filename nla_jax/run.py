@@ -19,6 +19,7 @@ from nla_jax.autoencoder import Injection
 from nla_jax.checkpoint import FREE, UNTIL_FINISHED, Checkpoints, differences
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.distributed import barrier, from_writer, host_count, host_index, is_writer, writer_first
+from nla_jax.environment import environment
 from nla_jax.errors import InputError
 from nla_jax.files import AnyPath, path_to, reaching, stand_in
 from nla_jax.metrics import write_atomically
@@ -115,6 +116,10 @@ class Run:
             before = None  # the subject was made elsewhere
         return (self.basis(before) if before else {}) | own
 
+    def made(self) -> dict:
+        """What a stage is run by: the command, the date, the versions and the devices."""
+        return {"command": self.command, "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"} | environment()
+
     def result(self, stage: str) -> dict | None:
         """What a finished stage reported (with its `seconds`); None before it has finished."""
         record = self._record(stage)
@@ -145,7 +150,7 @@ class Run:
         with self._writing():
             write_atomically(self.workdir / "config.json", self.config.to_json_best_effort(indent=1) + "\n")
         spent = previous["seconds"] if previous else 0.0
-        record = {"basis": self.basis(name), "seconds": spent}
+        record = {"basis": self.basis(name), "made": self.made(), "seconds": spent}
         self._write(name, record)
         result = {}
         try:

@@ -1,17 +1,38 @@
 """Shared fixtures: a tiny tokenizer, tiny random models, a tiny pair, and a tiny run. Eight CPU devices stand in for a pod."""
 
 import os
+import subprocess
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "32"  # XLA's thread pool: with as many threads as devices, waiting collectives leave none to work
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
     # Compiling is most of the run time: these make it five times shorter.
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
     # Eight devices on few cores: work split over the thread pool that waits in a collective can starve it.
-    " --xla_cpu_multi_thread_eigen=false"
-    " --xla_cpu_collective_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    "--xla_cpu_multi_thread_eigen=false",
+    "--xla_cpu_collective_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
+
+
+def known_flags(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Those flags that the installed XLA knows. XLA ends the whole process over a flag that it does not know, so another
+    process is asked: once for all of them, and flag by flag where that fails."""
+
+    def accepted(*flags: str) -> bool:
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        return not subprocess.run(command, env=os.environ | {"XLA_FLAGS": " ".join(flags)}, capture_output=True).returncode
+
+    return flags if accepted(*flags) else tuple(flag for flag in flags if accepted(flag))
+
+
+if "NLA_TEST_FLAGS" not in os.environ:  # set by the process that starts the test workers
+    os.environ["NLA_TEST_FLAGS"] = " ".join(known_flags(FLAGS))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {os.environ['NLA_TEST_FLAGS']}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
@@ -118,6 +139,22 @@ def talkative(params: dict, tokenizer) -> dict:
     head[0, opening] = head[2, tokenizer.eos_token_id] = 10
     params["final_norm"]["scale"][:4] = 1
     return params
+
+
+def pytest_addoption(parser):
+    parser.addoption("--core", action="store_true", help="only the quick tests: those that need no whole run of a study")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With `--core`: leaves out the tests that need a whole run, but for files that have no others."""
+    if not config.getoption("--core"):
+        return
+    runs = {"finished", "talking", "alone", "trained"}
+    quick = [item for item in items if runs.isdisjoint(item.fixturenames) and not item.get_closest_marker("whole_run")]
+    files = {item.path for item in quick}
+    kept = [item for item in items if item in quick or item.path not in files]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")

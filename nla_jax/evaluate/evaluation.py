@@ -183,6 +183,8 @@ def report(run: Run) -> None:
             "layer": run.config.subject.layer,
             "created": datetime.datetime.now().isoformat(" ", "minutes"),
             "command": run.command,
+            "run": {"seed": run.config.seed} | {name: x for name, x in run.made().items() if name not in ("command", "date")},
+            "config": run.config.to_json_best_effort(indent=1),
             "summary": summary,
             "history": read_metrics(run.workdir / "train/rl/metrics.jsonl"),
         }

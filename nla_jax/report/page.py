@@ -339,19 +339,28 @@ def all_figures(data: Mapping) -> str:
                            + [("total", plain(sum(numbers(seconds.values()))))]))
     else:
         parts.append(missing("No stage was timed."))
-    return f'<div class="figures">{"".join(parts)}</div><h3>Command</h3><pre>{words(data.get("command"))}</pre>'
+    return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def the_run(data: Mapping) -> str:
+    """What made the figures: the command, versions and devices, and every setting."""
+    facts = [(str(name), anything(value)) for name, value in mapping(data, "run").items()]
+    made = table(("Made with", ""), facts) if facts else missing("Versions and devices were not recorded.")
+    config = f'<details><summary>Every setting</summary><pre>{words(data["config"])}</pre></details>' if data.get("config") else ""
+    return f'<pre>{words(data.get("command"))}</pre>{made}{config}'
 
 
 SECTIONS: tuple[tuple[str, Callable[[Mapping], str]], ...] = (
     ("FVE against RL steps", learning_curve), ("Controls", controls), ("Distributions", distributions),
     ("FVE by length of the explanation’s prefix", prefix_curve), ("Training health", health), ("Examples", examples),
-    ("All figures", all_figures))
+    ("All figures", all_figures), ("The run", the_run))
 
 
 def render(data: Mapping) -> str:
     """The whole page as a string. Every key is optional:
 
     title, subject, layer, created, command: shown as they are.
+    run: names and values of versions, devices, seed; config: every setting, as text.
     summary: the figures named in FIGURES, and `seconds_by_stage`, stage → seconds.
     history: one mapping per RL step with `step` (from 1), `fve`, at some steps `heldout_fve`, and the keys in HEALTH.
     prefix_curve: lists `tokens` and `fve` of equal length.
