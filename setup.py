@@ -2,7 +2,7 @@ import re
 
 from setuptools import find_packages, setup
 
-VERSION = re.search(r'^__version__ = "(.+)"$', open("nla_jax/__init__.py", encoding="utf-8").read(), re.MULTILINE)[1]
+VERSION = re.search(r'^VERSION = "(.+)"$', open("nla_jax/runtime/environment.py", encoding="utf-8").read(), re.MULTILINE)[1]
 
 setup(
     name="nla_jax",
@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.configs"],
     package_dir={"nla_jax.configs": "configs"},  # so that commands find configs/NAME.py outside a checkout too
-    package_data={"nla_jax": ["quickstart_subject/*"]},
+    package_data={"nla_jax": ["quickstart/subject/*"]},
     # The lower bounds are those that `make test-oldest` installs and tests.
     install_requires=[
         "jax>=0.10.0",

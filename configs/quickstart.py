@@ -7,7 +7,7 @@ nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     #
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-ADAMW = "nla_jax.optimizer:adamw"
+ADAMW = "nla_jax.objective:adamw"
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
             source=dict(av_sft="", ar_sft="", rl="", heldout=""),
         )
     )  # fmt: skip
-    c.label = ConfigDict(dict(function="nla_jax.data.labels:label", splits=("av_sft", "ar_sft", "heldout")))
+    c.label = ConfigDict(dict(function="nla_jax.labels.extractive:label", splits=("av_sft", "ar_sft", "heldout")))
     c.prompts = ConfigDict(
         dict(
             verbalizer_template="Explain this activation: {injection_char}",
@@ -86,8 +86,8 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(
             steps=72, activations=48, group=8, rollout_chunks=4, micro_batches=1,
             temperature=1.0, top_k=placeholder(int), top_p=placeholder(float),  # None: every token can be drawn
-            reward="nla_jax.losses:negative_mse",
-            advantage="nla_jax.losses:group_normalised",
+            reward="nla_jax.objective:negative_mse",
+            advantage="nla_jax.objective:group_normalised",
             kl_coefficient=0.03,
             av_optimizer=dict(function=ADAMW, lr=4e-4, warmup=5),
             ar_optimizer=dict(function=ADAMW, lr=3e-4, warmup=5),

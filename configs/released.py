@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from nla_jax.prompts import RECONSTRUCTOR_TEMPLATE, VERBALIZER_TEMPLATE  # the paper's
 
-ADAMW = "nla_jax.optimizer:adamw"
+ADAMW = "nla_jax.objective:adamw"
 
 
 def released(

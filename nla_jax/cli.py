@@ -17,9 +17,9 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from nla_jax import distributed
-from nla_jax.errors import InputError, Stopped, Terminated, first_line
-from nla_jax.files import path_to, stand_in
+from nla_jax.io.files import path_to, stand_in
+from nla_jax.runtime import distributed
+from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
 STAGES = {
@@ -189,8 +189,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="a new or empty folder")
     add_injection(sub)
 
-    from nla_jax.benchmark import settings
-    from nla_jax.plan import add_arguments
+    from nla_jax.tools.benchmark import settings
+    from nla_jax.tools.plan import add_arguments
 
     settings.add_arguments(verb("benchmark", benchmark, "how fast the programs run at any shape, with random weights"))
     add_arguments(
@@ -203,7 +203,7 @@ class Version(argparse.Action):
     """`nla --version`: one line for this package, and one for each that it computes with."""
 
     def __call__(self, parser, *_) -> None:
-        from nla_jax.environment import environment
+        from nla_jax.runtime.environment import environment
 
         for name, value in environment().items():
             print(f"{name} {value or 'unknown'}")
@@ -221,7 +221,7 @@ def add_injection(sub: argparse.ArgumentParser) -> None:
 def given_injection(arguments: argparse.Namespace):
     """The injection that the command line names; None where it leaves that to the sidecar."""
     from nla_jax.autoencoder import Injection
-    from nla_jax.run import resolve
+    from nla_jax.runtime.run import resolve
     from nla_jax.sidecar import INJECTIONS
 
     name, block = arguments.injection, arguments.injection_block
@@ -284,12 +284,12 @@ def run_stages(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
-    from nla_jax.checkpoint import flat
     from nla_jax.data.dataset import extract, label
-    from nla_jax.evaluate.evaluation import evaluate, report
-    from nla_jax.pretrain import pretrain
-    from nla_jax.run import Run
-    from nla_jax.train import rl, sft
+    from nla_jax.runtime.checkpoint import flat
+    from nla_jax.runtime.run import Run
+    from nla_jax.stages.evaluate import evaluate, report
+    from nla_jax.stages.pretrain import pretrain
+    from nla_jax.stages.train import rl, sft
 
     functions = dict(zip(LOOP, (pretrain, extract, label, sft, rl, evaluate, report), strict=True))
     enable_compile_cache()
@@ -320,7 +320,7 @@ def workdir(arguments: argparse.Namespace) -> str:
 
 def print_headline(run) -> None:
     """The figures that everybody looks for first."""
-    from nla_jax.report.page import interval
+    from nla_jax.tools.report.page import interval
 
     s = json.loads((run.workdir / "summary.json").read_text())
     print(
@@ -341,7 +341,7 @@ def enable_compile_cache() -> None:
 
 def explain(arguments: argparse.Namespace) -> None:
     """Prints, for each token asked for, the explanation and how much of the activation it carries."""
-    from nla_jax.explain import explain_text
+    from nla_jax.verbs.explain import explain_text
 
     if arguments.file:
         try:
@@ -366,7 +366,7 @@ def explain(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Writes a trained pair, and where a run is given its datasets."""
-    from nla_jax.data.reference import export_datasets
+    from nla_jax.data.interchange import export_datasets
     from nla_jax.pair import load_pair
 
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
@@ -395,17 +395,17 @@ def import_pair(arguments: argparse.Namespace) -> None:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Times a program of the package: JSON on standard output, an account of it on standard error."""
-    from nla_jax.benchmark.measure import run
+    from nla_jax.tools.benchmark.measure import run
 
     run(arguments)
 
 
 def plan(arguments: argparse.Namespace) -> None:
     """Prints what a config's programs would need of memory and time."""
-    from nla_jax.plan import plan, table
-    from nla_jax.search import ranking, search
-    from nla_jax.sharding import AXES, make_mesh
-    from nla_jax.topology import mesh_over, present, slice_named
+    from nla_jax.models.sharding import AXES, make_mesh
+    from nla_jax.tools.plan import plan, table
+    from nla_jax.tools.search import ranking, search
+    from nla_jax.tools.topology import mesh_over, present, slice_named
 
     config = load_config(arguments.config, arguments.overrides)
     place = slice_named(arguments.topology) if arguments.topology else present(config.compute.dtype)

@@ -12,27 +12,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from nla_jax.models.sharding import on_each_device
 from nla_jax.models.transformer import Transformer, output_head
-from nla_jax.sharding import on_each_device
 
-FAILED_REWARD = -2.0  # truncated or unparsable responses: below every good reconstruction, and trained on
 FEW_CHUNKS = 32  # whose gradients of the head may be added up in bfloat16: that rounds by 0.5 %, of 600 chunks by 8 to 15 %
-
-
-def negative_mse(mse: Float[Array, "B"], length: Int[Array, "B"]) -> Float[Array, "B"]:
-    """-mse = -2(1 - cos): the paper's reward."""
-    return -mse
-
-
-def negative_log_mse(mse: Float[Array, "B"], length: Int[Array, "B"]) -> Float[Array, "B"]:
-    """-log mse: converges faster, writes worse, may collapse at small batches."""
-    return -jnp.log(mse + 1e-6)
-
-
-def group_normalised(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
-    """GRPO: (r - mean_G r) / (std_G r + eps)."""
-    centred = rewards - rewards.mean(1, keepdims=True)
-    return centred / (rewards.std(1, keepdims=True) + 1e-4)
 
 
 @struct.dataclass

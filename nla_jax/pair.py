@@ -13,13 +13,8 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, keep
-from nla_jax.distributed import is_writer, to_host
-from nla_jax.errors import InputError
-from nla_jax.files import AnyPath, path_to
-from nla_jax.models.kernels import with_kernel
-from nla_jax.models.lora import CONFIG as ADAPTER
-from nla_jax.models.lora import Lora, load_adapter, read_settings, save_adapter
-from nla_jax.models.pretrained import (
+from nla_jax.io.files import AnyPath, path_to
+from nla_jax.io.pretrained import (
     load_params,
     load_tokenizer,
     locate,
@@ -29,10 +24,20 @@ from nla_jax.models.pretrained import (
     save_model,
     save_tokenizer,
 )
-from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
+from nla_jax.models.kernels import with_kernel
+from nla_jax.models.lora import CONFIG as ADAPTER
+from nla_jax.models.lora import Lora, load_adapter, read_settings, save_adapter
+from nla_jax.models.sharding import TRAIN, place_batch, shardings
+from nla_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    abstract_params,
+    truncate,
+)
 from nla_jax.prompts import Prompts, end_of_turn
+from nla_jax.runtime.distributed import is_writer, to_host
+from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
-from nla_jax.sharding import TRAIN, place_batch, shardings
 from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
 
 HEAD = "value_head.safetensors"

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.data.batches import pad_tokens
-from nla_jax.errors import InputError
+from nla_jax.runtime.errors import InputError
 
 VERBALIZER_TEMPLATE = (
     "You are a meticulous AI researcher conducting an important investigation into activation vectors from a language "

@@ -15,9 +15,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
-from nla_jax.errors import InputError
-from nla_jax.models.transformer import Transformer, abstract_params, empty_cache, layers_apart
-from nla_jax.sharding import DECODE, cut_batch, relayout, vocabulary_parts
+from nla_jax.models.sharding import DECODE, cut_batch, relayout, vocabulary_parts
+from nla_jax.models.transformer import (
+    Transformer,
+    abstract_params,
+    empty_cache,
+    layers_apart,
+)
+from nla_jax.runtime.errors import InputError
 
 BLOCK = 128  # entries of the vocabulary, at most, whose mass a draw sums first
 

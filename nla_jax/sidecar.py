@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from nla_jax.autoencoder import Injection, add_norm_matched, replace
-from nla_jax.errors import InputError, first_line
 from nla_jax.prompts import Marker, Prompts
+from nla_jax.runtime.errors import InputError, first_line
 
 FILE = "nla_meta.yaml"
 INJECTIONS = {"replace": replace, "norm_matched_addition": add_norm_matched}  # by their names in a sidecar

@@ -15,11 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
 from nla_jax.data.batches import pad_tokens
-from nla_jax.errors import InputError
+from nla_jax.io.pretrained import (
+    fingerprint,
+    load_params,
+    load_tokenizer,
+    locate,
+    read_config,
+)
 from nla_jax.models.kernels import with_kernel
-from nla_jax.models.pretrained import fingerprint, load_params, load_tokenizer, locate, read_config
+from nla_jax.models.sharding import place_batch, shardings
 from nla_jax.models.transformer import Transformer, abstract_params
-from nla_jax.sharding import place_batch, shardings
+from nla_jax.runtime.errors import InputError
 
 ROWS = 16  # texts that are read at a time
 

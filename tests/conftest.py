@@ -49,14 +49,14 @@ from safetensors.numpy import load_file
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.cli import LOOP, main
-from nla_jax.data.tokenizer import train_tokenizer
-from nla_jax.metrics import read_metrics
-from nla_jax.models.pretrained import save_model
+from nla_jax.io.pretrained import save_model
+from nla_jax.joint_step import JointBatch
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.pair import Pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
+from nla_jax.quickstart.tokenizer import train_tokenizer
+from nla_jax.runtime.metrics import read_metrics
 from nla_jax.sidecar import Sidecar
-from nla_jax.train_step import JointBatch
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
 

@@ -10,22 +10,22 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-
 from conftest import one_sentence
+
 from nla_jax.autoencoder import residual
-from nla_jax import flops
-from nla_jax.benchmark import measure
-from nla_jax.benchmark.programs import count
-from nla_jax.benchmark.settings import PROGRAMS as VERBS
-from nla_jax.benchmark.settings import Settings, add_arguments
 from nla_jax.cli import main
-from nla_jax.errors import InputError
+from nla_jax.joint_step import TextBatch, reconstructor_loss, verbalizer_loss
 from nla_jax.losses import token_loss
 from nla_jax.models.families import FAMILIES
 from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import Transformer, abstract_params
+from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout
-from nla_jax.train_step import TextBatch, reconstructor_loss, verbalizer_loss
+from nla_jax.tools import flops
+from nla_jax.tools.benchmark import measure
+from nla_jax.tools.benchmark.programs import count
+from nla_jax.tools.benchmark.settings import PROGRAMS as VERBS
+from nla_jax.tools.benchmark.settings import Settings, add_arguments
 
 TINY = {
     "vocab": 320, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 48, "ar_blocks": 1,

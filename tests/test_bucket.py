@@ -5,16 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-import nla_jax.train
 from conftest import history, nla_main, one_line, one_sentence, same_run, weights
 from fake_gcs import Store, serving
+
+import nla_jax.stages.train
 from nla_jax.cli import main
 from nla_jax.data.dataset import load_rows
-from nla_jax.errors import InputError
-from nla_jax.files import local, path_to, replacing, stand_in
-from nla_jax.metrics import MetricLog, read_metrics, write_atomically
+from nla_jax.io.files import local, path_to, replacing, stand_in
 from nla_jax.pair import load_pair
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_pair_is_saved_and_loaded(store, pair, vectors, tmp_path):
 def test_the_loop_stopped_and_resumed_on_a_bucket_is_the_one_on_a_disk(
     store, finished, corpus, tmp_path, monkeypatch, capsys
 ):
-    workdir, original, calls = "gs://bucket/runs/tiny", nla_jax.train.rollout, []
+    workdir, original, calls = "gs://bucket/runs/tiny", nla_jax.stages.train.rollout, []
 
     def stop(*args, **kwargs):
         calls.append(1)
@@ -118,7 +118,7 @@ def test_the_loop_stopped_and_resumed_on_a_bucket_is_the_one_on_a_disk(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(nla_jax.train, "rollout", stop)
+    monkeypatch.setattr(nla_jax.stages.train, "rollout", stop)
     every = "--config.rl.checkpoint_every=2"
     assert nla_main("quickstart", workdir, corpus, every) == 130
     assert not path_to(f"{workdir}/pair").exists()

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import one_sentence
 from flax import struct
 from ml_collections import ConfigDict
 
-from conftest import one_sentence
-from nla_jax.checkpoint import Checkpoints, differences
-from nla_jax.errors import InputError
-from nla_jax.fit import fit
-from nla_jax.metrics import MetricLog, read_metrics, write_atomically
-from nla_jax.sharding import make_mesh, shardings
-from nla_jax.train_step import JointStep, SupervisedStep
+from nla_jax.joint_step import JointStep, SupervisedStep
+from nla_jax.models.sharding import make_mesh, shardings
+from nla_jax.runtime.checkpoint import Checkpoints, differences
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
+from nla_jax.stages.supervised import fit
 
 
 @struct.dataclass

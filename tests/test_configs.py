@@ -7,16 +7,16 @@ from pydoc_data.topics import topics
 import flax.linen as nn
 import jax
 import pytest
-
 from conftest import random_params
+
 from nla_jax.cli import load_config, main
-from nla_jax.errors import InputError
-from nla_jax.metrics import read_metrics
-from nla_jax.models.pretrained import model_config, save_model
+from nla_jax.io.pretrained import model_config, save_model
+from nla_jax.models.sharding import AXES, device_mesh
 from nla_jax.models.transformer import abstract_params
-from nla_jax.plan import tasks
-from nla_jax.sharding import AXES, device_mesh
-from nla_jax.topology import CHIPS
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import read_metrics
+from nla_jax.tools.plan import tasks
+from nla_jax.tools.topology import CHIPS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Published: parameters of the text model in 1e9, K, blocks, width, marker, injection scale, RL learning rate, samples a step.
@@ -53,7 +53,7 @@ def test_published_values(name):
             c.rl.ar_optimizer.lr, c.rl.activations * c.rl.group] == expected  # fmt: skip
     assert (c.rl.kl_coefficient, c.prompts.max_new_tokens, c.sft.ar.batch) == (0.01, 150, 256)
     assert dict(c.sft.ar.optimizer) == {
-        "function": "nla_jax.optimizer:adamw",
+        "function": "nla_jax.objective:adamw",
         "lr": 2e-5,
         "final_lr": 2e-6,
         "warmup": 50,

@@ -8,7 +8,7 @@ import pytest
 
 from nla_jax.data import python_docs
 from nla_jax.data.corpus import Document, load_corpus, split_of
-from nla_jax.errors import InputError
+from nla_jax.runtime.errors import InputError
 
 TEXTS = ["The first text.", "The second text.", "The third text."]
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-
 from conftest import SENTENCES, TINY, close, one_sentence
+
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step, text_windows
 from nla_jax.data.corpus import Document
 from nla_jax.data.dataset import load_rows, spread
@@ -23,12 +23,12 @@ from nla_jax.data.extraction import (
     shards_of,
     write_table,
 )  # fmt: skip
-from nla_jax.errors import InputError
-from nla_jax.evaluate.evaluation import derangement
-from nla_jax.evaluate.fve import clustered_interval, fve, row_fve
-from nla_jax.sharding import host_mesh, make_mesh
+from nla_jax.fve import clustered_interval, fve, row_fve
+from nla_jax.models.sharding import host_mesh, make_mesh
+from nla_jax.runtime.errors import InputError
+from nla_jax.stages.evaluate import derangement
+from nla_jax.stages.train import fixed_width, norm_and_variance, text_batches
 from nla_jax.subject import extract, load_subject
-from nla_jax.train import fixed_width, norm_and_variance, text_batches
 
 LAYER = 1
 

@@ -15,13 +15,20 @@ from pydoc_data.topics import topics
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import TINY, close, random_params, talkative
 from safetensors.numpy import load_file
 
-from conftest import TINY, close, random_params, talkative
 from nla_jax.cli import main
-from nla_jax.metrics import read_metrics
-from nla_jax.models.pretrained import fingerprint, save_model
-from nla_jax.sharding import RowsOf, batch_sharding, local_rows, make_mesh, place_batch, place_local
+from nla_jax.io.pretrained import fingerprint, save_model
+from nla_jax.models.sharding import (
+    RowsOf,
+    batch_sharding,
+    local_rows,
+    make_mesh,
+    place_batch,
+    place_local,
+)
+from nla_jax.runtime.metrics import read_metrics
 
 CONFIG = """
 import runpy
@@ -171,8 +178,8 @@ def test_rows_of_a_batch_go_to_the_host_and_back(sizes):
 
 HASHING = """
 import sys
-from nla_jax import distributed
-from nla_jax.models.pretrained import fingerprint
+from nla_jax.runtime import distributed
+from nla_jax.io.pretrained import fingerprint
 address, index, folder = sys.argv[1:]
 distributed.join(address, 2, int(index))
 print(fingerprint(folder))

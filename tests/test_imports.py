@@ -9,32 +9,32 @@ import nla_jax
 
 ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
-    ["errors", "hlo", "models.attention", "models.rope"],
-    ["distributed", "files", "sharding"],
+    ["runtime.errors", "runtime.environment", "tools.hlo", "models.attention", "models.rope"],
+    ["runtime.distributed", "io.files", "models.sharding"],
     ["models.kernels", "models.transformer"],
     ["models.families"],
-    ["models.pretrained"],
+    ["io.pretrained"],
     ["models.lora"],
-    ["autoencoder"],
-    ["flops", "losses", "optimizer", "sampling"],
-    ["train_step"],
-    ["data.batches", "data.corpus", "data.labels", "data.python_docs", "data.tokenizer"],
-    ["prompts", "metrics", "checkpoint", "report"],
+    ["autoencoder", "fve"],
+    ["tools.flops", "losses", "objective", "sampling"],
+    ["joint_step"],
+    ["data.batches", "data.corpus", "labels", "quickstart"],
+    ["prompts", "runtime.metrics", "runtime.checkpoint", "tools.report"],
     ["sidecar", "subject"],
-    ["watchdog", "pair", "data.extraction", "data.reference"],
-    ["evaluate.fve", "explain", "run"],
-    ["fit", "data.dataset"],
-    ["benchmark", "plan", "pretrain", "search", "topology", "train", "evaluate.evaluation"],
+    ["runtime.watchdog", "pair", "data.extraction", "data.interchange"],
+    ["verbs.explain", "runtime.run"],
+    ["stages.supervised", "data.dataset"],
+    ["stages", "tools"],
     ["cli"],
 ]
 ALONE = {
-    "errors": set(),
+    "runtime.errors": set(),
     "models.attention": set(),
-    "sharding": {"errors"},
-    "distributed": {"errors"},
-    "files": {"errors"},
+    "models.sharding": {"runtime.errors"},
+    "runtime.distributed": {"runtime.errors", "runtime.environment"},
+    "io.files": {"runtime.errors"},
 }  # what these import of ours at most
-CONFIG_READERS = {"run", "fit", "train", "pretrain", "cli"}  # may know ml_collections
+CONFIG_READERS = {"runtime.run", "stages.supervised", "stages.train", "stages.pretrain", "cli"}  # may know ml_collections
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}
 MODULES = {name: file for name, file in MODULES.items() if not name.endswith("__init__")}
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from conftest import TINY, close, one_sentence
 from jax.tree_util import Partial
 
-from conftest import TINY, close, one_sentence
 from nla_jax.autoencoder import Injection, add_norm_matched, keep, replace
-from nla_jax.errors import InputError
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
+from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout
 from nla_jax.sidecar import FILE, Sidecar
 

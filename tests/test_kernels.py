@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY, close, random_params
 from jax.sharding import NamedSharding, PartitionSpec
 
-from conftest import TINY, close, random_params
-from nla_jax.errors import InputError
-from nla_jax.hlo import Program
 from nla_jax.models.attention import Segment, attend, causal_mask
 from nla_jax.models.kernels import attend_by, with_kernel
+from nla_jax.models.sharding import make_mesh
 from nla_jax.models.transformer import Transformer
-from nla_jax.sharding import make_mesh
-from nla_jax.topology import mesh_over, slice_named
+from nla_jax.runtime.errors import InputError
+from nla_jax.tools.hlo import Program
+from nla_jax.tools.topology import mesh_over, slice_named
 
 KERNELS = ("cudnn", "splash")
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nla_jax.data.labels import WINDOW, label
+from nla_jax.labels.extractive import WINDOW, label
 
 NUMPY_DOC = """Return the norm of a matrix or vector.
 

@@ -12,11 +12,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import (
+    CONFIG,
+    SPLITS,
+    close,
+    copy_before,
+    history,
+    nla_main,
+    one_line,
+    same_run,
+    weights,
+)
 from safetensors.numpy import load_file
 
 import nla_jax as nla
 import nla_jax.pair
-from conftest import CONFIG, SPLITS, close, copy_before, history, nla_main, one_line, same_run, weights
 from nla_jax.cli import LOOP, main
 from nla_jax.data import labels
 from nla_jax.data.corpus import Document, split_of
@@ -268,7 +278,7 @@ def test_the_subject_must_be_the_pairs(finished, tmp_path, capsys):
 
 
 def test_devices_without_memory_are_one_sentence(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nla_jax.train.rl", lambda run: jnp.zeros(1 << 46).block_until_ready())
+    monkeypatch.setattr("nla_jax.stages.train.rl", lambda run: jnp.zeros(1 << 46).block_until_ready())
     assert nla_main("rl", tmp_path, corpus) == 1
     said = one_line(capsys)
     assert "memory does not hold rl (RESOURCE_EXHAUSTED: Out of memory allocating" in said and "micro_batches" in said

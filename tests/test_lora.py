@@ -10,19 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import TINY, close, joint_batch, one_sentence, random_params
 from safetensors.numpy import load_file, save_file
 
-from conftest import TINY, close, joint_batch, one_sentence, random_params
 from nla_jax.autoencoder import add_norm_matched
 from nla_jax.cli import main
-from nla_jax.errors import InputError
-from nla_jax.metrics import read_metrics
+from nla_jax.io.pretrained import read_config, save_model
+from nla_jax.joint_step import (
+    Frozen,
+    JointStep,
+    SupervisedStep,
+    TextBatch,
+    reconstructor_loss,
+    verbalizer_loss,
+)
 from nla_jax.models.lora import CONFIG, WEIGHTS, Lora, load_adapter
-from nla_jax.models.pretrained import read_config, save_model
+from nla_jax.models.sharding import DECODE, TRAIN, make_mesh, relayout
 from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.pair import Pair, load_pair, new_pair
-from nla_jax.sharding import DECODE, TRAIN, make_mesh, relayout
-from nla_jax.train_step import Frozen, JointStep, SupervisedStep, TextBatch, reconstructor_loss, verbalizer_loss
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import read_metrics
 
 LORA = Lora(rank=4, alpha=6.0)
 IDS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9))
@@ -197,7 +204,7 @@ def test_the_loop_with_adapters_on_a_mesh(tmp_path):
     corpus.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen))
     overrides = {
         "corpus.source": corpus, "sft.av.lora.rank": 4, "sft.ar.lora.rank": 2, "sft.ar.lora.targets": "('q', 'down')",
-        "mesh.data": 2, "mesh.fsdp": 2, "rl.reward": "nla_jax.losses:negative_log_mse",
+        "mesh.data": 2, "mesh.fsdp": 2, "rl.reward": "nla_jax.objective:negative_log_mse",
         "prompts.injection": "nla_jax.autoencoder:add_norm_matched", "prompts.injection_block": 0,
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]

@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 import transformers
+from conftest import TINY, close, one_sentence
 from safetensors.numpy import load_file, save_file
 
-from conftest import TINY, close, one_sentence
-from nla_jax.errors import InputError
-from nla_jax.evaluate.evaluation import derangement
-from nla_jax.evaluate.fve import fve
+from nla_jax.fve import fve
+from nla_jax.joint_step import SupervisedStep, TextBatch, reconstructor_loss
 from nla_jax.pair import HEAD, load_pair, new_pair
-from nla_jax.train_step import SupervisedStep, TextBatch, reconstructor_loss
+from nla_jax.runtime.errors import InputError
+from nla_jax.stages.evaluate import derangement
 
 TEXTS = ["The river turns north.", "By noon the fish are gone and only bread is left.", "é", ""]
 SAMPLE = dict(max_new_tokens=24, seed=3, batch=8)

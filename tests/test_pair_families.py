@@ -12,16 +12,16 @@ import optax
 import pytest
 import torch
 import transformers
+from conftest import close
+from parity import FAMILIES, torch_model
 from safetensors.numpy import load_file
 
-from conftest import close
 from nla_jax.autoencoder import Injection, add_norm_matched
 from nla_jax.cli import main
 from nla_jax.data.batches import pad_tokens
+from nla_jax.joint_step import Frozen, JointBatch, JointStep
 from nla_jax.pair import HEAD, Pair, load_pair, new_pair
 from nla_jax.sampling import rollout
-from nla_jax.train_step import Frozen, JointBatch, JointStep
-from parity import FAMILIES, torch_model
 
 CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
 WIDTH, NEW_TOKENS = 32, 20

@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nla_jax import search as searching
-from nla_jax import topology
 from nla_jax.cli import load_config, main
-from nla_jax.errors import InputError
-from nla_jax.hlo import Machine, Program
-from nla_jax.plan import plan, plan_program, table, tasks
-from nla_jax.search import ranking, search
-from nla_jax.topology import CHIPS, Chip, Slice, factorisations, mesh_over, present, slice_named
+from nla_jax.runtime.errors import InputError
+from nla_jax.tools import search as searching
+from nla_jax.tools import topology
+from nla_jax.tools.hlo import Machine, Program
+from nla_jax.tools.plan import plan, plan_program, table, tasks
+from nla_jax.tools.search import ranking, search
+from nla_jax.tools.topology import (
+    CHIPS,
+    Chip,
+    Slice,
+    factorisations,
+    mesh_over,
+    present,
+    slice_named,
+)
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the libtpu wheel is not installed"

@@ -13,12 +13,11 @@ import numpy as np
 import parity
 import pytest
 import transformers
+from conftest import TINY, close, one_sentence
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from conftest import TINY, close, one_sentence
-from nla_jax.errors import InputError
-from nla_jax.models.pretrained import (
+from nla_jax.io.pretrained import (
     INDEX,
     SINGLE,
     fingerprint,
@@ -29,9 +28,9 @@ from nla_jax.models.pretrained import (
     read_config,
     save_model,
 )
+from nla_jax.models.sharding import DECODE, TRAIN, make_mesh, shardings
 from nla_jax.models.transformer import abstract_params, truncate
-from nla_jax.sharding import DECODE, TRAIN, make_mesh, shardings
-
+from nla_jax.runtime.errors import InputError
 
 # Parity with torch
 
@@ -204,7 +203,7 @@ def test_several_files_read_the_same(copy, params):
 
 
 def test_several_files_are_written(params, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("nla_jax.models.pretrained.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("nla_jax.io.pretrained.SHARD_BYTES", 50_000)
     save_model(tmp_path / "m", params, TINY, tokenizer)
     files = sorted(tmp_path.glob("m/*.safetensors"))
     listed = json.loads((tmp_path / "m" / INDEX).read_text())["weight_map"]
@@ -439,7 +438,7 @@ def test_a_killed_save_keeps_what_was_there(tmp_path):
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from nla_jax.models.pretrained import new_folder, save_tensors
+        from nla_jax.io.pretrained import new_folder, save_tensors
         with new_folder(Path(sys.argv[1])) as scratch:
             kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
             one = ("a", (2,), np.float32, lambda: np.zeros(2, np.float32))

@@ -5,11 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import yaml
+from conftest import (
+    RECONSTRUCTOR_TEMPLATE,
+    SENTENCES,
+    VERBALIZER_TEMPLATE,
+    one_sentence,
+)
 
-from conftest import RECONSTRUCTOR_TEMPLATE, SENTENCES, VERBALIZER_TEMPLATE, one_sentence
-from nla_jax.data.tokenizer import train_tokenizer
-from nla_jax.errors import InputError
 from nla_jax.prompts import Prompts, chat_text, end_of_turn, find_marker, plain_ids
+from nla_jax.quickstart.tokenizer import train_tokenizer
+from nla_jax.runtime.errors import InputError
 from nla_jax.sidecar import FILE, Sidecar
 
 

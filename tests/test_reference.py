@@ -10,15 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-
 from conftest import SENTENCES, TINY, one_sentence
+
 from nla_jax.data import extraction
 from nla_jax.data.dataset import load_rows
 from nla_jax.data.extraction import activation_table, write_table
-from nla_jax.data.reference import Origin, export_datasets, import_datasets, sidecar_content
-from nla_jax.data.tokenizer import train_tokenizer
-from nla_jax.errors import InputError
+from nla_jax.data.interchange import (
+    Origin,
+    export_datasets,
+    import_datasets,
+    sidecar_content,
+)
 from nla_jax.prompts import find_marker
+from nla_jax.quickstart.tokenizer import train_tokenizer
+from nla_jax.runtime.errors import InputError
 from nla_jax.subject import Activations
 
 D, LAYER = 8, 1

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nla_jax.report.page import MISSING, interval, percent, render
+from nla_jax.tools.report.page import MISSING, interval, percent, render
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = ("<script>alert(1)</script>", '"><img onerror=alert(1) src=x>', "</svg></style></title>", "'&amp;<b>")

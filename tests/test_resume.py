@@ -20,10 +20,20 @@ import optax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import (
+    CONFIG,
+    close,
+    copy_before,
+    history,
+    nla_main,
+    one_line,
+    same_run,
+    talkative,
+    weights,
+)
 
 import nla_jax.pair
-import nla_jax.train
-from conftest import CONFIG, close, copy_before, history, nla_main, one_line, same_run, talkative, weights
+import nla_jax.stages.train
 from nla_jax.cli import main
 from nla_jax.data.dataset import load_rows
 from nla_jax.data.extraction import shards_of
@@ -76,7 +86,7 @@ def talking(arguments, tokenizer, tmp_path_factory) -> Path:
     return workdir
 
 
-def stopping(monkeypatch, at: int, how, module=nla_jax.train) -> list:
+def stopping(monkeypatch, at: int, how, module=nla_jax.stages.train) -> list:
     """Calls `how` as the loop samples for the `at`-th time; returns the list that grows with each time."""
     original, calls = module.rollout, []
 
@@ -156,7 +166,7 @@ def test_another_pair_is_evaluated_by_its_own_texts(talking, arguments, tmp_path
 @pytest.mark.parametrize("moment", ["rollout", "place_batch"])
 def test_rl_stopped_and_resumed_is_the_undisturbed_run(talking, arguments, tmp_path, monkeypatch, moment):
     workdir, calls = copy_before(talking, tmp_path, "rl"), 0
-    original = getattr(nla_jax.train, moment)
+    original = getattr(nla_jax.stages.train, moment)
 
     def stop(*args, **kwargs):
         nonlocal calls
@@ -165,7 +175,7 @@ def test_rl_stopped_and_resumed_is_the_undisturbed_run(talking, arguments, tmp_p
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(nla_jax.train, moment, stop)
+    monkeypatch.setattr(nla_jax.stages.train, moment, stop)
     while (status := main(arguments("rl", workdir))) == 130:
         assert not (workdir / "pair").exists()
     assert status == 0 and calls > 3

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import close
 from jax.sharding import NamedSharding, PartitionSpec
 from test_transformer import full_states
 
-from conftest import close
-from nla_jax.benchmark.measure import compilations
-from nla_jax.errors import InputError
 from nla_jax.losses import token_loss
 from nla_jax.models.attention import MASKED, soft_cap
+from nla_jax.models.sharding import make_mesh
+from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout, sample_tokens, start_all
-from nla_jax.sharding import make_mesh
+from nla_jax.tools.benchmark.measure import compilations
 
 G, R = 6, 7
 

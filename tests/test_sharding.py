@@ -7,19 +7,26 @@ import re
 import jax
 import numpy as np
 import pytest
+from conftest import TINY, close, one_sentence, random_params
 
 import nla_jax.pair
-from conftest import TINY, close, one_sentence, random_params
-from nla_jax.benchmark.measure import compilations
-from nla_jax.evaluate.fve import fve
+from nla_jax.fve import fve
+from nla_jax.joint_step import Frozen, JointBatch, JointStep
 from nla_jax.models.lora import Lora
+from nla_jax.models.sharding import (
+    DECODE,
+    TRAIN,
+    make_mesh,
+    place_batch,
+    relayout,
+    shardings,
+)
 from nla_jax.models.transformer import Transformer, abstract_params
-from nla_jax.optimizer import adamw
+from nla_jax.objective import adamw
 from nla_jax.pair import Pair, new_pair
 from nla_jax.sampling import decoding_layout, rollout
-from nla_jax.sharding import DECODE, TRAIN, make_mesh, place_batch, relayout, shardings
-from nla_jax.train import heldout_fve
-from nla_jax.train_step import Frozen, JointBatch, JointStep
+from nla_jax.stages.train import heldout_fve
+from nla_jax.tools.benchmark.measure import compilations
 
 A, G, R, T = 8, 2, 4, 8
 STEPS = 3
@@ -37,7 +44,7 @@ def joint(verbalizer, reconstructor) -> JointStep:
 
 @pytest.fixture(scope="module")
 def train(joint, params, pair):
-    """Three rollouts and joint steps on a mesh, as `nla_jax/train.py` makes them: `(history, params, compiles)`."""
+    """Three rollouts and joint steps on a mesh, as `nla_jax/stages/train.py` makes them: `(history, params, compiles)`."""
 
     @functools.cache
     def train(*sizes):

@@ -22,11 +22,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nla_jax.data.tokenizer import train_tokenizer
+from nla_jax.io.pretrained import (
+    _hf_shape,
+    _rows,
+    load_params,
+    read_config,
+    save_model,
+    save_tensors,
+)
 from nla_jax.models.families import to_hf
-from nla_jax.models.pretrained import _hf_shape, _rows, load_params, read_config, save_model, save_tensors
+from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.models.transformer import TransformerConfig, abstract_params
-from nla_jax.sharding import make_mesh, shardings
+from nla_jax.quickstart.tokenizer import train_tokenizer
 
 CONFIG = TransformerConfig(
     vocab_size=128_256, width=2048, layers=28, heads=32, kv_heads=8, head_dim=64, mlp_width=8192, tied_head=False

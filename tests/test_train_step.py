@@ -8,17 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import TINY, close, joint_batch, random_params
 from test_transformer import full_states
 
-from conftest import TINY, joint_batch, close, random_params
 from nla_jax.autoencoder import normalise, normalised_mse
-from nla_jax.benchmark.measure import compilations
-from nla_jax.errors import InputError
-from nla_jax.losses import group_normalised, token_loss
+from nla_jax.joint_step import (
+    COMPILER_OPTIONS,
+    Frozen,
+    JointBatch,
+    JointStep,
+    compiler_knows,
+    identical_share,
+)
+from nla_jax.losses import token_loss
 from nla_jax.models.transformer import Transformer
+from nla_jax.objective import group_normalised
+from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout
-from nla_jax.topology import mesh_over
-from nla_jax.train_step import COMPILER_OPTIONS, Frozen, JointBatch, JointStep, compiler_knows, identical_share
+from nla_jax.tools.benchmark.measure import compilations
+from nla_jax.tools.topology import mesh_over
 
 A, G, R, T = 4, 3, 5, 9
 B = A * G

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import TINY, close
+
 from nla_jax.models import attention
 from nla_jax.models.attention import Segment, attend
 from nla_jax.models.transformer import Transformer, empty_cache, layers_apart, truncate

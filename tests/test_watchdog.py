@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-
-from nla_jax.checkpoint import Checkpoints
-from nla_jax.errors import Stopped
-from nla_jax.fit import fit
-from nla_jax.sharding import make_mesh
-from nla_jax.train_step import SupervisedStep
-from nla_jax.watchdog import Phases, Watchdog
 from test_checkpoint import ABSTRACT, batch_of_step, regression
+
+from nla_jax.joint_step import SupervisedStep
+from nla_jax.models.sharding import make_mesh
+from nla_jax.runtime.checkpoint import Checkpoints
+from nla_jax.runtime.errors import Stopped
+from nla_jax.runtime.watchdog import Phases, Watchdog
+from nla_jax.stages.supervised import fit
 
 LIMITS = {"rate": (0.5, math.inf), "length": (2, 20)}
 GOOD = {"rate": 1.0, "length": 10.0, "loss": 0.1, "skipped": False}

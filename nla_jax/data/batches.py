@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nla_jax.train_step import TextBatch
+from nla_jax.joint_step import TextBatch
 
 
 def rows_of_step(n: int, batch: int, step: int, seed: int) -> np.ndarray:

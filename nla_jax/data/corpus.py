@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_jax.errors import InputError
+from nla_jax.runtime.errors import InputError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -215,7 +215,7 @@ def tfds_builder(name: str, data_dir: str | os.PathLike):
     """The TFDS builder of that name, ours or anybody's."""
     import tensorflow_datasets as tfds  # here, since the other sources do without it
 
-    from nla_jax.data.python_docs import PythonDocs
+    from nla_jax.quickstart.python_docs import PythonDocs
 
     if name == "python_docs":
         return PythonDocs(data_dir=data_dir)

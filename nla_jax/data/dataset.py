@@ -18,14 +18,21 @@ from nla_jax.data.extraction import (
     shards_of,
     write_table,
 )  # fmt: skip
-from nla_jax.data.reference import LABEL, TEXT, Origin, import_datasets, read_labels, sidecar_content
-from nla_jax.distributed import barrier, share
-from nla_jax.errors import InputError
-from nla_jax.files import AnyPath
-from nla_jax.metrics import Progress
-from nla_jax.models.pretrained import fingerprint, load_tokenizer, locate, read_config
-from nla_jax.run import Run, resolve
-from nla_jax.sharding import host_mesh
+from nla_jax.data.interchange import (
+    LABEL,
+    TEXT,
+    Origin,
+    import_datasets,
+    read_labels,
+    sidecar_content,
+)
+from nla_jax.io.files import AnyPath
+from nla_jax.io.pretrained import fingerprint, load_tokenizer, locate, read_config
+from nla_jax.models.sharding import host_mesh
+from nla_jax.runtime.distributed import barrier, share
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import Progress
+from nla_jax.runtime.run import Run, resolve
 from nla_jax.subject import load_subject
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from nla_jax.data.corpus import Document
-from nla_jax.distributed import from_writer, host_index
-from nla_jax.errors import InputError, first_line
-from nla_jax.files import AnyPath, local, replacing
+from nla_jax.io.files import AnyPath, local, replacing
+from nla_jax.runtime.distributed import from_writer, host_index
+from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.subject import Activations, Subject, activations_at
 
 VECTORS = "activation_vector"

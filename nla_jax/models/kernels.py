@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from nla_jax.errors import InputError
 from nla_jax.models.attention import SAVED, Segment
-from nla_jax.sharding import batch_axes
+from nla_jax.models.sharding import batch_axes
+from nla_jax.runtime.errors import InputError
 
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # what each kernel runs on; "xla", which is `attend`, runs everywhere
 LANES = 128  # splash attention works on blocks of so many positions

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
-from nla_jax.distributed import is_writer, to_host
-from nla_jax.errors import InputError
+from nla_jax.io.pretrained import read_tensors
 from nla_jax.models.families import PROJECTIONS
-from nla_jax.models.pretrained import read_tensors
 from nla_jax.models.transformer import TransformerConfig, abstract_params
+from nla_jax.runtime.distributed import is_writer, to_host
+from nla_jax.runtime.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -16,10 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nla_jax.models.attention import MASKED, SAVED, Segment, attend, causal_mask, soft_cap
+from nla_jax.models.attention import (
+    MASKED,
+    SAVED,
+    Segment,
+    attend,
+    causal_mask,
+    soft_cap,
+)
 from nla_jax.models.kernels import attend_by
 from nla_jax.models.rope import Rope, rotate
-from nla_jax.sharding import DECODE, TRAIN, cut_batch, gathered, where_table_lies
+from nla_jax.models.sharding import DECODE, TRAIN, cut_batch, gathered, where_table_lies
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 

@@ -15,10 +15,10 @@ import os
 import sys
 
 from nla_jax.cli import load_config
-from nla_jax.errors import InputError
-from nla_jax.flops import decode_bytes
-from nla_jax.plan import plan_program, tasks
-from nla_jax.topology import GPUS, Slice, mesh_over
+from nla_jax.runtime.errors import InputError
+from nla_jax.tools.flops import decode_bytes
+from nla_jax.tools.plan import plan_program, tasks
+from nla_jax.tools.topology import GPUS, Slice, mesh_over
 
 H200 = """
 gpu_device_info {
