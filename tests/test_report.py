@@ -117,7 +117,7 @@ def html() -> str:
 def test_page_is_balanced_and_finite(html):
     page = Page(html)
     assert_finite(page)
-    assert len(page.named("h2")) == 7
+    assert len(page.named("h2")) == 8
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.named("svg"))
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
 
@@ -125,6 +125,12 @@ def test_page_is_balanced_and_finite(html):
 def test_page_is_self_contained(html):
     for outside in ("http:", "https:", "src=", "url(", "<link", "@import", "<script", "srcset"):
         assert outside not in html
+
+
+def test_what_made_the_figures_is_shown():
+    made = {"seed": 3, "nla_jax": "0.2.0", "jax": "0.10.2", "commit": None, "devices": "2 × cpu"}
+    text = "".join(Page(render(fake_data() | {"run": made, "config": '{"seed": 3}'})).text)
+    assert "0.10.2" in text and "2 × cpu" in text and '{"seed": 3}' in text and "nla quickstart" in text
 
 
 def test_headline_and_interval_are_shown(html):
