@@ -5,7 +5,6 @@ nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     #
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 ADAMW = "nla_jax.objective:adamw"
 
@@ -57,14 +56,13 @@ def get_config(variant: str = "") -> ConfigDict:
             source=dict(av_sft="", ar_sft="", rl="", heldout=""),
         )
     )  # fmt: skip
-    c.label = ConfigDict(dict(function="nla_jax.labels.extractive:label", splits=("av_sft", "ar_sft", "heldout")))
+    c.label = ConfigDict(dict(labeller="nla_jax.labels.extractive:Extractive", splits=("av_sft", "ar_sft", "heldout")))
     c.prompts = ConfigDict(
         dict(
             verbalizer_template="Explain this activation: {injection_char}",
             reconstructor_template="<text>{explanation}</text><summary>",
             marker="",  # "" finds one
-            injection="nla_jax.autoencoder:replace",  # or …:add_norm_matched, or a function of yours
-            injection_block=-1,  # behind which block; -1: the input embeddings
+            inject=("nla_jax.autoencoder:replace",),  # or …:add_norm_matched@1, or functions of yours
             injection_scale=0.0,  # 0 means the mean norm of the training activations
             max_new_tokens=36,
         )
@@ -85,7 +83,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rl = ConfigDict(
         dict(
             steps=72, activations=48, group=8, rollout_chunks=4, micro_batches=1,
-            temperature=1.0, top_k=placeholder(int), top_p=placeholder(float),  # None: every token can be drawn
+            temperature=1.0,
             reward="nla_jax.objective:negative_mse",
             advantage="nla_jax.objective:group_normalised",
             kl_coefficient=0.03,

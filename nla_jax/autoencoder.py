@@ -3,7 +3,7 @@
     activation h ──► Verbalizer (AV): a language model whose prompt carries h in one slot ──► explanation
     explanation  ──► Reconstructor (AR): the subject's first K+1 blocks and a linear head ──► ĥ
 
-Both compare vectors after scaling them to length sqrt(d) (`normalise`). The dataclasses here are static descriptions
+Vectors are compared after scaling them to length sqrt(d) (`fve.normalise`). The dataclasses here are static descriptions
 (hashable, no arrays); parameters are always arguments.
 """
 
@@ -18,21 +18,11 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from nla_jax.fve import normalise
 from nla_jax.models.attention import Segment
 from nla_jax.models.lora import Lora
-from nla_jax.models.transformer import Transformer, abstract_params, truncate
-
-
-def normalise(x: Float[Array, "*B D"], scale: float | None = None) -> Float[Array, "*B D"]:
-    """`x` at length `scale` (default sqrt(D), so that the mean square is 1), in float32; eps keeps zero vectors finite."""
-    x = x.astype(jnp.float32)
-    scale = x.shape[-1] ** 0.5 if scale is None else scale
-    return x * scale / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
-
-
-def normalised_mse(prediction: Float[Array, "*B D"], gold: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-    """mean_D (p̂ - ĝ)² = 2(1 - cos), in [0, 4]: the reconstructor's loss and minus the verbalizer's reward."""
-    return jnp.mean((normalise(prediction) - normalise(gold)) ** 2, -1)
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
+from nla_jax.runtime.errors import InputError
 
 
 def residual(model: Transformer, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -44,15 +34,16 @@ def residual(model: Transformer, params: dict, tokens: Int[Array, "B T"]) -> Flo
 def replace(
     states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: float | None
 ) -> Float[Array, "A n D"]:
-    """The slots' states become the activations at length `scale` (None: as they are): the paper's injection, at the input
-    embeddings. The marker's own embedding is dropped."""
+    """The paper's injection, at the input embeddings: the slots become the activations at length `scale`.
+
+    None keeps their own length. The marker's embedding is dropped."""
     return vectors if scale is None else normalise(vectors, scale)
 
 
 def add_norm_matched(
     states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: float | None
 ) -> Float[Array, "A n D"]:
-    """h' = h + ‖h‖ · v/‖v‖: what EasyNLA and nanoNLA do behind block 1. `scale` has no part in it."""
+    """h' = h + ‖h‖ · v/‖v‖: what EasyNLA and nanoNLA do behind block 1. `scale` is not used."""
     h, v = states.astype(jnp.float32), vectors.astype(jnp.float32)
     length = lambda x: jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
     return h + length(h) * v / length(v)
@@ -65,44 +56,71 @@ def keep(states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: f
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """How activations enter the prompt: `function(states [A, n, D], vectors [A, n, D], scale) -> [A, n, D]` gives the new
-    states of the n slots behind block `block`, counted from 0; -1 means the input embeddings."""
+    """One way in which activations enter the prompt.
+
+    `function(states [A, n, D], vectors [A, n, D], scale) -> [A, n, D]` gives the new states of the n slots behind block
+    `block`, counted from 0; -1 means the input embeddings."""
 
     function: Callable = replace
     block: int = -1
 
 
-def _inject(slots: tuple[int, ...], injection: Injection, scale: float | None, vectors, parts, layer):
-    """The streams of prefix, prompt, … behind block `layer`, with the prompt's slots changed where that is the injection's
-    block."""
+@dataclasses.dataclass(frozen=True)
+class PromptIds:
+    """The literal token ids of a pair's prompts.
+
+    `prefix`: the AV's prompt before the first marker. `suffix`: from that marker up to the response; `slots`: where in the
+    suffix the markers stand. `end`: the token that ends a response. `text_prefix`: with what every input of the AR begins."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    slots: tuple[int, ...]
+    end: int
+    text_prefix: tuple[int, ...]
+
+
+def _inject(
+    slots: tuple[int, ...],
+    injections: tuple[Injection, ...],
+    scale: float | None,
+    vectors: Float[Array, "A n D"],
+    parts: list[Array],
+    layer: Int[Array, ""] | int,
+) -> list[Array]:
+    """The streams of prefix, prompt, … behind block `layer`; the injections of that block change the prompt's slots."""
     prefix, x, *responses = parts
     at = jnp.asarray(slots)
-    new = injection.function(x[:, at], vectors, scale).astype(x.dtype)
-    return [prefix, jnp.where(layer == injection.block, x.at[:, at].set(new), x), *responses]
+    for injection in injections:
+        old = x[:, at]
+        new = jnp.asarray(injection.function(old, vectors, scale))
+        if new.shape != old.shape:
+            raise InputError(f"The injection {injection.function} gives an array of shape {new.shape}, expected {old.shape}.")
+        x = jnp.where(layer == injection.block, x.at[:, at].set(new.astype(x.dtype)), x)
+    return [prefix, x, *responses]
 
 
 @dataclasses.dataclass(frozen=True)
 class Verbalizer:
-    """The AV: a causal language model and the prompt that shows it an activation.
+    """The AV: a causal language model and the prompt that shows it an activation (see `PromptIds`).
 
-    `prefix`: token ids before the first slot, the same in every sample. `suffix`: the first marker and what follows it up
-    to the response; `slots`: where in the suffix the markers stand. Injection is by position: no marker that the model might
-    write, or that a text might contain, is ever looked for. With `lora`, what is trained (`params` of a state) is an adapter,
-    which `assemble` joins to a frozen base; every other method takes the whole parameters.
+    Injection is by position: no marker that the model might write, or that a text might contain, is ever looked for. With
+    `lora`, what is trained is an adapter, which `assemble` joins to a frozen base; every other method takes the whole
+    parameters.
 
     Activations are `[A, D]`, or `[A, n, D]` for a prompt with n slots."""
 
     model: Transformer
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
-    end: int  # the token that ends a response
+    end: int
     injection_scale: float | None
-    injection: Injection = Injection()
+    injections: tuple[Injection, ...] = (Injection(),)
     slots: tuple[int, ...] = (0,)
     lora: Lora | None = None
 
     @property
     def prompt_length(self) -> int:
+        """Tokens of the whole prompt."""
         return len(self.prefix) + len(self.suffix)
 
     def abstract_params(self) -> dict:
@@ -115,6 +133,7 @@ class Verbalizer:
         return self.lora.attach(base, params) if self.lora else params
 
     def embed(self, params: dict, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """The input embeddings of token ids."""
         return self.model.apply({"params": params}, tokens, method="embed")
 
     def read_prompt(self, params: dict, vectors: Float[Array, "A *n D"]) -> tuple[list[Segment], Float[Array, "A D"]]:
@@ -127,31 +146,35 @@ class Verbalizer:
     def read_responses(
         self, params: dict, vectors: Float[Array, "A *n D"], responses: Int[Array, "B R"]
     ) -> Float[Array, "B R D"]:
-        """The states that predict each response token, B = A·G with an activation's G responses in a row: three parts (prefix
-        at batch 1, prompt at batch A, responses at batch B), equal to one full-sequence forward of each sample."""
+        """The states that predict each response token; B = A·G, an activation's G responses in a row.
+
+        Prefix (batch 1), prompt (batch A) and responses (batch B) run as three parts. The result equals one full-sequence
+        forward of each sample."""
         (_, prompt, states), _ = self._read(params, vectors, self.embed(params, responses[:, :-1]))
         first = jnp.repeat(prompt[:, -1:], len(responses) // len(vectors), axis=0)
         return jnp.concatenate([first, states], 1)
 
     def _read(self, params: dict, vectors: Float[Array, "A *n D"], *responses: Float[Array, "B T D"]):
-        """Prefix, prompt and responses (where any) through the model: the streams and the segments of all parts."""
+        """Runs prefix, prompt and responses (if any). Returns the residual streams and the segments of all parts."""
         prefix, suffix = (self.embed(params, jnp.asarray(ids, jnp.int32)) for ids in (self.prefix, self.suffix))
         prompt = jnp.broadcast_to(suffix, (len(vectors), *suffix.shape))
         parts = [prefix[None], prompt, *responses]
         vectors = jnp.reshape(vectors, (len(vectors), len(self.slots), -1))
-        edit = Partial(functools.partial(_inject, self.slots, self.injection, self.injection_scale), vectors)
-        if self.injection.block < 0:
-            parts, edit = edit(parts, -1), None
-        return self.model.apply({"params": params}, parts, edit=edit)
+        at_embeddings, at_blocks = (
+            tuple(x for x in self.injections if (x.block < 0) == embedded) for embedded in (True, False)
+        )
+        edit = lambda found: Partial(functools.partial(_inject, self.slots, found, self.injection_scale), vectors)
+        parts = edit(at_embeddings)(parts, -1)
+        return self.model.apply({"params": params}, parts, edit=edit(at_blocks) if at_blocks else None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstructor:
     """The AR: K+1 blocks without final norm, then a linear map read at the last real token.
 
-    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. `prefix`: token ids with which
-    every input begins. With `lora`, the backbone that is trained is an adapter (the head is trained whole), which `assemble`
-    joins to the frozen base."""
+    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. `prefix`: token ids with
+    which every input begins. With `lora`, the backbone that is trained is an adapter, which `assemble` joins to the frozen
+    base; the head is trained whole."""
 
     model: Transformer
     prefix: tuple[int, ...] = ()
@@ -176,11 +199,43 @@ class Reconstructor:
         return {"backbone": backbone, "head": params["head"]}
 
     def reconstruct(self, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
-        """ĥ from right-padded token rows, each beginning with `prefix` (which runs once, at batch 1), read at index
-        `length - 1`; raw (not normalised), float32."""
+        """ĥ, raw (not normalised), float32, read at index `length - 1` of right-padded token rows.
+
+        Each row begins with `prefix`, which runs once, at batch 1."""
         backbone, P = {"params": params["backbone"]}, len(self.prefix)
         embed = lambda tokens: self.model.apply(backbone, tokens, method="embed")
         prefix = [embed(jnp.asarray([self.prefix]))] if P else []
         (*_, states), _ = self.model.apply(backbone, [*prefix, embed(tokens[:, P:])])
         last = jnp.take_along_axis(states, (lengths - 1 - P)[:, None, None], axis=1)[:, 0]
         return last.astype(jnp.float32) @ params["head"].astype(jnp.float32)
+
+
+def autoencoder(
+    model: TransformerConfig,
+    layer: int,
+    prompt: PromptIds,
+    injection_scale: float | None,
+    injections: tuple[Injection, ...] = (Injection(),),
+    adapters: tuple[Lora | None, Lora | None] = (None, None),
+) -> tuple[Verbalizer, Reconstructor]:
+    """AV and AR of a subject whose activations are read after block `layer`; `adapters` of AV and AR, None: trained whole.
+
+    Raises `InputError` for an injection behind a block that the model does not have."""
+    for injection in injections:
+        if not -1 <= injection.block < model.layers:
+            raise InputError(
+                f"Activations are to be injected behind block {injection.block}, but the model has blocks 0 to "
+                f"{model.layers - 1} (-1: the input embeddings)."
+            )
+    av = Verbalizer(
+        Transformer(model), prompt.prefix, prompt.suffix, prompt.end, injection_scale, injections, prompt.slots, adapters[0]
+    )
+    return av, Reconstructor(Transformer(model.truncated(layer + 1)), prompt.text_prefix, adapters[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reconstruct(
+    reconstructor: Reconstructor, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> Float[Array, "B D"]:
+    """`Reconstructor.reconstruct`, compiled."""
+    return reconstructor.reconstruct(params, tokens, lengths)

@@ -1,53 +1,74 @@
-"""Fraction of variance explained: the canonical definition, its intervals, and nothing else."""
+"""What a reconstruction is worth: one definition of normalise, mse, cosine, variance and FVE.
 
-from collections.abc import Sequence
+Training calls it with JAX arrays (float32), scoring with NumPy arrays (float64): the functions compute with whichever
+library their input belongs to.
+"""
+
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from nla_jax.runtime.errors import InputError
 
-
-def normalised(x: np.ndarray) -> np.ndarray:
-    """Rows at length sqrt(d), float64."""
-    x = np.asarray(x, np.float64)
-    return x * np.sqrt(x.shape[-1]) / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+Rows = Float[Any, "*B D"]  # arrays of NumPy or JAX
 
 
-def row_fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> np.ndarray:
-    """1 - mse_i / variance for each row, `[n]`; its mean is `fve`.
+def normalise(x: Rows, scale: float | None = None) -> Rows:
+    """`x` at length `scale` (default sqrt(D), so that the mean square is 1); a zero vector stays zero."""
+    if isinstance(x, np.ndarray):
+        x = x.astype(np.float64, copy=False)
+    xp = x.__array_namespace__()
+    if xp is not np:
+        x = x.astype(np.float32)
+    scale = x.shape[-1] ** 0.5 if scale is None else scale
+    eps = 1e-12 if x.dtype == np.float32 else 1e-100  # inside the root: the gradient at zero stays finite
+    return x * scale / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) + eps)
 
-    variance = mean((ĝ-μ)²) over all rows with μ the mean of the normalised golds ĝ: not normalised itself for the canonical
-    baseline "mean" (reference `fve_nrm`), normalised for "meannorm", which reads 8-13 points higher. Raises `InputError` where
-    shapes differ and where the activations have no variance."""
-    p, g = normalised(recon), normalised(vectors)
-    if p.shape != g.shape or g.ndim != 2 or len(g) < 2:
+
+def mse(prediction: Rows, gold: Rows) -> Float[Any, "*B"]:
+    """mean_D (p̂ - ĝ)² = 2(1 - cos), in [0, 4]: the reconstructor's loss, and minus the verbalizer's reward."""
+    return ((normalise(prediction) - normalise(gold)) ** 2).mean(-1)
+
+
+def cosine(a: Rows, b: Rows) -> Float[Any, "*B"]:
+    """The cosine of each row of `a` with its row of `b`."""
+    return (normalise(a) * normalise(b)).mean(-1)
+
+
+def variance(gold: Float[Any, "n D"], baseline: str = "mean") -> Float[Any, ""]:
+    """mean((ĝ - μ)²) over the normalised rows ĝ of `gold`, with μ their mean.
+
+    `baseline` "mean" is canonical (the reference's `fve_nrm`): μ as it is. "meannorm" normalises μ; the FVE made with it
+    reads 8 to 13 points higher."""
+    unit = normalise(gold)
+    mean = unit.mean(0)
+    return ((unit - (normalise(mean) if baseline == "meannorm" else mean)) ** 2).mean()
+
+
+def row_fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> Float[np.ndarray, "n"]:
+    """1 - mse_i / variance for each row, `[n]`; its mean is `fve`. `baseline`: see `variance`.
+
+    Raises `InputError` where shapes differ and where the activations have no variance."""
+    try:
+        recon, vectors = np.asarray(recon, np.float64), np.asarray(vectors, np.float64)
+    except (TypeError, ValueError):
+        raise InputError("FVE needs two arrays of numbers, reconstructions and activations [n, d].") from None
+    if recon.shape != vectors.shape or vectors.ndim != 2 or len(vectors) < 2:
         raise InputError(
-            f"FVE needs two or more rows of equal width; found reconstructions {p.shape} for activations {g.shape}."
+            f"FVE needs two or more rows of equal width; found reconstructions {recon.shape} for activations "
+            f"{vectors.shape}."
         )
-    mean = g.mean(0)
-    if baseline == "meannorm":
-        mean = normalised(mean)
-    elif baseline != "mean":
+    if baseline not in ("mean", "meannorm"):
         raise InputError(f"baseline must be 'mean' or 'meannorm', not {baseline!r}.")
-    variance = ((g - mean) ** 2).mean()
-    if not variance > 1e-12:
+    spread = variance(vectors, baseline)
+    if not spread > 1e-12:
         raise InputError("FVE needs activations that differ and are finite; these have no variance to explain.")
-    return 1 - ((p - g) ** 2).mean(1) / variance
+    return 1 - mse(recon, vectors) / spread
 
 
 def fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> float:
-    """1 - mean((p̂-ĝ)²) / mean((ĝ-μ)²) over the rows of `recon` and `vectors [n, d]`; see `row_fve`."""
+    """Fraction of variance explained: 1 - mean((p̂-ĝ)²) / mean((ĝ-μ)²) over the rows of `recon` and `vectors` [n, d].
+
+    See `row_fve` for what it raises."""
     return float(row_fve(recon, vectors, baseline).mean())
-
-
-def clustered_interval(
-    scores: np.ndarray, clusters: Sequence[str], level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap interval of the mean of `scores [n]`, whole clusters (documents) redrawn, since the positions of one document
-    are not independent. The variance in the scores' denominator is held fixed."""
-    _, member = np.unique(np.asarray(clusters), return_inverse=True)
-    sums, counts = np.bincount(member, weights=scores), np.bincount(member)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

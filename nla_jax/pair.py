@@ -1,8 +1,9 @@
 """A trained pair: verbalize activations, reconstruct them from text, score, load and save."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, keep
+from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
+from nla_jax.data.batches import pad_tokens
+from nla_jax.fve import cosine, mse
 from nla_jax.io.files import AnyPath, path_to
 from nla_jax.io.pretrained import (
     load_params,
@@ -34,7 +37,7 @@ from nla_jax.models.transformer import (
     abstract_params,
     truncate,
 )
-from nla_jax.prompts import Prompts, end_of_turn
+from nla_jax.prompts import Prompts
 from nla_jax.runtime.distributed import is_writer, to_host
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
@@ -43,10 +46,12 @@ from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
 HEAD = "value_head.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """A verbalizer and a reconstructor with their parameters, prompts and sidecar. Where one of them is a LoRA adapter, its
-    parameters are the adapter's, and `base` holds the frozen model that both share."""
+    """A verbalizer and a reconstructor with their parameters, prompts and sidecar.
+
+    Where one of them is a LoRA adapter, its parameters are the adapter's, and `base` holds the frozen model that both
+    share. `mesh`: the devices over which the parameters are cut (None: they are on one device)."""
 
     sidecar: Sidecar
     prompts: Prompts
@@ -55,6 +60,7 @@ class Pair:
     verbalizer_params: dict
     reconstructor_params: dict
     base: dict | None = None
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def weights(self) -> tuple[dict, dict]:
@@ -64,14 +70,14 @@ class Pair:
             self.reconstructor.assemble(self.reconstructor_params, self.base),
         )
 
-    def sampler(self, to_decoding: Callable[[dict], dict] | None = None) -> dict:
-        """The AV's whole parameters as `verbalize` samples from them: on the mesh in use a copy laid out for decoding, made by
-        `to_decoding` where there is one already (`sampling.decoding_layout` of this AV and base); on one device no copy."""
-        mesh = jax.sharding.get_mesh()
-        if mesh.size < 2:
-            return self.weights[0]
-        to_decoding = to_decoding or decoding_layout(mesh, self.verbalizer, self.base)
-        return to_decoding(self.verbalizer_params)
+    @functools.cached_property
+    def sampler(self) -> dict:
+        """The AV's whole parameters as the sampler reads them.
+
+        On several devices, and where it computes in another dtype than float32, this is a copy of them, made once."""
+        if self.mesh is not None and (self.mesh.size > 1 or self.verbalizer.model.config.dtype != jnp.float32):
+            return decoding_layout(self.mesh, self.verbalizer, self.base)(self.verbalizer_params)
+        return self.weights[0]
 
     def verbalize(
         self,
@@ -83,57 +89,63 @@ class Pair:
         inject: bool = True,
         batch: int = 64,
         first: int = 0,
-        sampler: dict | None = None,
     ) -> list[str]:
-        """One explanation for each row of `vectors [n, d]` (raw activations; `[n, slots, d]` for a prompt of several slots); ""
-        where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the same texts, whatever the `batch`.
-        `first` numbers the first row: rows given in pieces get the texts they would get together.
-        `sampler`: what `sampler()` gives, where several calls share it.
-        With `inject=False` the slot keeps the marker's own embedding: the control that shows what the prompt alone says."""
+        """One explanation for each row of `vectors`, raw activations [n, d] ([n, slots, d] for a prompt of several slots).
+
+        A text is "" where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the same
+        texts, whatever the `batch`. `first` numbers the first row: rows given in pieces get the texts they would get
+        together. With `inject=False` the slot keeps the marker's embedding: a control that shows what the prompt alone
+        says."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
-        verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injection=Injection(keep))
-        mesh, sampler, texts = jax.sharding.get_mesh(), sampler or self.sampler(), []
+        verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
         parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
+        with self._on_mesh() as mesh:
+            sampler, texts = self.sampler, []
 
-        def sample(i: int) -> Rollout:
-            padding = [(0, batch - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
-            return rollout(
-                verbalizer, sampler, place_batch(mesh, np.pad(parts[i], padding, mode="edge")), jax.random.key(seed),
-                first + i * batch, group=1, max_new_tokens=max_new_tokens, temperature=temperature,
-            )  # fmt: skip
+            def sample(i: int) -> Rollout:
+                padding = [(0, batch - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
+                return rollout(
+                    verbalizer, sampler, place_batch(mesh, np.pad(parts[i], padding, mode="edge")), jax.random.key(seed),
+                    first + i * batch, group=1, max_new_tokens=max_new_tokens, temperature=temperature,
+                )  # fmt: skip
 
-        for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
-            tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
-            texts += [text or "" for text in self.prompts.read_responses(tokens, mask, finished)[: len(part)]]
+            for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
+                tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
+                texts += [text or "" for text in self.prompts.read_responses(tokens, mask, finished)[: len(part)]]
         return texts
 
     def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:
-        """ĥ `[n, d]` float32 from explanations: the AR's raw output. Compare it after normalising (`score`, `nla.fve`)."""
+        """ĥ [n, d], float32, from explanations: the AR's raw output. Compare it after normalising (`score`, `nla.fve`)."""
         if isinstance(texts, str):
             raise InputError("reconstruct and score take a list of texts; put a single one in a list.")
         rows = self.prompts.reconstructor_ids(list(texts))
-        order, mesh = sorted(range(len(rows)), key=lambda i: len(rows[i])), jax.sharding.get_mesh()
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         out = np.zeros((len(rows), self.sidecar.d_model), np.float32)
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            length = -(-max(len(rows[i]) for i in part) // 16) * 16
-            tokens = np.zeros((batch, length), np.int32)
-            lengths = np.ones(batch, np.int32)
-            for j, i in enumerate(part):
-                tokens[j, : len(rows[i])] = rows[i]
-                lengths[j] = len(rows[i])
-            placed = place_batch(mesh, (tokens, lengths))
-            out[part] = to_host(_reconstruct(self.reconstructor, self.weights[1], *placed))[: len(part)]
+        with self._on_mesh() as mesh:
+            for start in range(0, len(order), batch):
+                part = order[start : start + batch]
+                padded = [rows[i] for i in part] + [[0]] * (batch - len(part))
+                placed = place_batch(mesh, pad_tokens(padded, multiple=16))
+                out[part] = to_host(reconstruct(self.reconstructor, self.weights[1], *placed))[: len(part)]
         return out
+
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[Mesh]:
+        """The pair's mesh, in use; an empty one where there is none."""
+        if self.mesh is None:
+            yield jax.sharding.get_mesh()
+            return
+        with jax.set_mesh(self.mesh):
+            yield self.mesh
 
     def score(self, texts: Sequence[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
         """How well each text brings back its row of `vectors`: `mse` = 2(1 - cos) in [0, 4], and `cosine`, both `[n]`."""
         vectors = self._checked(vectors)
         if not isinstance(texts, str) and len(texts) != len(vectors):
             raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; they must be as many.")
-        similarity = cosine(self.reconstruct(texts), vectors)
-        return {"mse": 2 * (1 - similarity), "cosine": similarity}
+        recon, vectors = (np.asarray(x, np.float64) for x in (self.reconstruct(texts), vectors))
+        return {"mse": mse(recon, vectors), "cosine": cosine(recon, vectors)}
 
     def merged(self) -> "Pair":
         """The pair with its adapters merged into plain parameters: what `transformers` and servers load without PEFT."""
@@ -196,15 +208,6 @@ class Pair:
         return vectors
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row of `a` with its row of `b`, `[n]` float64."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
-
-
-_reconstruct = jax.jit(lambda reconstructor, *args: reconstructor.reconstruct(*args), static_argnums=0)
-
-
 def new_pair(
     sidecar: Sidecar,
     folder: Path,
@@ -212,23 +215,25 @@ def new_pair(
     remat: str | None = None,
     attention: str = "xla",
     *,
-    av_lora: Lora | None = None,
-    ar_lora: Lora | None = None,
+    adapters: tuple[Lora | None, Lora | None] = (None, None),
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Pair:
-    """An untrained pair: AV and AR start from the subject in `folder`, whole or as new adapters to it (whose base is then held
-    once, in `dtype`); the AR's head is the identity. On a `mesh` every parameter is read straight into its training place."""
-    config = _config(folder, dtype, remat, attention, mesh)
-    verbalizer, reconstructor, prompts = _models(
-        sidecar, config, config.truncated(sidecar.layer + 1), folder, av_lora, ar_lora
+    """An untrained pair: AV and AR start from the subject in `folder`, the AR's head is the identity.
+
+    `adapters` of AV and AR: None trains the whole model, else a new adapter to the subject, which is then held once, in
+    `dtype`. On a `mesh` every parameter is read straight into its training place."""
+    config, (av_lora, ar_lora) = _config(folder, dtype, remat, attention, mesh), adapters
+    prompts = sidecar.prompts(load_tokenizer(folder))
+    verbalizer, reconstructor = autoencoder(
+        config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, adapters
     )
     base = _load(folder, config, mesh, dtype=dtype) if av_lora or ar_lora else None
     keys = jax.random.split(jax.random.key(seed))
     av = av_lora.init_params(keys[0], config) if av_lora else _load(folder, config, mesh)
     truncated = reconstructor.model.config
     backbone = ar_lora.init_params(keys[1], truncated) if ar_lora else _load(folder, truncated, mesh, truncated=True)
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base)
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base, mesh)
 
 
 def load_pair(
@@ -239,15 +244,15 @@ def load_pair(
     attention: str = "xla",
     *,
     base: str | Path | None = None,
-    injection: Injection | None = None,
+    injections: tuple[Injection, ...] | Injection | None = None,
     mesh: Mesh | None = None,
 ) -> Pair:
     """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`, `ar`.
-    Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names.
 
-    Whole parameters are float32, a frozen base `dtype`, which is also what they compute in; `remat` is the name of a
-    `jax.checkpoint_policies` policy, `attention` that of a kernel (models/kernels.py). `injection` says how activations enter the prompt where that is not what the sidecar
-    says. On a `mesh` every parameter is read straight into its training place.
+    Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names. Whole parameters are float32,
+    a frozen base `dtype`, which is also what they compute in. `remat` is the name of a `jax.checkpoint_policies` policy,
+    `attention` that of a kernel (models/kernels.py). `injections` say how activations enter the prompt where that is not
+    what the sidecar says. On a `mesh` every parameter is read straight into its training place.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     if ar is None:
@@ -256,11 +261,12 @@ def load_pair(
         av, ar = path_to(av) / "av", path_to(av) / "ar"
     av, ar = locate(av), locate(ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
-    sidecar = dataclasses.replace(sidecar, injection=injection or sidecar.injection)
-    if sidecar.injection is None:
+    given = (injections,) if isinstance(injections, Injection) else injections
+    sidecar = dataclasses.replace(sidecar, injections=given or sidecar.injections)
+    if sidecar.injections is None:
         raise InputError(
-            f"{av / FILE} names no injection that is known here ({', '.join(INJECTIONS)}); pass load_pair an "
-            f"`injection`, e.g. Injection(add_norm_matched, block=1) for EasyNLA and nanoNLA (`nla`: --injection and "
+            f"{av / FILE} names no injection that is known here ({', '.join(INJECTIONS)}); pass load_pair "
+            f"`injections`, e.g. Injection(add_norm_matched, block=1) for EasyNLA and nanoNLA (`nla`: --injection and "
             f"--injection-block)."
         )
 
@@ -277,12 +283,17 @@ def load_pair(
     head = read_head(ar / HEAD, sidecar.d_model)
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
-    verbalizer, reconstructor, prompts = _models(sidecar, config, truncated, av, av_lora, ar_lora)
+    prompts = sidecar.prompts(load_tokenizer(av))
+    verbalizer, reconstructor = autoencoder(
+        config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, (av_lora, ar_lora)
+    )
+    reconstructor = dataclasses.replace(reconstructor, model=Transformer(truncated))  # whose config.json is its own
     frozen = _load(base_folder, read(base_folder), mesh, dtype=dtype) if base_folder else None
     sidecar = dataclasses.replace(sidecar, suffix_ids=tuple(prompts.suffix_ids()))  # some sidecars do not say them
     av_params = av_params or _load(av, config, mesh)
     backbone = backbone or _load(ar, truncated, mesh, truncated=True)
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, {"backbone": backbone, "head": head}, frozen)
+    ar_params = {"backbone": backbone, "head": head}
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh)
 
 
 def read_head(file: Path, d: int) -> np.ndarray:
@@ -331,20 +342,3 @@ def _load(
     """The parameters of a folder, on a mesh each in its training place."""
     layout = shardings(mesh, abstract_params(config, truncated), TRAIN) if mesh else None
     return load_params(folder, config, truncated=truncated, dtype=dtype, layout=layout)
-
-
-def _models(
-    sidecar: Sidecar, config, truncated, folder: Path, av_lora: Lora | None, ar_lora: Lora | None
-) -> tuple[Verbalizer, Reconstructor, Prompts]:
-    prompts = sidecar.prompts(load_tokenizer(folder))
-    prefix, suffix, slots = prompts.verbalizer_prompt()
-    if not -1 <= sidecar.injection.block < config.layers:
-        raise InputError(
-            f"Activations are to be injected behind block {sidecar.injection.block}, but {folder} has blocks 0 to "
-            f"{config.layers - 1} (-1: the input embeddings)."
-        )
-    verbalizer = Verbalizer(
-        Transformer(config), prefix, suffix, end_of_turn(prompts.tokenizer), sidecar.injection_scale, sidecar.injection,
-        slots, av_lora,
-    )  # fmt: skip
-    return verbalizer, Reconstructor(Transformer(truncated), prompts.reconstructor_prefix, ar_lora), prompts

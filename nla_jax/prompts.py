@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from nla_jax.autoencoder import PromptIds
 from nla_jax.data.batches import pad_tokens
 from nla_jax.runtime.errors import InputError
 
@@ -113,6 +114,15 @@ class Prompts:
             )
         first = places[0]
         return tuple(ids[:first]), tuple(ids[first:]), tuple(i - first for i in places)
+
+    def ids(self) -> PromptIds:
+        """The literal ids of both prompts under the live tokenizer."""
+        prefix, suffix, slots = self.verbalizer_prompt()
+        return PromptIds(prefix, suffix, slots, end_of_turn(self.tokenizer), self.reconstructor_prefix)
+
+    def text_width(self, max_new_tokens: int) -> int:
+        """The length of AR inputs: the template around a text of `max_new_tokens` tokens, rounded up to a multiple of 8."""
+        return -(-(len(self.reconstructor_ids([""])[0]) + max_new_tokens) // 8) * 8
 
     def response_ids(self, explanations: Sequence[str]) -> list[list[int]]:
         """What the AV is to write: each explanation in its tags, ended."""

@@ -31,7 +31,7 @@ class Sidecar:
     verbalizer_template: str
     reconstructor_template: str | None
     suffix_ids: tuple[int, ...] | None
-    injection: Injection | None = Injection()
+    injections: tuple[Injection, ...] | None = (Injection(),)
     special_tokens: bool = True
     provenance: dict = dataclasses.field(default_factory=dict, hash=False)
 
@@ -41,8 +41,7 @@ class Sidecar:
 
     def content(self, role: str) -> dict:
         """The fields of `nla_meta.yaml`. Scales are written as numbers: the reference's client reads nothing else."""
-        m, function = self.marker, self.injection.function
-        names = {f: name for name, f in INJECTIONS.items()}
+        m, injections = self.marker, [injection_fields(x) for x in self.injections]
         content = {
             "kind": "nla_model",
             "schema_version": 2,
@@ -53,8 +52,8 @@ class Sidecar:
             "extraction": {
                 "layer_index": self.layer,
                 "injection_scale": self.injection_scale,
-                "injection_method": names.get(function, f"{function.__module__}:{function.__qualname__}"),
-                "injection_block": self.injection.block,
+                **injections[0],
+                **({"more_injections": injections[1:]} if injections[1:] else {}),
                 "mse_scale": self.d_model**0.5,
                 "norm": "none",
             },
@@ -109,7 +108,8 @@ class Sidecar:
         d_model = count("d_model", "extraction.d_model", least=1)
         scale = _scale(file, "extraction.injection_scale", get("extraction.injection_scale", default=None), d_model)
         method = get("extraction.injection_method", kind=str, default="replace" if kind == "nla_model" else None)
-        block = get("extraction.injection_block", kind=int, default=-1)
+        first = {"injection_method": method, "injection_block": get("extraction.injection_block", kind=int, default=-1)}
+        injections = [first, *get("extraction.more_injections", kind=list, default=[])]
         marker = [get(f"tokens.injection_{x}", kind=int) for x in ("token_id", "left_neighbor_id", "right_neighbor_id")]
         suffix_ids = get("tokens.critic_suffix_ids", kind=list, default=None)
         if suffix_ids is not None and not all(type(i) is int for i in suffix_ids):
@@ -139,7 +139,7 @@ class Sidecar:
                 **({"default": None} if role == "av" else {}),
             ),
             suffix_ids=None if suffix_ids is None else tuple(suffix_ids),
-            injection=Injection(INJECTIONS[method], block) if method in INJECTIONS else None,
+            injections=read_injections(injections),
             special_tokens=get("critic.add_special_tokens", kind=bool, default=True),
             provenance=get("provenance", kind=dict, default={}),
         )
@@ -187,6 +187,22 @@ class Sidecar:
                 f"the sidecar belongs to another tokenizer."
             )
         return prompts
+
+
+def injection_fields(injection: Injection) -> dict:
+    """How a sidecar names an injection."""
+    names = {function: name for name, function in INJECTIONS.items()}
+    function = getattr(injection.function, "function", injection.function)  # of a `UserFunction`
+    method = names.get(function, f"{function.__module__}:{function.__qualname__}")
+    return {"injection_method": method, "injection_block": injection.block}
+
+
+def read_injections(found: list) -> tuple[Injection, ...] | None:
+    """The injections that a sidecar names; None where one of them is not known here."""
+    known = [x for x in found if isinstance(x, dict) and x.get("injection_method") in INJECTIONS]
+    if len(known) < len(found):
+        return None
+    return tuple(Injection(INJECTIONS[x["injection_method"]], x.get("injection_block", -1)) for x in known)
 
 
 def read_yaml(file: Path, missing: str) -> dict:

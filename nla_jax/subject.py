@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
@@ -50,15 +51,16 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Activations at token positions: `vectors [n, d]` float32 (raw), and for each row its token, the text up to and with
-    that token, the text that follows, its index in the document (from 0) and the document's id."""
+    """Activations at token positions, raw, with all that it takes to look at a row and to run it again."""
 
-    vectors: np.ndarray
+    vectors: Float[np.ndarray, "n D"]  # float32
     tokens: list[str]
-    texts: list[str]
-    following: list[str]
-    positions: np.ndarray
+    texts: list[str]  # up to and with the token
+    following: list[str]  # the text after it
+    positions: Int[np.ndarray, "n"]  # the token's index in its document, from 0
     doc_ids: list[str]
+    token_ids: list[list[int]]  # of the document, up to and with the token
+    roles: list[str]  # who speaks there, in a chat; "" elsewhere
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -140,7 +142,7 @@ def activations_at(
     """Activations of token rows at the given indices of each, in the order of the rows."""
     decode = lambda ids: subject.tokenizer.decode(ids, skip_special_tokens=True)
     vectors = list(residual_rows(subject, rows, positions))
-    where = [(row, i, id) for row, chosen, id in zip(rows, positions, doc_ids, strict=True) for i in chosen]
+    where = [(list(row), i, id) for row, chosen, id in zip(rows, positions, doc_ids, strict=True) for i in chosen]
     return Activations(
         vectors=np.concatenate(vectors) if vectors else np.zeros((0, subject.model.config.width), np.float32),
         tokens=[subject.tokenizer.decode([row[i]]) for row, i, _ in where],
@@ -148,6 +150,8 @@ def activations_at(
         following=[decode(row[i + 1 : i + 17]) for row, i, _ in where],
         positions=np.array([i for _, i, _ in where], np.int32),
         doc_ids=[id for _, _, id in where],
+        token_ids=[row[: i + 1] for row, i, _ in where],
+        roles=[""] * len(where),
     )
 
 

@@ -3,9 +3,24 @@
 import functools
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
-from nla_jax.joint_step import TextBatch
+
+@struct.dataclass
+class TextBatch:
+    """Right-padded rows of token ids; `lengths` counts the real tokens. `vectors` belong to the rows (if any do)."""
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    vectors: Float[Array, "B D"] | None = None
+
+    @property
+    def mask(self) -> Bool[Array, "B T"]:
+        """Which tokens are real."""
+        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
 def rows_of_step(n: int, batch: int, step: int, seed: int) -> np.ndarray:

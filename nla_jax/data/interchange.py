@@ -21,28 +21,26 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.data.corpus import document_of
-from nla_jax.data.extraction import (
+from nla_jax.data.rows import LABEL, TEXT, read_labels, shards_of
+from nla_jax.io.files import AnyPath, local
+from nla_jax.io.parquet import (
     SIDECAR,
     VECTORS,
     columns_of,
     list_column,
     list_vectors,
     read_batches,
-    read_table,
     readable,
     row_count,
-    shards_of,
     write_table,
     write_tables,
-)  # fmt: skip
-from nla_jax.io.files import AnyPath, local
+)
 from nla_jax.prompts import RESPONSE, Marker, Prompts
 from nla_jax.runtime.distributed import barrier, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.sidecar import Sidecar, read_yaml
 
-LABEL, TEXT = "api_explanation", "detokenized_text_truncated"
 REQUIRED = (VECTORS, "doc_id", "n_raw_tokens", "activation_layer")
 TRAINING = ("av_sft", "ar_sft", "rl")
 TAGGED = re.compile("<explanation>(.*?)</explanation>", re.DOTALL)
@@ -323,17 +321,6 @@ def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 # Writing
-
-
-def read_labels(shard: AnyPath) -> pa.ChunkedArray:
-    """The labels of a shard of activations. Raises `InputError` where there are none, or not one for each row."""
-    file = shard.parent.parent / "labels" / shard.name
-    if not file.exists():
-        raise InputError(f"{shard} has no labels; run `nla label` with its split in label.splits.")
-    labels = read_table(file, [LABEL]).column(0)
-    if len(labels) != row_count(shard):
-        raise InputError(f"{file} holds {len(labels)} labels for {row_count(shard)} rows; label anew.")
-    return labels
 
 
 def export_datasets(workdir: AnyPath, out: Path, pair: Sidecar) -> None:

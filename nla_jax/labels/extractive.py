@@ -13,6 +13,8 @@ No model and no network: a run needs no API key, and a small verbalizer can lear
 import re
 from collections.abc import Sequence
 
+from nla_jax.labels.labeller import LabelRow
+
 TAIL_CHARS = 20
 TAIL_WORDS = 4
 WINDOW = 2000  # characters before the end that a label may depend on
@@ -91,13 +93,15 @@ PUNCTUATION = {
 }  # fmt: skip
 
 
-def label(texts: Sequence[str]) -> list[str]:
-    """One label for each text, which is a document up to a token and may end within a word.
+class Extractive:
+    """One label for each row, made of its text alone, which may end within a word.
 
-    A pure function of each text alone: the last words verbatim, what stands there grammatically, the kind of passage
-    and its topic; about 65 characters, one line, without control characters or explanation tags.
-    """
-    return [label_one(text) for text in texts]
+    The last words verbatim, what stands there grammatically, the kind of passage and its topic: about 65 characters, one
+    line, without control characters or explanation tags."""
+
+    def label(self, rows: Sequence[LabelRow]) -> list[str]:
+        """See the class."""
+        return [label_one(row.text) for row in rows]
 
 
 def label_one(text: str) -> str:

@@ -246,3 +246,27 @@ def constrained(x: Any, names: tuple[str | None, ...], rules=TRAIN) -> Any:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(names, rules))
+
+
+# Shapes of what lies on a mesh, for programs that are compiled before any array exists
+
+
+def placed(mesh: Mesh, boxed: Any, rules=TRAIN, dtype: Any = None) -> Any:
+    """Shapes with their shardings, of (boxed) shapes with axis names; of a working copy in `dtype` where one is given."""
+    boxed = padded_vocabulary(mesh, boxed, rules)
+    shapes = nn.unbox(boxed)
+    dtypes = working_dtypes(shapes, dtype) if dtype else jax.tree.map(lambda s: s.dtype, shapes)
+    shape = lambda s, dtype, sharding: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding)
+    return jax.tree.map(shape, shapes, dtypes, shardings(mesh, boxed, rules))
+
+
+def placed_batch(mesh: Mesh, tree: Any) -> Any:
+    """Shapes with the shardings that `place_batch` gives to arrays."""
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape))
+    return jax.tree.map(place, tree)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of the placed shapes of a tree on one device."""
+    shapes = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in shapes))

@@ -15,16 +15,10 @@ from jax.experimental import multihost_utils
 from nla_jax.io.files import AnyPath
 from nla_jax.runtime.errors import InputError, Stopped, first_line
 
-# The settings that may differ between the runs that share a working folder: what they name says where and how a result is
-# computed and how often it is looked at, not what it is. A field is free where its name, or that of one above it, stands here.
-FREE = frozenset({"mesh", "remat", "attention", "micro_batches", "rollout_chunks", "checkpoint_every", "heldout_every"})
-UNTIL_FINISHED = frozenset({"steps"})  # free, too, as long as the stage has not finished
-
-
-def differences(made: dict, now: dict, free: frozenset[str] = FREE) -> list[str]:
-    """`name = old -> new` for each setting of two nested dictionaries that differs and is not `free`."""
+def differences(made: dict, now: dict, free: Callable[[str], bool] = lambda name: False) -> list[str]:
+    """`name = old -> new` for each setting of two nested dictionaries that differs and is not `free(name)`."""
     made, now = flat(made), flat(now)
-    names = [name for name in sorted(made.keys() | now.keys()) if free.isdisjoint(name.split("."))]
+    names = [name for name in sorted(made.keys() | now.keys()) if not free(name)]
     shown = lambda tree, name: repr(tree[name]) if name in tree else "(not there)"
     return [
         f"{name} = {shown(made, name)} -> {shown(now, name)}"
@@ -60,15 +54,18 @@ class Checkpoints:
     As a context it takes SIGTERM as a request (in the main thread of a single process; several processes agree on a step
     through JAX's preemption service), and waits for saves under way when it ends without an error."""
 
-    def __init__(self, folder: AnyPath, every: int, keep: int = 2, keep_every: int = 0, settings: dict | None = None):
+    def __init__(
+        self,
+        folder: AnyPath,
+        every: int,
+        keep: int = 2,
+        keep_every: int = 0,
+        settings: dict | None = None,
+        free: Callable[[str], bool] = lambda name: False,
+    ):
         options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
-        self.folder, self.every, self.keep, self.keep_every, self.settings = (
-            folder,
-            every,
-            keep,
-            keep_every,
-            settings or {},
-        )
+        self.folder, self.every, self.keep, self.keep_every = folder, every, keep, keep_every
+        self.settings, self.free = settings or {}, free
         self.good, self._asked, self._handler = 0, False, None
         with self._writing():
             whole = folder.absolute() if isinstance(folder, Path) else folder  # Orbax takes no relative ones
@@ -119,12 +116,12 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return 0, state
-        path, free = self.folder / str(step), FREE | UNTIL_FINISHED
+        path = self.folder / str(step)
         try:
             # A user who has removed the settings takes the state over into a run with others.
             if (self.manager.directory / str(step) / "settings").exists():
                 made = self.manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
-                if changed := differences(made, self.settings, free):
+                if changed := differences(made, self.settings, self.free):
                     raise InputError(
                         f"Checkpoint {path} was made with other settings (old -> new): {'; '.join(changed)}. Go back to the "
                         f"old ones, use another --workdir, or remove {path / 'settings'} to continue from it all the same."

@@ -56,6 +56,9 @@ class MetricLog:
             self.flush()
         return record
 
+    def write_texts(self, step: int, rows: list[dict]) -> None:
+        pass
+
     def flush(self) -> None:
         """Whatever was logged stands in the folder afterwards (where that is no bucket, it always does)."""
         if is_writer() and self.scratch:

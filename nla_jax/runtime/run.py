@@ -1,67 +1,49 @@
 """A run: one config and one working folder, cut into stages that remember what they were made from."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import functools
-import importlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from nla_jax.autoencoder import Injection
+from nla_jax.config import Config, is_free
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.io.files import AnyPath, path_to, reaching, stand_in
 from nla_jax.models.sharding import make_mesh
-from nla_jax.runtime.checkpoint import FREE, UNTIL_FINISHED, Checkpoints, differences
-from nla_jax.runtime.distributed import (
-    barrier,
-    from_writer,
-    host_count,
-    host_index,
-    is_writer,
-    writer_first,
-)
+from nla_jax.runtime.checkpoint import Checkpoints, differences
+from nla_jax.runtime.distributed import barrier, from_writer, host_count, host_index, is_writer, writer_first
 from nla_jax.runtime.environment import environment
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import write_atomically
 
-# What each stage reads of the config, and the stage whose result it starts from.
-STAGES = {
-    "pretrain": (None, ("seed", "corpus", "split", "pretrain")),
-    "extract": ("pretrain", ("seed", "compute", "corpus", "split", "subject", "extract")),
-    "label": ("extract", ("label",)),
-    "sft": ("label", ("mesh", "prompts", "sft")),
-    "rl": ("sft", ("mesh", "rl")),
-    "evaluate": ("rl", ("evaluate",)),
-    "report": ("evaluate", ("report",)),
-}
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a study, as the table in stages/table.py lists it."""
 
-# What each stage leaves as it goes on, made from its settings. (A text of `evaluate` says itself what it was made from.)
-LEAVES = {
-    "pretrain": ("train/pretrain/checkpoints/*",),
-    "extract": ("activations/*.parquet",),
-    "label": ("labels/*.parquet",),
-    "sft": ("train/sft_av/checkpoints/*", "train/sft_ar/checkpoints/*"),
-    "rl": ("train/rl/checkpoints/*",),
-    "evaluate": (),
-    "report": (),
-}
+    name: str
+    help: str  # one line for the command line
+    run: str  # import path of `(Run) -> None`
+    needs: str | None  # the stage whose result it starts from
+    reads: tuple[str, ...]  # sections of the config that determine its result, beside those of the stages before it
+    leaves: tuple[str, ...] = ()  # patterns of partial results: where one exists, settings may not change
 
 
 class Run:
-    """Working folder and config of one experiment; `command` is what the user typed. Several hosts share the folder: the first
-    one writes the records, and reads them for all."""
+    """Working folder and config of one study; `command` is what the user typed.
 
-    def __init__(self, config: ConfigDict, workdir: str | Path, command: str = ""):
-        self.config, self.workdir, self.command = config, path_to(workdir), command
+    Several hosts share the folder: the first one writes the records, and reads them for all."""
+
+    def __init__(self, config: Config, workdir: str | Path, stages: Mapping[str, Stage], command: str = ""):
+        self.config, self.workdir, self.stages, self.command = config, path_to(workdir), stages, command
         with self._writing():
             self.workdir.mkdir(parents=True, exist_ok=True)
         self._check_shared()
@@ -76,21 +58,22 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keeps other processes out of the folder; a lock ends with its process, however that ends. Raises `InputError` where
-        another one works in it. (Buckets, and file systems without locks, keep nobody out.)"""
+        """Keeps other processes out of the folder; the lock ends with the process, however that ends.
+
+        Buckets, and file systems without locks, keep nobody out. Raises `InputError` where another process works here."""
         if not is_writer() or not isinstance(self.workdir, Path):
             yield
             return
         with self._writing():
-            file = open(self.workdir / "lock", "a+", encoding="utf-8")
+            file = open(self.workdir / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise InputError(
-                    f"Another run works in {self.workdir} ({file.read().strip() or 'it has just begun'}); wait for its end, stop "
-                    f"it, or use another --workdir."
+                    f"Another run works in {self.workdir} ({file.read().strip() or 'it has just begun'}); wait for its "
+                    f"end, stop it, or use another --workdir."
                 ) from None
             except OSError:
                 pass
@@ -100,28 +83,29 @@ class Run:
             yield
 
     def _check_shared(self, seconds: float = 60) -> None:
-        """Raises `InputError` on a host that does not see what the first one writes (network file systems may take a while)."""
+        """Raises `InputError` on a host that does not see what the first one writes, within `seconds`."""
         file, limit = self.workdir / "hosts.json", time.monotonic() + seconds
         if host_count() == 1:
             return
-        text = from_writer(lambda: json.dumps({"hosts": host_count(), "started": datetime.datetime.now().isoformat()}))
+        started = datetime.datetime.now().isoformat
+        text = from_writer(lambda: json.dumps({"hosts": host_count(), "started": started()}))
         write_atomically(file, text + "\n")
         while not (file.exists() and file.read_text() == text + "\n"):
             if time.monotonic() > limit:
                 raise InputError(
-                    f"Host {host_index()} does not find in {self.workdir} what host 0 wrote there; the working folder must be "
-                    f"one that all hosts share."
+                    f"Host {host_index()} does not find in {self.workdir} what host 0 wrote there; the working folder "
+                    f"must be one that all hosts share."
                 )
             time.sleep(0.2)
 
+    # Stages and their records
+
     def basis(self, stage: str) -> dict:
-        """The part of the config that determines a stage's result, with that of the stages before it."""
-        before, fields = STAGES[stage]
-        own = {field: json.loads(self.config[field].to_json_best_effort()) if isinstance(self.config[field], ConfigDict)
-               else self.config[field] for field in fields}  # fmt: skip
+        """The settings that determine a stage's result, with those of the stages before it."""
+        before, settings = self.stages[stage].needs, self.config.to_dict()
         if before == "pretrain" and self.config.subject.path:
             before = None  # the subject was made elsewhere
-        return (self.basis(before) if before else {}) | own
+        return (self.basis(before) if before else {}) | {name: settings[name] for name in self.stages[stage].reads}
 
     def made(self) -> dict:
         """What a stage is run by: the command, the date, the versions and the devices."""
@@ -133,7 +117,7 @@ class Run:
         return record["result"] | {"seconds": record["seconds"]} if record and "result" in record else None
 
     def require(self, stage: str) -> dict:
-        """`result`, or an `InputError` that says which verb to run first."""
+        """`result`. Raises `InputError` where the stage has not finished, or was made with other settings."""
         if (result := self.result(stage)) is None:
             raise InputError(
                 f"{self.workdir} holds no finished {stage!r} stage; run `nla {stage}` with the same flags first."
@@ -145,17 +129,18 @@ class Run:
     def stage(self, name: str) -> Iterator[dict | None]:
         """Runs a stage once: yields None where it has finished before, else a dict to fill with its result.
 
-        Raises `InputError` where the folder holds this stage, or a part of it, made from other settings, naming all that differ
-        and are not free (`nla_jax.runtime.checkpoint.FREE`; the number of steps is until the stage has finished)."""
+        Raises `InputError` where the folder holds this stage, or a part of it, made with other settings that are not free
+        (`config.is_free`; the number of steps is free until the stage has finished)."""
         if self.result(name) is not None:
             self._check(name)
             yield None
             return
         previous, start = self._record(name), time.monotonic()
-        if previous and from_writer(lambda: any(any(self.workdir.glob(pattern)) for pattern in LEAVES[name])):
+        leaves = self.stages[name].leaves
+        if previous and from_writer(lambda: any(any(self.workdir.glob(pattern)) for pattern in leaves)):
             self._check(name)
         with self._writing():
-            write_atomically(self.workdir / "config.json", self.config.to_json_best_effort(indent=1) + "\n")
+            write_atomically(self.workdir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
         spent = previous["seconds"] if previous else 0.0
         record = {"basis": self.basis(name), "made": self.made(), "seconds": spent}
         self._write(name, record)
@@ -178,7 +163,7 @@ class Run:
             try:
                 return json.loads(file.read_text()) if file.exists() else None
             except ValueError:
-                raise InputError(f"{file} is damaged; delete it and what the stage wrote, to make it anew.") from None
+                raise InputError(f"{file} is damaged; delete it and the files of that stage to run it again.") from None
 
         return from_writer(read)
 
@@ -188,53 +173,49 @@ class Run:
 
     def _check(self, stage: str) -> None:
         record = self._record(stage)
-        free = FREE if "result" in record else FREE | UNTIL_FINISHED
-        if changed := differences(record["basis"], self.basis(stage), free):
+        may_differ = is_free if "result" in record else free_until_finished
+        if changed := differences(record["basis"], self.basis(stage), may_differ):
             raise InputError(
-                f"{self.workdir} holds stage {stage!r} made with other settings (old -> new): {'; '.join(changed)}. Go back to the "
-                f"old ones, use another --workdir, or delete {self._file(stage)} and what the stage wrote."
+                f"{self.workdir} holds stage {stage!r} made with other settings (old -> new): {'; '.join(changed)}. Go back "
+                f"to the old ones, use another --workdir, or delete {self._file(stage)} and the files of that stage."
             )
 
-    def checkpoints(self, stage: str, folder: AnyPath, **base: str) -> Checkpoints:
-        """The checkpoints of a training loop of a stage, under `folder`; `base`: what the loop reads of frozen weights, with
-        their hashes. A run on other settings or another base does not continue from them."""
-        c = self.config
-        return Checkpoints(
-            folder / "checkpoints", c[stage].checkpoint_every, c.checkpoints.keep, c.checkpoints.keep_every,
-            self.basis(stage) | {"base": base},
-        )  # fmt: skip
+    # What several stages use
 
-    # What several stages read.
+    def checkpoints(self, stage: str, folder: AnyPath, **base: str) -> Checkpoints:
+        """The checkpoints of a training loop of a stage, under `folder`.
+
+        `base`: hashes of the frozen weights that the loop reads. A run on other settings or another base does not
+        continue from them."""
+        c = self.config
+        every = getattr(c, stage).checkpoint_every
+        settings = self.basis(stage) | {"base": base}
+        return Checkpoints(
+            folder / "checkpoints", every, c.checkpoints.keep, c.checkpoints.keep_every, settings, free_until_finished
+        )
 
     def documents(self) -> list[Document]:
-        """The corpus of the config."""
+        """The documents of the corpus."""
         with writer_first():  # TFDS prepares a dataset there
-            return list(load_corpus(data_dir=stand_in(self.workdir / "corpus"), **self.config.corpus))
+            corpus = self.config.corpus.to_dict()
+            return list(load_corpus(data_dir=stand_in(self.workdir / "corpus"), **corpus))
 
     def split(self, document: Document) -> str:
+        """The split that a document belongs to."""
         return split_of(document, self.config.split, self.config.seed)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The device mesh of the config."""
-        return make_mesh(**self.config.mesh)
+        c = self.config.mesh
+        return make_mesh(c.data, c.fsdp, c.tensor)
 
     @property
     def subject_folder(self) -> str | AnyPath:
+        """The folder or hub id of the subject."""
         return self.config.subject.path or self.workdir / "subject"
 
 
-def injection(config: ConfigDict) -> Injection:
-    """How a config says that activations enter the prompt."""
-    return Injection(resolve(config.prompts.injection), config.prompts.injection_block)
-
-
-def resolve(name: str) -> Callable:
-    """The function that a config names as `package.module:function`."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{name!r} names no function that can be imported as `package.module:function` ({error})."
-        ) from None
+def free_until_finished(name: str) -> bool:
+    """Whether a setting may differ between the runs that share an unfinished stage."""
+    return is_free(name) or name.split(".")[-1] == "steps"

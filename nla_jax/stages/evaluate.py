@@ -1,193 +1,166 @@
-"""The `evaluate` and `report` stages: held-out FVE with its controls, the figures of a run, and the page."""
+"""The `evaluate` stage: the pairs of a run on held-out documents, measured by a list of probes."""
 
-import datetime
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 import pyarrow as pa
 
 from nla_jax.data.corpus import document_of
-from nla_jax.data.dataset import load_rows, spread
-from nla_jax.data.extraction import read_table, write_table
-from nla_jax.fve import clustered_interval, fve, row_fve
+from nla_jax.data.rows import LABEL, TEXT, Rows, load_rows, spread
+from nla_jax.fve import row_fve
+from nla_jax.io.parquet import read_table, write_table
 from nla_jax.io.pretrained import fingerprint
-from nla_jax.pair import Pair, cosine, load_pair
+from nla_jax.pair import Pair, load_pair
+from nla_jax.probes.probe import NEEDS, figures, load_probes, run_probe
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
-from nla_jax.runtime.metrics import Progress, read_metrics, write_atomically
-from nla_jax.runtime.run import Run, injection
-from nla_jax.tools.report.page import render
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import Progress, write_atomically
+from nla_jax.runtime.run import Run
+from nla_jax.study import injections
 
 
 def evaluate(run: Run) -> None:
-    """Scores the pairs of a run on held-out documents and writes `{workdir}/evaluation.json`.
+    """Runs `evaluate.probes`, and writes `{workdir}/evaluation.json` and the scores of each row.
 
-    Texts: the AV's before and after RL (sampled as configured), the labels ("gold text"), the AV's texts dealt to other
-    activations ("shuffled"), no text ("empty"), and the AV's texts with nothing injected. Each goes through the AR of the pair
-    after RL, the warm texts through the warm AR. A response without an explanation counts as an empty text."""
-    c = run.config.evaluate
-    with run.stage("evaluate") as result, jax.set_mesh(run.mesh):
+    A response without an explanation counts as an empty text."""
+    with run.stage("evaluate") as result:
         if result is None:
             return
         run.require("rl")
-        rows = spread(load_rows(run.workdir, "heldout"), c.rows)
-        doc_ids, labels = rows.column("doc_id"), rows.column("api_explanation")
-        documents = [document_of(id) for id in doc_ids]
-        contexts, tokens, following = map(rows.column, ("detokenized_text_truncated", "token", "following"))
-        warm, pair = (
-            load_pair(run.workdir / name, **run.config.compute, injection=injection(run.config), mesh=run.mesh)
-            for name in ("pair_warm", "pair")
-        )
-        warm_weights, weights = (fingerprint(run.workdir / name / "av") for name in ("pair_warm", "pair"))
-        curve = list(range(0, run.config.prompts.max_new_tokens, max(1, run.config.prompts.max_new_tokens // 8)))
-        progress = Progress("evaluate", 10 + len(curve))
-
-        def texts(
-            name: str, pair: Pair, weights: str, sampler: Callable[[], dict], temperature: float = c.temperature,
-            inject: bool = True,
-        ) -> list[str]:  # fmt: skip
-            """The texts of one condition, a file on disk for each batch of rows: a restart samples those that are missing, or
-            were made from something else (`weights`: the AV's hash)."""
-            files, prompts, seed = [], run.config.prompts, run.config.seed
-            for start in range(0, len(rows), c.batch):
-                vectors = rows.vectors[start : start + c.batch]
-                made_from = repr((weights, prompts.to_json_best_effort(), temperature, inject, seed, start))
-                key = hashlib.blake2b(made_from.encode() + vectors.tobytes(), digest_size=6).hexdigest()
-                path = run.workdir / "evaluation" / f"{name}-{start:07d}-{key}.parquet"
-                if not from_writer(path.exists):
-                    written = pair.verbalize(
-                        vectors, prompts.max_new_tokens, temperature, seed,
-                        inject=inject, batch=c.batch, first=start, sampler=sampler(),
-                    )  # fmt: skip
-                    if is_writer():
-                        write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
-                files.append(path)
-            barrier(f"the texts {name}")
+        probes = load_probes(run.config.evaluate.probes)
+        context = RunContext(run)
+        for function, probe in probes:
+            if absent := set(probe.needs) - set(NEEDS):
+                raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
+        progress, scores, drawn = Progress("evaluate", len(probes)), {}, []
+        for function, probe in probes:
+            own = run_probe(function, probe, context)
+            if is_writer():
+                ids = {"doc_id": context.column("doc_id")}
+                write_table(pa.table(ids | own), run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet")
+            drawn.append(figures(probe, own, context.documents))
+            scores |= own
             progress.update()
-            return [text for file in files for text in read_table(file, ["explanation"]).column(0).to_pylist()]
-
-        warm_texts = texts("warm", warm, warm_weights, functools.cache(warm.sampler))
-        sampler = functools.cache(pair.sampler)  # one copy for all conditions, and none where no text is missing
-        rl_texts = texts("rl", pair, weights, sampler)
-        drawn_texts = texts("rl_temperature_1", pair, weights, sampler, temperature=1.0)
-        silent_texts = texts("no_injection", pair, weights, sampler, inject=False)
-        del sampler
-
-        def scores(texts: list[str], pair: Pair = pair) -> np.ndarray:
-            recon = pair.reconstruct(texts, batch=c.batch)
-            progress.update()
-            return row_fve(recon, rows.vectors)
-
-        recon = pair.reconstruct(rl_texts, batch=c.batch)
-        rl_scores, warm_scores = row_fve(recon, rows.vectors), scores(warm_texts, warm)
-        gold_scores = scores(labels)
-        shuffled_scores = scores([rl_texts[i] for i in derangement(documents, run.config.seed)])
-        silent_scores = scores(silent_texts)
-        empty = float(row_fve(pair.reconstruct([""] * 2)[[0] * len(rows)], rows.vectors).mean())
-        prefixes = [float(scores(cut(pair, rl_texts, n)).mean()) for n in curve]
         progress.close()
-
-        lengths = [len(ids) for ids in pair.prompts.tokenizer(rl_texts, add_special_tokens=False).input_ids]
-        similarity = cosine(recon, rows.vectors)
-        interval = lambda s: list(clustered_interval(s, documents))
-        result["summary"] = {
-            "fve_warm": float(warm_scores.mean()),
-            "fve_warm_ci95": interval(warm_scores),
-            "fve_rl": float(rl_scores.mean()),
-            "fve_rl_ci95": interval(rl_scores),
-            "fve_rl_median": float(np.median(rl_scores)),
-            "fve_rl_temperature_1": float(scores(drawn_texts).mean()),
-            "fve_rl_meannorm": fve(recon, rows.vectors, "meannorm"),
-            "fve_gold_text": float(gold_scores.mean()),
-            "fve_gold_text_warm": float(scores(labels, warm).mean()),
-            "fve_shuffled": float(shuffled_scores.mean()),
-            "fve_empty": empty,
-            "fve_no_injection": float(silent_scores.mean()),
-            "cos_rl": float(similarity.mean()),
-            "extraction_rate": float(np.mean([text != "" for text in rl_texts])),
-            "extraction_rate_warm": float(np.mean([text != "" for text in warm_texts])),
-            "mean_length": float(np.mean(lengths)),
-            "heldout_documents": len(set(documents)),
-            "heldout_rows": len(rows),
+        result["summary"] = summary(drawn) | {
+            "heldout_documents": len(set(context.documents)),
+            "heldout_rows": len(context.vectors),
         }
-        picked = example_rows(documents, c.examples)
-        page = {
-            "prefix_curve": {"tokens": curve, "fve": prefixes},
-            "row_fve": {"warm": warm_scores.tolist(), "rl": rl_scores.tolist(), "shuffled": shuffled_scores.tolist()},
-            "lengths": lengths,
-            "examples": [
-                {
-                    "document": doc_ids[i],
-                    "context": contexts[i].removesuffix(tokens[i]),
-                    "token": tokens[i],
-                    "after": following[i],
-                    "label": labels[i],
-                    "warm": warm_texts[i],
-                    "rl": rl_texts[i],
-                    "fve_warm": float(warm_scores[i]),
-                    "fve_rl": float(rl_scores[i]),
-                    "cos_rl": float(similarity[i]),
-                }
-                for i in picked
-            ],
-        }
+        page = {"probes": drawn, "examples": examples(context, scores, run.config.evaluate.examples)}
         write_atomically(run.workdir / "evaluation.json", json.dumps(page))
 
 
-def derangement(documents: list[str], seed: int) -> np.ndarray:
-    """A permutation that gives every row another row's place, and wherever it can, another document's."""
-    order = np.random.default_rng(seed).permutation(len(documents))
-    order = order[np.argsort(np.asarray(documents)[order], kind="stable")]  # documents in blocks
-    most = np.unique(np.asarray(documents), return_counts=True)[1].max()
-    target = np.empty(len(order), int)
-    target[order] = np.roll(order, most if most < len(order) else 1)  # a shift by the largest block leaves every block
-    return target
+@dataclasses.dataclass(eq=False)
+class RunContext:
+    """What the probes of a run read (`probes.probe.Context`)."""
 
+    run: Run
 
-def cut(pair: Pair, texts: list[str], tokens: int) -> list[str]:
-    """Each text's first `tokens` tokens."""
-    tokenizer = pair.prompts.tokenizer
-    return [tokenizer.decode(ids[:tokens]) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    def __post_init__(self):
+        c = self.run.config
+        self.rows: Rows = spread(load_rows(self.run.workdir, "heldout"), c.evaluate.rows)
+        self.vectors = self.rows.vectors
+        self.documents = [document_of(id) for id in self.rows.column("doc_id")]
+        self.seed, self.max_new_tokens = c.seed, c.prompts.max_new_tokens
 
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """The pair after RL."""
+        return self._load("pair")
 
-def example_rows(documents: list[str], count: int) -> list[int]:
-    """Rows to show: one a document, documents evenly spaced, without a look at any score."""
-    first = sorted({id: i for i, id in reversed(list(enumerate(documents)))}.values())
-    return [first[i] for i in np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
+    @functools.cached_property
+    def warm(self) -> Pair:
+        """The pair before RL."""
+        return self._load("pair_warm")
 
+    def _load(self, name: str) -> Pair:
+        c = self.run.config
+        return load_pair(
+            self.run.workdir / name, None, c.compute.dtype, c.compute.remat, c.compute.attention,
+            injections=injections(c), mesh=self.run.mesh,
+        )  # fmt: skip
 
-def report(run: Run) -> None:
-    """Writes `{workdir}/summary.json` with every headline figure and `{workdir}/report.html`."""
-    with run.stage("report") as result:
-        if result is None:
-            return
-        summary = dict(run.require("evaluate")["summary"])
-        rl = run.require("rl")
-        summary |= {"logprob_gap_max": rl["logprob_gap_max"], "skipped_steps": rl["skipped"]}
-        if pretrained := run.result("pretrain"):
-            summary |= {name: pretrained[name] for name in ("subject_loss", "bigram_loss", "unigram_loss")}
-        else:
-            summary |= dict.fromkeys(("subject_loss", "bigram_loss", "unigram_loss"))
-        summary["injection_scale"] = run.require("sft")["injection_scale"]
-        summary["seconds_by_stage"] = {
-            stage: run.result(stage)["seconds"]
-            for stage in ("pretrain", "extract", "label", "sft", "rl", "evaluate")
-            if run.result(stage)
+    @functools.cache  # noqa: B019 (one context a process)
+    def column(self, name: str) -> list:
+        """A column of the held-out rows."""
+        return self.rows.column(name)
+
+    @functools.cache  # noqa: B019
+    def texts(self, name: str) -> list[str]:
+        """The texts of one condition, sampled once and kept on disk."""
+        c = self.run.config.evaluate
+        if name == "labels":
+            return self.column(LABEL)
+        conditions = {
+            "rl": ("pair", c.temperature, True),
+            "warm": ("pair_warm", c.temperature, True),
+            "rl_temperature_1": ("pair", 1.0, True),
+            "no_injection": ("pair", c.temperature, False),
         }
-        data = json.loads((run.workdir / "evaluation.json").read_text()) | {
-            "title": run.config.report.title,
-            "subject": str(run.subject_folder),
-            "layer": run.config.subject.layer,
-            "created": datetime.datetime.now().isoformat(" ", "minutes"),
-            "command": run.command,
-            "run": {"seed": run.config.seed} | {name: x for name, x in run.made().items() if name not in ("command", "date")},
-            "config": run.config.to_json_best_effort(indent=1),
-            "summary": summary,
-            "history": read_metrics(run.workdir / "train/rl/metrics.jsonl"),
-        }
-        write_atomically(run.workdir / "report.html", render(data))
-        write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        result["page"] = "report.html"
+        if name not in conditions:
+            raise InputError(f"There are no texts {name!r}; there are {', '.join(['labels', *conditions])}.")
+        return self._sampled(name, *conditions[name])
+
+    def _sampled(self, name: str, folder: str, temperature: float, inject: bool) -> list[str]:
+        """A file for each batch of rows: a restart samples those that are missing or were made from something else."""
+        c, batch, files = self.run.config, self.run.config.evaluate.batch, []
+        weights = fingerprint(self.run.workdir / folder / "av")
+        progress = Progress(f"texts {name}", -(-len(self.vectors) // batch))
+        for start in range(0, len(self.vectors), batch):
+            vectors = self.vectors[start : start + batch]
+            made_from = repr((weights, c.prompts, temperature, inject, c.seed, start)).encode() + vectors.tobytes()
+            key = hashlib.blake2b(made_from, digest_size=6).hexdigest()
+            path = self.run.workdir / "evaluation" / f"{name}-{start:07d}-{key}.parquet"
+            if not from_writer(path.exists):
+                pair = self.pair if folder == "pair" else self.warm
+                written = pair.verbalize(
+                    vectors, c.prompts.max_new_tokens, temperature, c.seed, inject=inject, batch=batch, first=start
+                )
+                if is_writer():
+                    write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
+            files.append(path)
+            progress.update()
+        progress.close()
+        barrier(f"the texts {name}")
+        return [text for file in files for text in read_table(file, ["explanation"]).column(0).to_pylist()]
+
+    @functools.cache  # noqa: B019
+    def recon(self, name: str, pair: Pair | None = None) -> np.ndarray:
+        """What an AR rebuilds from `texts(name)`."""
+        return (pair or self.pair).reconstruct(self.texts(name), batch=self.run.config.evaluate.batch)
+
+    def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> np.ndarray:
+        """The score of each row when the AR reads these texts."""
+        return self._row_fve(tuple(texts), pair or self.pair)
+
+    @functools.cache  # noqa: B019
+    def _row_fve(self, texts: tuple[str, ...], pair: Pair) -> np.ndarray:
+        return row_fve(pair.reconstruct(texts, batch=self.run.config.evaluate.batch), self.vectors)
+
+
+def summary(probes: list[dict]) -> dict:
+    """The mean of each score, with its interval under `{name}_ci95`; of the headline the median too."""
+    found = {}
+    for score in [score for probe in probes if probe["chart"] != "curve" for score in probe["scores"]]:
+        found |= {score["name"]: score["mean"], f"{score['name']}_ci95": list(score["ci95"])}
+        if score["name"] == "fve_rl":
+            found["fve_rl_median"] = score["median"]
+    return found
+
+
+def examples(context: RunContext, scores: dict[str, np.ndarray], count: int) -> list[dict]:
+    """Rows to show: one of each document, documents evenly spaced, chosen without a look at any score."""
+    first = sorted({id: i for i, id in reversed(list(enumerate(context.documents)))}.values())
+    picked = [first[i] for i in np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
+    text, token, following, ids = map(context.column, (TEXT, "token", "following", "doc_id"))
+    shown = {name: context.texts(name) for name in ("labels", "warm", "rl")}
+    return [
+        {"document": ids[i], "context": text[i].removesuffix(token[i]), "token": token[i], "after": following[i]}
+        | {name: texts[i] for name, texts in shown.items()}
+        | {name: float(scores[name][i]) for name in ("fve_warm", "fve_rl", "cos_rl") if name in scores}
+        for i in picked
+    ]

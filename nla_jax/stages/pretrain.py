@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from nla_jax.data.batches import text_windows
+from nla_jax.data.batches import TextBatch, text_windows
 from nla_jax.io.pretrained import (
     load_params,
     load_tokenizer,
@@ -14,7 +14,8 @@ from nla_jax.io.pretrained import (
     read_config,
     save_model,
 )
-from nla_jax.joint_step import SupervisedStep, TextBatch, language_model_loss
+from nla_jax.joint_step import SupervisedStep
+from nla_jax.losses import language_model_loss
 from nla_jax.models.transformer import (
     Transformer,
     TransformerConfig,
@@ -24,7 +25,9 @@ from nla_jax.models.transformer import (
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
-from nla_jax.stages.supervised import fit, make_optimizer
+from nla_jax.stages.loop import Loop
+from nla_jax.stages.sft import fit
+from nla_jax.study import make_optimizer
 
 SHIPPED = Path(__file__).parent.parent / "quickstart/subject"  # made by `nla pretrain --config configs/quickstart.py:subject`
 
@@ -56,19 +59,17 @@ def pretrain(run: Run) -> None:
             params = init_params(model, jax.random.key(run.config.seed))
             params = nn.unbox(params)
         train, heldout = (token_stream(tokenizer, texts[held]) for held in (False, True))
-        step = SupervisedStep(language_model_loss(model), make_optimizer(c.optimizer, c.steps))
-        batch = lambda step: text_windows(train, step, c.batch, c.length, run.config.seed)
-        place = run.workdir / "train/pretrain"
-        params = fit(
-            place, "pretrain", step, params, abstract_params(model.config), run.mesh, batch,
-            c.steps, run.checkpoints("pretrain", place), run.config.watchdog,
-        )  # fmt: skip
+        step = SupervisedStep("subject", language_model_loss(model), make_optimizer(c.optimizer, c.steps, "pretrain.optimizer"))
+        windows = lambda i: text_windows(train, i, c.batch, c.length, run.config.seed)
+        with Loop(run, "pretrain", "pretrain", c.steps, {}) as loop:
+            params = fit(loop, step, params, abstract_params(model.config), windows)
 
         result["subject_loss"] = heldout_loss(model, params, heldout, c.length)
         result["unigram_loss"], result["bigram_loss"] = ngram_losses(train, heldout, model.config.vocab_size)
         result["parameters"] = sum(x.size for x in jax.tree.leaves(params))
         result["train_tokens"], result["heldout_tokens"] = len(train), len(heldout)
-        save_model(run.workdir / "subject", params, model.config, tokenizer, dtype=c.dtype)
+        with jax.set_mesh(run.mesh):
+            save_model(run.workdir / "subject", params, model.config, tokenizer, dtype=c.dtype)
 
 
 def token_stream(tokenizer, texts: list[str]) -> np.ndarray:

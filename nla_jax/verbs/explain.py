@@ -1,12 +1,61 @@
 """`nla explain`: what the activations of a text say, token by token."""
 
+import argparse
+import json
+import sys
 from pathlib import Path
 
 from nla_jax.autoencoder import Injection
 from nla_jax.io.files import path_to
 from nla_jax.pair import find_base, load_pair
+from nla_jax.runtime.compiler import enable_compile_cache
 from nla_jax.runtime.errors import InputError
 from nla_jax.subject import extract, load_subject
+from nla_jax.verbs.injection import add_injection, given_injection
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pair, the text, and which tokens of it."""
+    parser.add_argument("--pair", required=True, help="folder with av/ and ar/")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", help="the text (default: standard input)")
+    source.add_argument("--file", help="a file with the text")
+    parser.add_argument("--subject", help="the subject's folder or hub id (default: what the pair's sidecar names)")
+    parser.add_argument("--tokens", default="last", help="which tokens: last, all, or indices such as 3,-1")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-new-tokens", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_injection(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints, for each token asked for, the explanation and how much of the activation it carries."""
+    if arguments.file:
+        try:
+            text = Path(arguments.file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{arguments.file} cannot be read as text ({error}).") from None
+    else:
+        text = arguments.text if arguments.text is not None else sys.stdin.read()
+    enable_compile_cache()
+    rows = explain_text(
+        text,
+        arguments.pair,
+        subject=arguments.subject,
+        tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        injections=given_injection(arguments),
+    )
+    for row in rows:
+        if arguments.json:
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            fve = "FVE unknown" if row["fve"] is None else f"FVE {row['fve']:.2f}"
+            print(f"[{row['position']}] {row['token']!r}   {fve}, cosine {row['cosine']:.2f}")
+            print(f"    {row['explanation'] or '(no explanation within the length limit)'}\n")
 
 
 def explain_text(
@@ -18,15 +67,16 @@ def explain_text(
     temperature: float = 0.0,
     max_new_tokens: int = 150,
     seed: int = 0,
-    injection: Injection | None = None,
+    injections: tuple[Injection, ...] | Injection | None = None,
 ) -> list[dict]:
-    """One dict for each token asked for (`tokens`: "last", "all", or indices such as "3,-1"): `position, token,
-    explanation, cosine, fve`, where fve = 1 - mse / variance with the variance of the pair's training activations (None
-    where its sidecar records none). `injection`: as for `load_pair`. Raises `InputError` where text, pair or subject cannot be
-    used."""
+    """One dict for each token asked for: `position, token, explanation, cosine, fve`.
+
+    `tokens`: "last", "all", or indices such as "3,-1". fve = 1 - mse / variance, with the variance of the pair's training
+    activations (None where its sidecar records none). `injections`: as for `load_pair`. Raises `InputError` where text,
+    pair or subject cannot be used."""
     if not text.strip():
         raise InputError("There is no text to explain; give --text, --file or standard input.")
-    loaded = load_pair(pair, base=subject, injection=injection)
+    loaded = load_pair(pair, base=subject, injections=injections)
     model = load_subject(subject or find_base(loaded.sidecar.base_checkpoint, path_to(pair)), loaded.sidecar.layer)
     if model.model.config.width != loaded.sidecar.d_model:
         raise InputError(

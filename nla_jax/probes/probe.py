@@ -1,0 +1,144 @@
+"""What a probe is: a measurement of a trained pair on held-out rows. Write one in any file and name it in a config.
+
+    def ends_with_a_dot(context):
+        "Whether the explanation ends with a dot."
+        return {"dot": np.array([text.endswith(".") for text in context.texts("rl")], float)}
+
+and `--config.evaluate.probes="('nla_jax.probes.fidelity:after_rl', 'my_file:ends_with_a_dot')"`. Each array has an entry
+for every row. Means, intervals (documents redrawn), tables and charts are made from them. `probe(...)` says more about one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from nla_jax.pair import Pair
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_code import UserFunction, resolve
+
+NEEDS = ("pair", "warm", "labels")
+
+
+class Context(Protocol):
+    """What a probe may read. All lists and arrays have an entry for each of the n held-out rows."""
+
+    vectors: Float[np.ndarray, "n d"]  # the activations, raw
+    documents: list[str]  # which document each row comes from
+    pair: Pair  # after RL
+    warm: Pair  # before RL
+    seed: int
+    max_new_tokens: int
+
+    def texts(self, name: str) -> list[str]:
+        """The AV's texts of one condition; "" where a response holds no explanation.
+
+        "rl" and "warm": after and before RL, at the configured temperature. "rl_temperature_1": sampled at temperature 1.
+        "no_injection": nothing is injected. "labels": the warm start's labels."""
+
+    def column(self, name: str) -> list:
+        """A column of the rows: doc_id, token, following, role, token_ids, detokenized_text_truncated, …"""
+
+    def recon(self, name: str, pair: Pair | None = None) -> Float[np.ndarray, "n d"]:
+        """What an AR (default: the pair's after RL) rebuilds from `texts(name)`."""
+
+    def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> Float[np.ndarray, "n"]:
+        """The score of each row when the AR (default: the pair's after RL) reads these texts: 1 - mse / variance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One measurement: `run(context) -> {name: [n]}`.
+
+    `needs`: what the context must have, of `NEEDS`. `chart`: "bars" shows the means with their intervals, "curve" takes the
+    names for numbers on the x axis (called `axis`), "histogram" shows the distribution of the rows. `labels`: what a name
+    is called in tables and charts. `shared`: probes of one `title` share a chart."""
+
+    name: str
+    run: Callable[[Context], Mapping[str, np.ndarray]]
+    title: str
+    about: str
+    needs: tuple[str, ...] = ("pair",)
+    chart: str = "bars"
+    unit: str = "FVE"
+    axis: str = ""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, context: Context) -> Mapping[str, np.ndarray]:
+        return self.run(context)
+
+
+def probe(title: str, **facts) -> Callable[[Callable], Probe]:
+    """A decorator that makes a function a `Probe`; its docstring is what the report says of it."""
+    return lambda run: Probe(run.__name__, run, title, _plain(run.__doc__), **facts)
+
+
+def load_probes(paths: Sequence[str]) -> list[tuple[UserFunction, Probe]]:
+    """The probes that a config names. Raises `InputError` where one cannot be imported, and for a name used twice."""
+    found = []
+    for path in paths:
+        function = resolve(path, "evaluate.probes")
+        given, name = function.function, path.rpartition(":")[2]
+        if not isinstance(given, Probe):
+            given = Probe(name, given, name.replace("_", " ").capitalize(), _plain(given.__doc__))
+        if any(given.name == other.name for _, other in found):
+            raise InputError(f"evaluate.probes names {given.name!r} twice.")
+        found.append((function, given))
+    return found
+
+
+def run_probe(function: UserFunction, probe: Probe, context: Context) -> dict[str, Float[np.ndarray, "n"]]:
+    """The scores of a probe, checked. Raises `InputError` that names the probe's file and line where it is wrong."""
+    with function.blamed():
+        scores = probe.run(context)
+    if not isinstance(scores, Mapping):
+        raise InputError(f"{function} returns {type(scores).__name__}, expected a mapping of names to arrays.")
+    checked = {}
+    for name, values in scores.items():
+        try:
+            checked[str(name)] = np.asarray(values, np.float64)
+        except (TypeError, ValueError):
+            raise InputError(f"{function} returns no numbers for {name!r}.") from None
+        if checked[str(name)].shape != (len(context.vectors),):
+            raise InputError(
+                f"{function} returns {name!r} of shape {np.shape(values)}, expected a number for each of the "
+                f"{len(context.vectors)} rows."
+            )
+    return checked
+
+
+def clustered_interval(
+    scores: Float[np.ndarray, "n"], clusters: Sequence[str], level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of the mean of `scores`; whole clusters (documents) are redrawn.
+
+    Positions of one document are not independent. The variance in the denominator of an FVE is held fixed."""
+    _, member = np.unique(np.asarray(clusters), return_inverse=True)
+    sums, counts = np.bincount(member, weights=scores), np.bincount(member)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def figures(probe: Probe, scores: Mapping[str, np.ndarray], documents: Sequence[str]) -> dict:
+    """What the report draws of a probe: mean, interval and median of each score, and the rows where it shows them."""
+    listed = [
+        {
+            "name": name,
+            "label": probe.labels.get(name, name),
+            "mean": float(values.mean()),
+            "ci95": clustered_interval(values, documents),
+            "median": float(np.median(values)),
+        }
+        | ({"rows": values.round(5).tolist()} if probe.chart == "histogram" else {})
+        for name, values in scores.items()
+    ]
+    facts = {name: getattr(probe, name) for name in ("name", "title", "about", "chart", "unit", "axis")}
+    return facts | {"scores": listed}
+
+
+def _plain(docstring: str | None) -> str:
+    return " ".join((docstring or "").split())

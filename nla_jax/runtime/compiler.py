@@ -1,0 +1,52 @@
+"""How programs are compiled: XLA's options for training steps, and the cache of compiled programs."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# What XLA's compilers are told about training steps, by platform.
+COMPILER_OPTIONS = {
+    # On one device: matrix products by Eigen instead of YNNPACK, XLA's default. Eigen is faster where there are many rows
+    # (and slower in the rollout). The option is experimental.
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    # Dot merger off: it would concatenate prompt and response activations to share a weight. XLA's own
+    # rematerialisation off: near the memory limit it recomputes slices and casts up to four times for almost no saving
+    # (experiments/benchmark/LOG.md).
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 0, "xla_disable_hlo_passes": "rematerialization"},
+}
+
+
+def jit_step(step: Callable, mesh: Mesh) -> Callable:
+    """The compiled training step for the devices of `mesh`; the state, its first argument, is consumed."""
+    platform = mesh.devices.flat[0].platform
+    options = None if platform == "cpu" and mesh.size > 1 else COMPILER_OPTIONS.get(platform)
+    if options and not compiler_knows(options, mesh):
+        options = None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def compiler_knows(options: dict, mesh: Mesh) -> bool:
+    """Whether the compiler accepts the options. An unknown option makes compilation fail, so this tries an empty program."""
+    try:
+        place = NamedSharding(mesh, PartitionSpec())
+        jax.jit(lambda: 0, out_shardings=place, compiler_options=options).lower().compile()
+        return True
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs between runs, so that a resumed run does not compile them again."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def take_gpus_whole() -> None:
+    """Lets JAX take 95 % of a GPU's memory instead of three quarters, unless the user has set a share."""
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the second is the older name
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = "0.95"

@@ -1,0 +1,110 @@
+"""The `extract` stage: activations of a corpus at sampled positions, or of datasets that exist, as Parquet shards."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from nla_jax.data.corpus import Document
+from nla_jax.data.interchange import Origin, import_datasets, sidecar_content
+from nla_jax.data.rows import activation_table
+from nla_jax.io.parquet import row_count, write_table
+from nla_jax.io.pretrained import fingerprint, load_tokenizer, locate, read_config
+from nla_jax.models.sharding import host_mesh
+from nla_jax.runtime.distributed import barrier, share
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import Progress
+from nla_jax.runtime.run import Run
+from nla_jax.subject import Activations, Subject, activations_at, load_subject
+
+
+def extract(run: Run) -> None:
+    """Writes `{workdir}/activations/{split}-XXXXX-of-XXXXX.parquet`; shards that are there already are kept.
+
+    The rows come from the subject, or from the files under `extract.source`."""
+    with run.stage("extract") as result:
+        if result is None:
+            return
+        c, folder = run.config, locate(run.subject_folder)
+        width = read_config(folder).width
+        origin = Origin(str(run.subject_folder), fingerprint(folder), width, c.subject.layer)
+        sources = c.extract.source.to_dict()
+        if any(sources.values()):
+            result |= import_datasets(
+                sources,
+                run.workdir / "activations",
+                origin,
+                load_tokenizer(folder),
+                is_heldout=lambda id: run.split(Document(id, "")) == "heldout",
+                shard_rows=c.extract.shard_documents * c.extract.positions,
+            )
+        else:
+            result |= extract_corpus(run, origin)
+        result["base_hash"] = origin.base_hash
+
+
+def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
+    """Writes the shards of the config's corpus, each host its share. Returns `rows` and `documents` of each split."""
+    c, compute, mesh = run.config.extract, run.config.compute, host_mesh(run.mesh)
+    place = mesh if mesh.size > 1 else None
+    subject = load_subject(run.subject_folder, run.config.subject.layer, compute.dtype, place, compute.attention)
+    by_split: dict[str, list[Document]] = {name: [] for name in run.config.split}
+    for document in run.documents():
+        by_split[run.split(document)].append(document)
+    documents = {split: len(found) for split, found in by_split.items()}
+    facts = origin.extraction(run.config.corpus.source, sum(documents.values()), c.positions)
+    shards = []  # (file, split, documents)
+    for split, found in by_split.items():
+        total = -(-len(found) // c.shard_documents)
+        for i in range(total):
+            file = run.workdir / "activations" / f"{split}-{i:05d}-of-{total:05d}.parquet"
+            shards.append((file, split, found[i * c.shard_documents : (i + 1) * c.shard_documents]))
+
+    progress = Progress("extract", sum(len(found) for *_, found in share(shards)))
+    for file, split, found in share(shards):
+        if not file.exists():
+            activations = sample_activations(subject, found, c, run.config.seed)
+            sidecar = sidecar_content(split, "base", len(activations), facts, base_hash=origin.base_hash)
+            write_table(activation_table(activations, subject.layer), file, sidecar)
+        progress.update(len(found))
+    progress.close()
+    barrier("the activations")
+
+    rows = dict.fromkeys(by_split, 0)
+    for file, split, _ in shards:
+        rows[split] += row_count(file)
+    for split, count in rows.items():
+        if not documents[split]:
+            raise InputError(
+                f"None of the {sum(documents.values())} documents falls into split {split!r}; take more documents, or "
+                f"raise split.{split}."
+            )
+        if count == 0:
+            raise InputError(
+                f"The documents of split {split!r} give no activations: none is longer than extract.min_position = "
+                f"{c.min_position} tokens; take longer documents or lower extract.min_position."
+            )
+    return {"rows": rows, "documents": documents}
+
+
+def sample_activations(subject: Subject, documents: Sequence[Document], settings, seed: int) -> Activations:
+    """Activations at sampled positions of each document, never at a special token.
+
+    `settings`: the section `extract`. Of a document only the first `max_tokens` tokens are read."""
+    texts = [document.text for document in documents]
+    rows = [ids[: settings.max_tokens] for ids in subject.tokenizer(texts, verbose=False).input_ids]
+    special = set(subject.tokenizer.all_special_ids)
+    chosen = []
+    for document, row in zip(documents, rows):
+        candidates = [i for i in range(settings.min_position, len(row)) if row[i] not in special]
+        chosen.append(sample_positions(document.id, candidates, settings.positions, seed))
+    return activations_at(subject, rows, chosen, [document.id for document in documents])
+
+
+def sample_positions(document_id: str, candidates: Sequence[int], count: int, seed: int) -> list[int]:
+    """`count` of the candidate positions, in order.
+
+    A function of seed and document alone: neither the order of a corpus nor its shards change which positions are read."""
+    key = int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big")
+    rng = np.random.Generator(np.random.Philox(key=[seed, key]))
+    return sorted(rng.permutation(np.asarray(candidates, np.int64))[:count].tolist())

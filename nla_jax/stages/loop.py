@@ -1,0 +1,74 @@
+"""What every training loop needs: resuming, metrics, progress, watchdog, checkpoints."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import jax
+
+from nla_jax.joint_step import TrainState
+from nla_jax.runtime.metrics import MetricLog, Progress
+from nla_jax.runtime.run import Run
+from nla_jax.runtime.watchdog import Phases, Watchdog
+
+
+class Loop(contextlib.AbstractContextManager):
+    """One training loop of `steps` steps, as a context: on the run's mesh, under `{workdir}/train/{name}`.
+
+    `stage` is the stage that it belongs to. `base`: hashes of the frozen weights that it reads. `limits`: the lowest and
+    highest healthy values of metrics."""
+
+    def __init__(
+        self, run: Run, stage: str, name: str, steps: int, base: dict[str, str], limits: Mapping | None = None
+    ):
+        self.run, self.name, self.total, self.limits = run, name, steps, limits
+        self.folder = run.workdir / "train" / name
+        self.checkpoints = run.checkpoints(stage, self.folder, **base)
+        self.phases = Phases(name.replace("_", " "), run.config.watchdog.stall_minutes)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for context in (jax.set_mesh(self.run.mesh), self.checkpoints, self.phases):
+            self._stack.enter_context(context)
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def resume(self, make: Callable[[], TrainState]) -> TrainState:
+        """The state of the newest checkpoint, else the one that `make` makes."""
+        self.start, state = self.checkpoints.restore(make(), self.total)
+        self.log = MetricLog(self.folder, self.start)
+        self.progress = Progress(self.phases.name, self.total, self.start)
+        self.watchdog = Watchdog(self.checkpoints, self.run.config.watchdog.window, self.limits, self.log.records)
+        return state
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, from 0; what the loop wrote is complete when they end."""
+        for i in range(self.start, self.total):
+            self.phases.enter("waiting for data", i + 1)
+            yield i
+        self.progress.close()
+        self.log.close()
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs the metrics of a step. Raises `Stopped` where they show that training has broken down."""
+        self.watchdog.observe(self.log.write(step, metrics))
+
+    def end_step(self, step: int, state: TrainState, **shown: float) -> None:
+        """Shows progress, and saves the state where the interval says so (always after the last step)."""
+        self.progress.update(**shown)
+        self.phases.enter("checkpoint")
+        self.checkpoints.save(step, state, force=step == self.total, before=self.log.flush)
+
+
+def healthy(run: Run) -> dict[str, tuple[float, float]]:
+    """The lowest and highest healthy values of RL metrics, from the config."""
+    c = run.config.watchdog
+    return {
+        "extraction_rate": (c.min_extraction_rate, math.inf),
+        "entropy": (c.min_entropy, math.inf),
+        "length": (c.min_length, c.max_length_share * run.config.prompts.max_new_tokens),
+        "identical_texts": (-math.inf, c.max_identical_texts),
+    }

@@ -1,0 +1,207 @@
+"""The `sft` stage: the supervised warm start of AV and AR, and the loop that it shares with pretraining."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
+from nla_jax.data.rows import LABEL, load_rows
+from nla_jax.fve import normalise
+from nla_jax.io.pretrained import fingerprint, load_tokenizer, locate, read_config
+from nla_jax.joint_step import SupervisedStep, TrainState
+from nla_jax.models.sharding import RowsOf, place_batch, shardings
+from nla_jax.pair import Pair, new_pair
+from nla_jax.prompts import Prompts, find_marker
+from nla_jax.runtime.compiler import jit_step
+from nla_jax.runtime.distributed import is_writer
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.run import Run
+from nla_jax.sidecar import Sidecar
+from nla_jax.stages.loop import Loop
+from nla_jax.study import Study, injections, lora
+
+LOG_EVERY = 20  # steps between records of a supervised loop
+
+
+def sft(run: Run) -> None:
+    """The AV learns to write the labels from the activations, the AR to rebuild the activations from the labels.
+
+    Writes the pair to `{workdir}/pair_warm`."""
+    c, limit = run.config.sft, run.config.prompts.max_new_tokens
+    with run.stage("sft") as result:
+        if result is None:
+            return
+        run.require("label")
+        av_rows, ar_rows = (load_rows(run.workdir, split) for split in ("av_sft", "ar_sft"))
+        sidecar = describe_pair(run, av_rows.vectors)
+        subject = {"subject": sidecar.provenance["base_hash"]}
+        check_source(run, subject["subject"])
+        compute = run.config.compute
+        pair = new_pair(
+            sidecar, locate(run.subject_folder), compute.dtype, compute.remat, compute.attention,
+            adapters=(lora(c.av.lora), lora(c.ar.lora)), seed=run.config.seed, mesh=run.mesh,
+        )  # fmt: skip
+        study = Study(run.config, run.mesh, pair.verbalizer, pair.reconstructor, pair.prompts.text_width(limit))
+        result["injection_scale"] = sidecar.injection_scale
+
+        responses = map(pair.prompts.response_ids, av_rows.pieces(LABEL))
+        tokens, lengths, kept = fixed_width(responses, limit)
+        result["labels_too_long"] = 1 - len(kept) / len(av_rows)
+        batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed)
+        with Loop(run, "sft", "sft_av", c.av.steps, subject) as loop:
+            av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
+
+        inputs = [pair.prompts.reconstructor_batch(labels, study.text_width) for labels in ar_rows.pieces(LABEL)]
+        tokens, lengths = map(np.concatenate, zip(*inputs))
+        every = np.arange(len(ar_rows))
+        batches = text_batches(tokens, lengths, ar_rows.vectors, every, c.ar.batch, run.config.seed)
+        with Loop(run, "sft", "sft_ar", c.ar.steps, subject) as loop:
+            ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base)
+
+        save(run, dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar), "pair_warm")
+
+
+def fit(
+    loop: Loop,
+    step: SupervisedStep,
+    params: dict,
+    abstract: dict,
+    batch_of_step: Callable[[int], TextBatch],
+    base: dict | None = None,
+) -> dict:
+    """Trains `params` (which are consumed) and returns them, sharded; continues from the newest checkpoint.
+
+    `abstract`: the shapes of `params` with logical axis names. `batch_of_step(i)` is a pure function, so that a resumed run
+    sees the batches it would have seen. `base`: the frozen model beneath an adapter. Raises `Stopped` on SIGTERM, and where
+    the loss stays NaN."""
+    layout = shardings(loop.run.mesh, jax.eval_shape(step.init, abstract))
+
+    def make() -> TrainState:
+        placed = jax.device_put(params, layout.models[step.name].params)
+        return jax.jit(step.init, out_shardings=layout, donate_argnums=0)(placed)
+
+    state = loop.resume(make)
+    train, clock = jit_step(step, loop.run.mesh), time.monotonic()
+    for i in loop.steps():
+        batch = place_batch(loop.run.mesh, batch_of_step(i))
+        loop.phases.enter("train step")
+        state, metrics = train(state, batch, base)
+        shown = {}
+        if (i + 1) % LOG_EVERY == 0 or i + 1 == loop.total:
+            values = jax.device_get(metrics)
+            clock, before = time.monotonic(), clock
+            loop.record(i + 1, values | {"seconds": clock - before})
+            shown = {"loss": float(values["loss"])}
+        loop.end_step(i + 1, state, **shown)
+    return state.models[step.name].params
+
+
+def save(run: Run, pair: Pair, name: str) -> None:
+    """Writes a pair to `{workdir}/{name}`."""
+    with jax.set_mesh(run.mesh):
+        pair.save(run.workdir / name)
+
+
+def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
+    """The sidecar of the pair that a run is about to train on the activations `vectors` [n, d].
+
+    Their mean norm is the injection scale where the config sets none; their variance makes the FVE of a single activation
+    meaningful."""
+    c, folder = run.config.prompts, locate(run.subject_folder)
+    if (slots := c.verbalizer_template.count("{injection_char}")) != 1:
+        raise InputError(
+            f"prompts.verbalizer_template holds {{injection_char}} {slots} times; training shows one activation, at one "
+            f"place."
+        )
+    norm, variance = norm_and_variance(vectors)
+    tokenizer = load_tokenizer(folder)
+    marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
+    prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
+    return Sidecar(
+        base_checkpoint=str(run.subject_folder),
+        d_model=read_config(folder).width,
+        layer=run.config.subject.layer,
+        injection_scale=c.injection_scale or norm,
+        marker=marker,
+        verbalizer_template=c.verbalizer_template,
+        reconstructor_template=c.reconstructor_template,
+        suffix_ids=tuple(prompts.suffix_ids()),
+        injections=injections(run.config),
+        provenance={"base_hash": fingerprint(folder), "activation_variance": variance},
+    )
+
+
+def check_source(run: Run, subject: str) -> None:
+    """Says where the data were made for another prompt than this pair is trained with.
+
+    Raises `InputError` where they come from another subject than the one with the hash `subject`."""
+    made = run.require("extract")
+    if subject != made["base_hash"]:
+        raise InputError(
+            f"The subject {run.subject_folder} has changed since its activations were extracted (hash "
+            f"{made['base_hash']} then, {subject} now); put the old one back, or use another --workdir."
+        )
+    for role, field in (("av", "verbalizer_template"), ("ar", "reconstructor_template")):
+        made_for, ours = made.get("templates", {}).get(role), getattr(run.config.prompts, field)
+        if made_for not in (None, ours) and is_writer():
+            print(
+                f"sft: extract.source.{role}_sft was made for the prompt {made_for!r}; this pair is trained with "
+                f"prompts.{field} = {ours!r}.",
+                file=sys.stderr,
+            )
+
+
+def norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> tuple[float, float]:
+    """The mean norm of `vectors`, and the mean variance of their normalised entries, without a second copy of them."""
+    norms, total, squares = [], 0.0, 0.0
+    for start in range(0, len(vectors), chunk):
+        part = vectors[start : start + chunk]
+        norms.append(np.linalg.norm(part, axis=1))
+        unit = normalise(np.asarray(part))
+        total, squares = total + unit.sum(0), squares + (unit**2).sum(0)
+    variance = (squares / len(vectors) - (total / len(vectors)) ** 2).mean()
+    return float(np.concatenate(norms).mean()), float(variance)
+
+
+def fixed_width(
+    pieces: Iterable[list[list[int]]], width: int
+) -> tuple[Int[np.ndarray, "n T"], Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Rows of at most `width` ids, padded to one shape, with their lengths and which rows they are.
+
+    Longer ones, which the AV could never finish, are left out. Raises `InputError` where that is most of them."""
+    padded, lengths = [], []
+    for rows in pieces:
+        lengths.append(np.array([len(row) for row in rows], np.int32))
+        padded.append(pad_tokens([row[:width] for row in rows], width)[0])
+    lengths = np.concatenate(lengths)
+    kept = np.flatnonzero(lengths <= width)
+    if 2 * len(kept) < len(lengths):
+        raise InputError(
+            f"{len(lengths) - len(kept)} of {len(lengths)} labels need more than prompts.max_new_tokens = {width} tokens; "
+            f"raise it, or write shorter labels."
+        )
+    lengths = lengths[kept]
+    return np.concatenate(padded)[kept, : -(-lengths.max() // 8) * 8], lengths, kept
+
+
+def text_batches(
+    tokens: Int[np.ndarray, "n T"],
+    lengths: Int[np.ndarray, "n"],
+    vectors: np.ndarray,
+    kept: Int[np.ndarray, "n"],
+    batch: int,
+    seed: int,
+) -> Callable[[int], TextBatch]:
+    """The batch of each step, of rows of similar length; row i of `tokens` belongs to row `kept[i]` of `vectors`."""
+    batches = LengthBatches(lengths, batch, seed)
+
+    def of_step(step: int) -> TextBatch:
+        rows = batches.rows(step)
+        return TextBatch(tokens[rows, : batches.width(rows)], lengths[rows], RowsOf(vectors, kept[rows]))
+
+    return of_step

@@ -1,0 +1,55 @@
+"""`nla export`: a pair as plain Hugging Face folders, and a run's datasets in the reference's form."""
+
+import argparse
+from pathlib import Path
+
+from nla_jax.verbs.injection import add_injection, given_injection
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is exported, and where to."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pair", help="folder with av/ and ar/: writes OUT/av and OUT/ar")
+    source.add_argument("--workdir", help="a run: writes its pair, and its datasets to OUT/datasets")
+    parser.add_argument("--out", required=True, help="a new or empty folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--adapters", action="store_true", help="write LoRA adapters as they are (default: merged)")
+    add_injection(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes a trained pair, and where a run is given its datasets."""
+    from nla_jax.data.interchange import export_datasets
+    from nla_jax.io.files import path_to
+    from nla_jax.pair import load_pair
+    from nla_jax.runtime.errors import InputError
+
+    out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
+    if arguments.workdir and not folder.is_dir():
+        raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
+    pair = load_pair(folder, injections=given_injection(arguments))
+    if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
+        raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
+    if arguments.workdir:
+        export_datasets(path_to(arguments.workdir), out / "datasets", pair.sidecar)
+    (pair if arguments.adapters else pair.merged()).save(out, arguments.dtype)
+    print_written(out)
+
+
+def empty_folder(name: str) -> Path:
+    """A folder to write to. Raises `InputError` where something is there already, and for one on a bucket."""
+    from nla_jax.io.files import path_to
+    from nla_jax.runtime.errors import InputError
+
+    if not isinstance(out := path_to(name), Path):
+        raise InputError(f"--out {name} is on a bucket; name a local folder, and copy it there (gcloud storage cp -r).")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder; give --out another name, or remove it first.")
+    return out
+
+
+def print_written(out: Path) -> None:
+    """The folders below `out`, each with its number of files and their size."""
+    for folder in sorted(out.iterdir()):
+        sizes = [file.stat().st_size for file in folder.iterdir()]
+        print(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")

@@ -1,0 +1,28 @@
+"""`nla import`: anybody's AV and AR as a checked pair of this package."""
+
+import argparse
+
+from nla_jax.verbs.export import empty_folder, print_written
+from nla_jax.verbs.injection import add_injection, given_injection
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is imported, and where to."""
+    parser.add_argument("--av", required=True, help="folder or hub id of the AV, a model or a PEFT adapter")
+    parser.add_argument("--ar", required=True, help="folder or hub id of the AR, a model or a PEFT adapter")
+    parser.add_argument("--base", help="the adapters' base model (default: what they name)")
+    parser.add_argument("--out", required=True, help="a new or empty folder")
+    add_injection(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads an AV and an AR with all checks, and writes them as whole models with complete sidecars."""
+    from nla_jax.pair import load_pair
+    from nla_jax.runtime.errors import InputError
+
+    out, injections = empty_folder(arguments.out), given_injection(arguments)
+    pair = load_pair(arguments.av, arguments.ar, base=arguments.base, injections=injections)
+    if arguments.base and pair.base is None:
+        raise InputError("--base names the base model of adapters, but AV and AR are whole models; leave it out.")
+    pair.merged().save(out)
+    print_written(out)

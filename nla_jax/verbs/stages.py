@@ -1,0 +1,78 @@
+"""`nla quickstart` and the verbs of its stages: one stage of a run, or all of them."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from nla_jax.io.files import AnyPath
+from nla_jax.stages.table import STAGES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The working folder, and how several hosts find each other."""
+    add_workdir(parser)
+    hosts = parser.add_argument_group("several hosts", "The same command on each of them; docs/running.md.")
+    hosts.add_argument("--coordinator", help="HOST:PORT of host 0, or auto: what a TPU pod or Slurm says")
+    hosts.add_argument("--num_processes", type=int, help="how many there are")
+    hosts.add_argument("--process_id", type=int, help="which of them this one is, from 0")
+    hosts.add_argument("--join_seconds", type=int, default=300, help="how long to wait for the others (default 300)")
+
+
+def add_workdir(parser: argparse.ArgumentParser) -> None:
+    """`--workdir`."""
+    text = "where everything of this run is written, a folder or gs://BUCKET/FOLDER (default runs/NAME)"
+    parser.add_argument("--workdir", help=text)
+
+
+def workdir(arguments: argparse.Namespace) -> str:
+    """The working folder that was asked for, else one named after the config."""
+    return arguments.workdir or str(Path("runs") / Path(arguments.config_file.partition(":")[0]).stem)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the stages that the verb names."""
+    from absl import logging
+
+    from nla_jax.runtime import distributed
+    from nla_jax.runtime.checkpoint import flat
+    from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
+    from nla_jax.runtime.run import Run
+
+    take_gpus_whole()
+    distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
+    logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
+    enable_compile_cache()
+    settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
+    distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
+    run = Run(arguments.config, workdir(arguments), STAGES, arguments.command)
+    stages = list(STAGES) if arguments.verb == "quickstart" else [arguments.verb]
+    if arguments.verb == "quickstart" and arguments.config.subject.path:
+        stages.remove("pretrain")
+    with run.alone():
+        for stage in stages:
+            arguments.stage = stage  # for the sentence that says where the run was stopped
+            known = run.result(stage) is not None
+            module, _, function = STAGES[stage].run.partition(":")
+            getattr(importlib.import_module(module), function)(run)
+            if distributed.is_writer():
+                seconds = run.result(stage)["seconds"]
+                print(f"{stage}: {'already done' if known else 'done'} ({seconds:.0f} s)", file=sys.stderr)
+    if stages[-1] == "report" and distributed.is_writer():
+        print_headline(run.workdir)
+    distributed.leave()
+
+
+def print_headline(folder: AnyPath) -> None:
+    """The figures that everybody looks for first."""
+    from nla_jax.tools.report.page import interval
+
+    s = json.loads((folder / "summary.json").read_text())
+    controls = {"shuffled": "fve_shuffled", "no injection": "fve_no_injection", "empty": "fve_empty"}
+    measured = [f"{name} {s[key]:.3f}" for name, key in controls.items() if key in s]
+    if "fve_rl" in s:
+        before = f", {s['fve_warm']:.3f} before" if "fve_warm" in s else ""
+        ends = interval(s["fve_rl_ci95"])
+        print(f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {ends}) after RL{before}; {', '.join(measured)}.")
+    print(f"Report: {folder / 'report.html'}   Pair: {folder / 'pair'}")
