@@ -91,10 +91,12 @@ def update(tx: optax.GradientTransformation, grads: dict, model: ModelState) -> 
 
 
 def learning_rate(opt: Any) -> dict[str, Array]:
-    """`{"lr": ...}` from the state of an optimiser made with `optax.inject_hyperparams`; empty for any other."""
-    injected = lambda x: hasattr(x, "hyperparams")
-    found = [x.hyperparams for x in jax.tree.leaves(opt, is_leaf=injected) if injected(x)]
-    return {"lr": found[0]["learning_rate"]} if found and "learning_rate" in found[0] else {}
+    """`{"lr": ...}` from the state of an optimiser that has it (`objective.shown`, `optax.inject_hyperparams`), else `{}`."""
+    tells = lambda x: hasattr(x, "learning_rate") or "learning_rate" in getattr(x, "hyperparams", {})
+    found = [x for x in jax.tree.leaves(opt, is_leaf=tells) if tells(x)]
+    if not found:
+        return {}
+    return {"lr": found[0].learning_rate if hasattr(found[0], "learning_rate") else found[0].hyperparams["learning_rate"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +209,7 @@ class JointStep:
             "identical_texts": identical_share(batch.texts, batch.valid, groups),
             "groups_without_advantage": (jnp.ptp(rewards, 1) < 1e-6).mean(),
             "logprob_gap_mean": gap.sum() / jnp.maximum(mask.sum(), 1),
-            "logprob_gap_p99": _masked_quantile(gap, mask, 0.99),
+            "logprob_gap_p99": masked_quantile(gap, mask, 0.99),
             "logprob_gap_max": gap.max(),
         } | {f"feature/{name}": jnp.mean(x) for name, x in batch.features.items()}
 
@@ -219,7 +221,7 @@ def _shaped(name: str, x: Array, shape: tuple[int, ...]) -> Array:
     return x
 
 
-def _masked_quantile(x: Float[Array, "*B"], mask: Bool[Array, "*B"], q: float) -> Float[Array, ""]:
+def masked_quantile(x: Float[Array, "*B"], mask: Bool[Array, "*B"], q: float) -> Float[Array, ""]:
     """The q-quantile of x where `mask` is True (x is 0 elsewhere): that of all entries from the masked share on."""
     rank = jnp.int32(jnp.ceil(q * mask.sum())) + mask.size - mask.sum() - 1
     return jnp.sort(x.reshape(-1))[jnp.maximum(rank, 0)]

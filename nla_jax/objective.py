@@ -13,6 +13,7 @@ host, between the rollout and the step.
 """
 
 import re
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -104,12 +105,27 @@ def adamw(
     """AdamW after clipping to global norm `clip`: linear warm-up over `warmup` steps, then a cosine from `lr` to
     `final_lr` at step `steps` (constant where `final_lr` is None).
 
-    `settings`: b1 (0.9), b2 (0.99), eps (1e-8) and weight_decay (0) of `optax.adamw`. The learning rate of each step can
-    be read from the state (`learning_rate`)."""
+    `settings`: b1 (0.9), b2 (0.99), eps (1e-8) and weight_decay (0) of `optax.adamw`. The learning rate of each step is part
+    of the state, so that training can log it."""
     if final_lr is None:
         schedule = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
     else:
         schedule = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), final_lr)
     settings = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0} | settings
-    adam = optax.inject_hyperparams(optax.adamw, static_args=tuple(settings))
-    return optax.chain(optax.clip_by_global_norm(clip), adam(learning_rate=schedule, **settings))
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, **settings), shown(schedule))
+
+
+class LearningRate(NamedTuple):
+    """The state of `shown`: steps made, and the learning rate of the last one."""
+
+    count: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+def shown(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Changes no update; keeps the learning rate of each step in its state, where the metrics find it."""
+    at = lambda count: jnp.asarray(schedule(count), jnp.float32)
+    return optax.GradientTransformation(
+        lambda params: LearningRate(jnp.int32(0), at(0)),
+        lambda updates, state, params=None: (updates, LearningRate(state.count + 1, at(state.count))),
+    )

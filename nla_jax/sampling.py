@@ -29,66 +29,62 @@ BLOCK = 128  # entries of the vocabulary, at most, whose mass a draw sums first
 
 @struct.dataclass
 class Rollout:
-    """`tokens [B, R]`: responses, B = A·G, padded with the end token. `logprobs [B, R]`: of the sampled tokens under
-    softmax(logits / temperature). `mask [B, R]`: True up to and including the end token. `finished [B]`: False where the
-    response was cut at R tokens."""
+    """Sampled responses, B = A·G, an activation's G samples in a row."""
 
-    tokens: Int[Array, "B R"]
-    logprobs: Float[Array, "B R"]
-    mask: Bool[Array, "B R"]
-    finished: Bool[Array, "B"]
+    tokens: Int[Array, "B R"]  # padded with the end token
+    logprobs: Float[Array, "B R"]  # of the sampled tokens under softmax(logits / temperature)
+    mask: Bool[Array, "B R"]  # True up to and including the end token
+    finished: Bool[Array, "B"]  # False where the response was cut at R tokens
 
 
 def decoding_layout(mesh: Mesh, verbalizer: Verbalizer, base: dict | None = None) -> Callable[[dict], dict]:
-    """A function from the AV's trained parameters to the whole ones from which `rollout` samples on a mesh: a copy in the
-    compute dtype (`working_dtypes`), laid out for decoding. An adapter's frozen `base` is copied once, here; on one device it
-    serves as it is."""
-    config = verbalizer.model.config
-    move = relayout(mesh, verbalizer.abstract_params(), config.dtype, DECODE)
+    """A function from the AV's trained parameters to the whole ones from which `rollout` samples on a mesh.
+
+    Those are a copy in the compute dtype (`working_dtypes`), laid out for decoding. An adapter's frozen `base` is copied
+    once, here; on one device it is used as it is."""
+    move = _mover(mesh, verbalizer)
     if verbalizer.lora and mesh.size > 1:
+        config = verbalizer.model.config
         base = relayout(mesh, abstract_params(config), config.dtype, DECODE)(base)
     return lambda params: verbalizer.assemble(move(params), base)
 
 
+@functools.lru_cache(maxsize=8)  # compiled once for a mesh and a model, however often a pair is made from new parameters
+def _mover(mesh: Mesh, verbalizer: Verbalizer) -> Callable[[dict], dict]:
+    return relayout(mesh, verbalizer.abstract_params(), verbalizer.model.config.dtype, DECODE)
+
+
 def sample_tokens(
-    keys: Array, logits: Float[Array, "B V"], temperature: float, top_k: int | None, top_p: float | None
+    keys: Array, logits: Float[Array, "B V"], temperature: float
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """One token of each row and its log-probability under softmax(logits / temperature); temperature 0 is greedy (the
-    log-probability is then that of temperature 1). `top_k` and `top_p` restrict what can be drawn, in float32. Raises
-    `InputError` for values that mean nothing.
+    """One token of each row and its log-probability under softmax(logits / temperature), in float32.
+
+    Temperature 0 is greedy (the log-probability is then that of temperature 1). Raises `InputError` for a negative one.
 
     The mesh may cut the vocabulary over `tensor`. All that is needed of other devices are sums, maxima and minima over it:
-    a few numbers a row, never the logits."""
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise InputError(
-            f"Sampling needs a temperature of 0 or more, top_k of 1 or more and top_p above 0 and up to 1 (or None); found "
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}."
-        )
+    a few numbers per row, never the logits."""
+    if not temperature >= 0:
+        raise InputError(f"Sampling needs a temperature of 0 or more; found {temperature}.")
     logits, scale = logits.astype(jnp.float32), temperature or 1.0
     total = jax.nn.logsumexp(logits / scale, -1, keepdims=True)
     if temperature == 0:
         token = _likeliest(logits)
         return token, _at(logits, token) - total[:, 0]
-    logp, least = logits / scale - total, jnp.full_like(total, -jnp.inf)
-    if top_k is not None:
-        least = _threshold(logp, 1, top_k)
-    if top_p is not None:
-        least = jnp.maximum(least, _threshold(logp, jnp.exp(logp), top_p))
 
     def mass(logits: Float[Array, "B *n"]) -> Float[Array, "B *n"]:
-        """The probabilities of some entries of the rows, 0 where the draw excludes them."""
+        """The probabilities of some entries of the rows."""
         of_row = lambda x: jnp.expand_dims(x[:, 0], range(1, logits.ndim))
-        logp = logits / scale - of_row(total)
-        return jnp.where(logp >= of_row(least), jnp.exp(logp), 0)
+        return jnp.exp(logits / scale - of_row(total))
 
     token = _inverse_cdf(logits, mass, jax.vmap(jax.random.uniform)(keys))
     return token, _at(logits, token) / scale - total[:, 0]
 
 
 def _inverse_cdf(logits: Float[Array, "B V"], mass: Callable, uniform: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The first token up to which the share `1 - uniform` of a row's mass lies: one random number a row, where the Gumbel trick
-    draws one for every entry of the vocabulary. First the part of the vocabulary, then a block of that part, then the token:
-    logits are read once, to sum their mass by blocks; what is accumulated, and written, are a few numbers a row."""
+    """Inverse-CDF sampling: one uniform number per row (the Gumbel trick needs one per vocabulary entry).
+
+    The token is searched in three steps: part of the vocabulary (one per device), block, token. The logits are read once.
+    """
     B, V = logits.shape
     parts = vocabulary_parts(V)
     width = max(w for w in range(1, BLOCK + 1) if V // parts % w == 0)
@@ -100,7 +96,7 @@ def _inverse_cdf(logits: Float[Array, "B V"], mass: Callable, uniform: Float[Arr
     target = (jnp.sum(part, -1) * (1 - uniform))[:, None]
     chosen = jnp.max(jnp.where((before < target) & (part > 0), np.arange(parts), 0), -1)
 
-    # In every part: the block, and the token in it, that what is left of the share leads to.
+    # In every part: the block, and the token in it, to which the rest of the share leads.
     rest = jnp.minimum(target - before, part)
     block = _first(upto, rest)
     rest -= jnp.where(block > 0, _pick(upto, jnp.maximum(block - 1, 0)), 0)
@@ -117,13 +113,13 @@ def _block(blocks: Float[Array, "B P n w"], index: Int[Array, "B P"]) -> Float[A
 
 
 def _block_by_sum(blocks: Float[Array, "B P n w"], index: Int[Array, "B P"]) -> Float[Array, "B P w"]:
-    """`_block` without a gather, for which a TPU would lay out all blocks anew."""
+    """`_block` without a gather, for which a TPU would copy all blocks into another layout."""
     chosen = np.arange(blocks.shape[2]) == index[..., None]
     return jnp.sum(jnp.where(chosen[..., None], blocks, 0), 2)
 
 
 def _first(upto: Float[Array, "B P n"], share: Float[Array, "B P"]) -> Int[Array, "B P"]:
-    """The index of the first of growing sums that reaches a share; the last one where rounding lets none reach it."""
+    """The index of the first of growing sums that reaches a share; the last one where, by rounding, none does."""
     return jnp.minimum(jnp.sum(upto < share[..., None], -1), upto.shape[-1] - 1)
 
 
@@ -136,7 +132,7 @@ def _at(x: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
 
 
 def _likeliest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """argmax: of each part of the vocabulary where it lies, then of the parts (a plain one would gather a row that is cut)."""
+    """argmax, first within each part of the vocabulary, then over the parts (a plain one would gather a row that is cut)."""
     B, V = x.shape
     x = x.reshape(B, vocabulary_parts(V), -1)
     token = jnp.argmax(x, -1) + np.arange(x.shape[1]) * x.shape[2]
@@ -147,97 +143,96 @@ def _likeliest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
 
 
 def _less(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """A little less than x. Values are never compared for equality: the compiler may compute both sides in different fusions,
-    whose last bits differ, and nothing would be equal to its own maximum."""
+    """A little less than x, for comparisons.
+
+    The compiler may compute the two sides of an equality in different fusions, whose last bits differ: then nothing would
+    be equal to its own maximum."""
     return x - 1e-6 * (1 + jnp.abs(x))
 
 
-def _threshold(logp: Float[Array, "B V"], weight: Float[Array, "B V"] | int, limit: float) -> Float[Array, "B 1"]:
-    """A little less than the least t for which the entries above t weigh less than `limit` together: of weight 1 the limit-th
-    largest entry, of weight p the least likely entry of the nucleus. By bisection over the bits of -t, whose order is its own."""
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low + 1) // 2
-        above = logp > -jax.lax.bitcast_convert_type(middle, jnp.float32)
-        light = jnp.sum(jnp.where(above, weight, 0), -1, keepdims=True) < limit
-        return jnp.where(light, middle, low), jnp.where(light, high, middle - 1)
-
-    zero, infinity = (jnp.full((len(logp), 1), bits, jnp.int32) for bits in (0, 0x7F800000))
-    bits = jax.lax.fori_loop(0, 31, halve, (zero, infinity))[0]
-    return _less(-jax.lax.bitcast_convert_type(bits, jnp.float32))
-
-
-@functools.partial(jax.jit, static_argnames=("verbalizer", "group", "max_new_tokens", "temperature", "top_k", "top_p"))
+@functools.partial(jax.jit, static_argnames=("verbalizer", "group", "max_new_tokens", "temperature"))
 def rollout(
     verbalizer: Verbalizer,
     params: dict,
-    vectors: Float[Array, "A D"],
+    vectors: Float[Array, "A *n D"],
     rng: Array,
     first_row: Int[Array, ""] | int = 0,
     *,
     group: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
 ) -> Rollout:
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
 
-    On a mesh `params` lie as `decoding_layout` gives them. Row i draws from `fold_in(rng, first_row + i)`: the text does not
-    depend on how a batch is cut or sharded. Raises `InputError` where a number means nothing."""
+    On a mesh `params` must be laid out by `decoding_layout`. Row i draws from `fold_in(rng, first_row + i)`: the text does
+    not depend on how a batch is cut or sharded. Raises `InputError` for a number that means nothing."""
     if min(group, max_new_tokens) < 1:
         raise InputError(f"A rollout needs a group and max_new_tokens of 1 or more; found {group} and {max_new_tokens}.")
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
     model = Transformer(config)
     cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x
     params = jax.tree_util.tree_map_with_path(cast, params)  # adapters: once, not for every token
-    verbalizer = dataclasses.replace(verbalizer, model=model)
-    past, first = verbalizer.read_prompt(params, cut_batch(vectors, rules=DECODE))
+    decoder = _Decoder(dataclasses.replace(verbalizer, model=model), max_new_tokens, temperature)
+    past, first = decoder.verbalizer.read_prompt(params, cut_batch(vectors, rules=DECODE))
     B, R = len(vectors) * group, max_new_tokens
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(B))
+    empty = Rollout(
+        tokens=jnp.full((B, R), verbalizer.end, jnp.int32),
+        logprobs=jnp.zeros((B, R)),
+        mask=jnp.zeros((B, R), bool),
+        finished=jnp.zeros(B, bool),
+    )
+    state = decoder.write(empty, 0, *decoder.sample(params, keys, 0, jnp.repeat(first, group, axis=0)))
+    cache = empty_cache(config, B, -(-max(R - 1, 1) // 8) * 8)  # a GPU pads other lengths, in a copy for every token
+    by_layer = lambda params, past, cache, state: decoder.generate(keys, *layers_apart(params, past, cache), state)
+    stacked = lambda params, past, cache, state: decoder.generate(keys, params, past, cache, state)
+    return jax.lax.platform_dependent(params, past, cache, state, tpu=stacked, default=by_layer)
 
-    def sample(params, t, hidden):
-        logits = model.apply({"params": params}, hidden, method="logits")
-        return sample_tokens(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, temperature, top_k, top_p)
 
-    def write(state: Rollout, t, token, logp) -> Rollout:
-        running = ~state.finished
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """The decode loop: `limit` tokens at most."""
+
+    verbalizer: Verbalizer
+    limit: int
+    temperature: float
+
+    def sample(self, params: dict, keys: Array, t: Int[Array, ""] | int, hidden: Float[Array, "B D"]):
+        """Token t of each row and its log-probability."""
+        logits = self.verbalizer.model.apply({"params": params}, hidden, method="logits")
+        return sample_tokens(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, self.temperature)
+
+    def write(self, state: Rollout, t: Int[Array, ""] | int, token: Int[Array, "B"], logp: Float[Array, "B"]) -> Rollout:
+        """The responses with token t; rows that have ended stay as they are."""
+        running, end = ~state.finished, self.verbalizer.end
         return Rollout(
-            state.tokens.at[:, t].set(jnp.where(running, token, verbalizer.end)),
-            state.logprobs.at[:, t].set(jnp.where(running, logp, 0)),
-            state.mask.at[:, t].set(running),
-            state.finished | (token == verbalizer.end),
+            tokens=state.tokens.at[:, t].set(jnp.where(running, token, end)),
+            logprobs=state.logprobs.at[:, t].set(jnp.where(running, logp, 0)),
+            mask=state.mask.at[:, t].set(running),
+            finished=state.finished | (token == end),
         )
 
-    def generate(params, past, cache, state):
+    def generate(self, keys: Array, params: dict, past, cache, state: Rollout) -> Rollout:
+        """All tokens after the first."""
+
         def step(carry):
             t, state, cache = carry
-            x = verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(state.tokens, t - 1, 1, 1))
-            hidden, cache = model.apply(
-                {"params": params}, x, past, cache, verbalizer.prompt_length, t - 1, method="decode"
+            x = self.verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(state.tokens, t - 1, 1, 1))
+            hidden, cache = self.verbalizer.model.apply(
+                {"params": params}, x, past, cache, self.verbalizer.prompt_length, t - 1, method="decode"
             )
-            return t + 1, write(state, t, *sample(params, t, hidden[:, 0])), cache
+            return t + 1, self.write(state, t, *self.sample(params, keys, t, hidden[:, 0])), cache
 
-        running = lambda carry: (carry[0] < R) & ~jnp.all(carry[1].finished)
+        running = lambda carry: (carry[0] < self.limit) & ~jnp.all(carry[1].finished)
         with jax.named_scope("decode"):
             return jax.lax.while_loop(running, step, (jnp.int32(1), state, cache))[1]
-
-    by_layer = lambda params, past, cache, state: generate(*layers_apart(params, past, cache), state)
-
-    empty = Rollout(
-        jnp.full((B, R), verbalizer.end, jnp.int32), jnp.zeros((B, R)), jnp.zeros((B, R), bool), jnp.zeros(B, bool)
-    )
-    state = write(empty, 0, *sample(params, 0, jnp.repeat(first, group, axis=0)))
-    cache = empty_cache(model.config, B, -(-max(R - 1, 1) // 8) * 8)  # a GPU pads other lengths, in a copy for every token
-    return jax.lax.platform_dependent(params, past, cache, state, tpu=generate, default=by_layer)
 
 
 def start_all(mesh: Mesh, sample: Callable[[int], Rollout], chunks: int) -> Iterator[Rollout]:
     """`sample(0)`, …, `sample(chunks - 1)`, in this order; all are started before the first is waited for.
 
-    Accelerators work through them one after the other, while the host reads what is done. The cores of a CPU, which the small
-    matrices of decoding leave half idle, work on as many chunks at a time: the CPU runs one program of each thread."""
+    Accelerators work through them one after the other, while the host reads what is done. The small matrices of decoding
+    leave the cores of a CPU half idle, so there as many chunks as cores run at a time, each in a thread."""
     if chunks < 2 or mesh.size > 1 or jax.default_backend() != "cpu":
         return iter([sample(i) for i in range(chunks)])
     starting = threading.Lock()

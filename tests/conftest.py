@@ -48,7 +48,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
-from nla_jax.cli import LOOP, main
+from nla_jax.cli import main
 from nla_jax.io.pretrained import save_model
 from nla_jax.joint_step import JointBatch
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
@@ -57,6 +57,7 @@ from nla_jax.prompts import Prompts, find_marker
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.metrics import read_metrics
 from nla_jax.sidecar import Sidecar
+from nla_jax.stages.table import STAGES
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
 
@@ -106,6 +107,7 @@ def joint_batch(pair: Pair, vectors: np.ndarray, group: int, R: int, T: int) -> 
         responses=rng.integers(4, TINY.vocab_size, (B, R)).astype(np.int32),
         response_mask=np.arange(R) < lengths[:, None],
         sampler_logprobs=-rng.random((B, R)).astype(np.float32),
+        finished=np.arange(B) % 7 != 3,
         texts=texts,
         text_lengths=rng.integers(1 + len(prefix), T + 1, B).astype(np.int32),
         valid=np.arange(B) % 5 != 1,
@@ -220,6 +222,7 @@ def vectors() -> np.ndarray:
 # The whole loop on a tiny config, as a user runs it
 
 CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+LOOP = tuple(STAGES)
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")
 TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")
 

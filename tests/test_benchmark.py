@@ -14,8 +14,8 @@ from conftest import one_sentence
 
 from nla_jax.autoencoder import residual
 from nla_jax.cli import main
-from nla_jax.joint_step import TextBatch, reconstructor_loss, verbalizer_loss
-from nla_jax.losses import token_loss
+from nla_jax.data.batches import TextBatch
+from nla_jax.losses import reconstructor_loss, token_loss, verbalizer_loss
 from nla_jax.models.families import FAMILIES
 from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import Transformer, abstract_params

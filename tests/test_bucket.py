@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
+import nla_jax.stages.train
 import numpy as np
 import pytest
 from conftest import history, nla_main, one_line, one_sentence, same_run, weights
 from fake_gcs import Store, serving
 
-import nla_jax.stages.train
 from nla_jax.cli import main
-from nla_jax.data.dataset import load_rows
+from nla_jax.data.rows import load_rows
 from nla_jax.io.files import local, path_to, replacing, stand_in
 from nla_jax.pair import load_pair
 from nla_jax.runtime.errors import InputError

@@ -19,7 +19,7 @@ from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.runtime.checkpoint import Checkpoints, differences
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
-from nla_jax.stages.supervised import fit
+from nla_jax.stages.sft import fit
 
 
 @struct.dataclass

@@ -11,23 +11,18 @@ import torch
 import transformers
 from conftest import SENTENCES, TINY, close, one_sentence
 
+from nla_jax.config import Extract
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step, text_windows
 from nla_jax.data.corpus import Document
-from nla_jax.data.dataset import load_rows, spread
-from nla_jax.data.extraction import (
-    activation_table,
-    extract_documents,
-    list_vectors,
-    read_table,
-    sample_positions,
-    shards_of,
-    write_table,
-)  # fmt: skip
-from nla_jax.fve import clustered_interval, fve, row_fve
+from nla_jax.data.rows import activation_table, load_rows, shards_of, spread
+from nla_jax.fve import fve, row_fve
+from nla_jax.io.parquet import list_vectors, read_table, write_table
 from nla_jax.models.sharding import host_mesh, make_mesh
+from nla_jax.probes.fidelity import derangement
+from nla_jax.probes.probe import clustered_interval
 from nla_jax.runtime.errors import InputError
-from nla_jax.stages.evaluate import derangement
-from nla_jax.stages.train import fixed_width, norm_and_variance, text_batches
+from nla_jax.stages.extract import sample_activations, sample_positions
+from nla_jax.stages.sft import fixed_width, norm_and_variance, text_batches
 from nla_jax.subject import extract, load_subject
 
 LAYER = 1
@@ -100,12 +95,12 @@ def documents():
     return [Document(f"d{i}", " ".join(SENTENCES[: i + 1])) for i in range(3)] + [Document("short", "One.")]
 
 
-OPTIONS = dict(positions=4, min_position=5, max_tokens=60, seed=0)
+OPTIONS = Extract(positions=4, min_position=5, max_tokens=60)
 
 
 @pytest.fixture(scope="module")
 def activations(subject, documents):
-    return extract_documents(subject, documents, **OPTIONS)
+    return sample_activations(subject, documents, OPTIONS, 0)
 
 
 def test_sampled_positions_depend_on_seed_and_document_alone():
@@ -119,7 +114,7 @@ def test_sampled_positions_depend_on_seed_and_document_alone():
 
 def test_extraction_does_not_depend_on_order_or_sharding(subject, documents, activations):
     for part in (documents[::-1], documents[1:2]):
-        again = extract_documents(subject, part, **OPTIONS)
+        again = sample_activations(subject, part, OPTIONS, 0)
         for i, (id, position) in enumerate(zip(again.doc_ids, again.positions)):
             places = zip(activations.doc_ids, activations.positions)
             (j,) = [j for j, place in enumerate(places) if place == (id, position)]
@@ -149,7 +144,7 @@ def test_vectors_are_the_hidden_states_of_transformers(subject_folder, documents
 
 def test_positions_respect_their_bounds_and_skip_special_tokens(subject):
     text = "<|user|>".join(["word"] * 12)
-    found = extract_documents(subject, [Document("s", text)], positions=99, min_position=3, max_tokens=20, seed=0)
+    found = sample_activations(subject, [Document("s", text)], Extract(positions=99, min_position=3, max_tokens=20), 0)
     assert found.positions.min() >= 3 and found.positions.max() < 20 and len(found) > 3
     ids = subject.tokenizer(text).input_ids
     assert not {ids[i] for i in found.positions} & set(subject.tokenizer.all_special_ids)

@@ -60,7 +60,7 @@ def test_definitions(name):
 def test_segmented_equals_full_sequence(name, shown, params):
     """Values and gradients; the oracle runs each sample's whole sequence, with the slots edited in place."""
     injection, at = VARIANTS[name], len(shown.verbalizer.prefix) + np.array(shown.verbalizer.slots)
-    verbalizer = dataclasses.replace(shown.verbalizer, injection=injection)
+    verbalizer = dataclasses.replace(shown.verbalizer, injections=(injection,))
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(3, len(at), TINY.width)).astype(np.float32)
     vectors = vectors[:, 0] if len(at) == 1 else vectors
@@ -96,7 +96,7 @@ def test_segmented_equals_full_sequence(name, shown, params):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sampler_and_trainer_see_the_same(name, shown, params):
-    verbalizer = dataclasses.replace(shown.verbalizer, injection=VARIANTS[name])
+    verbalizer = dataclasses.replace(shown.verbalizer, injections=(VARIANTS[name],))
     rng, slots = np.random.default_rng(2), len(verbalizer.slots)
     vectors = rng.normal(size=(2, slots, TINY.width)).astype(np.float32)
     drawn = rollout(verbalizer, params, vectors, jax.random.key(0), group=G, max_new_tokens=6)
@@ -129,9 +129,9 @@ def test_slots_are_not_interchangeable(shown):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_sidecar_says_how(name, pair, tmp_path):
-    sidecar = dataclasses.replace(pair.sidecar, injection=VARIANTS[name])
+    sidecar = dataclasses.replace(pair.sidecar, injections=(VARIANTS[name],))
     dataclasses.replace(pair, sidecar=sidecar).save(tmp_path)
-    assert load_pair(tmp_path).verbalizer.injection == VARIANTS[name]
+    assert load_pair(tmp_path).verbalizer.injections == (VARIANTS[name],)
 
 
 def mine(states, vectors, scale):
@@ -139,20 +139,20 @@ def mine(states, vectors, scale):
 
 
 def test_a_function_of_the_users_is_named_but_never_imported(pair, tmp_path):
-    sidecar = dataclasses.replace(pair.sidecar, injection=Injection(mine, 0))
+    sidecar = dataclasses.replace(pair.sidecar, injections=(Injection(mine, 0),))
     dataclasses.replace(pair, sidecar=sidecar).save(tmp_path)
     content = yaml.safe_load((tmp_path / "av" / FILE).read_text(encoding="utf-8"))
     assert content["extraction"]["injection_method"].endswith(":mine")
-    with pytest.raises(InputError, match="pass load_pair an `injection`") as error:
+    with pytest.raises(InputError, match="pass load_pair `injections`") as error:
         load_pair(tmp_path)
     one_sentence(error)
-    assert load_pair(tmp_path, injection=Injection(mine, 0)).verbalizer.injection.function is mine
+    assert load_pair(tmp_path, injections=Injection(mine, 0)).verbalizer.injections[0].function is mine
 
 
 def test_a_block_that_is_not_there_is_refused(pair, tmp_path):
     pair.save(tmp_path)
     with pytest.raises(InputError, match="behind block 9, but .* has blocks 0 to 2") as error:
-        load_pair(tmp_path, injection=Injection(add_norm_matched, 9))
+        load_pair(tmp_path, injections=Injection(add_norm_matched, 9))
     one_sentence(error)
 
 
@@ -176,7 +176,7 @@ def test_a_dataset_sidecar_in_a_model_folder(pair, tokenizer, tmp_path):
     with pytest.raises(InputError, match="for EasyNLA and nanoNLA") as error:
         load_pair(tmp_path)
     one_sentence(error)
-    loaded = load_pair(tmp_path, injection=Injection(add_norm_matched, 1))
+    loaded = load_pair(tmp_path, injections=Injection(add_norm_matched, 1))
     assert (loaded.sidecar.layer, loaded.sidecar.injection_scale, loaded.sidecar.suffix_ids) == (1, None, pair.sidecar.suffix_ids)
     close(loaded.reconstruct(["a", "b"]), pair.reconstruct(["a", "b"]), 0)
 

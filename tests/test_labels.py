@@ -4,7 +4,12 @@ import re
 
 import pytest
 
-from nla_jax.labels.extractive import WINDOW, label
+from nla_jax.labels.extractive import WINDOW, Extractive
+from nla_jax.labels.labeller import LabelRow
+
+def label(texts):
+    return Extractive().label([LabelRow(text, "", 0, "", "") for text in texts])
+
 
 NUMPY_DOC = """Return the norm of a matrix or vector.
 

@@ -27,10 +27,10 @@ from safetensors.numpy import load_file
 
 import nla_jax as nla
 import nla_jax.pair
-from nla_jax.cli import LOOP, main
-from nla_jax.data import labels
+from nla_jax.cli import main
 from nla_jax.data.corpus import Document, split_of
-from nla_jax.data.dataset import load_rows
+from nla_jax.data.rows import load_rows
+from nla_jax.labels.extractive import label_one
 from nla_jax.models.lora import Lora
 from nla_jax.pair import new_pair
 
@@ -119,12 +119,12 @@ def test_evaluation_on_a_mesh_is_that_on_one_device(finished, corpus, tmp_path, 
 
 def test_functions_of_the_user_are_found_where_the_command_runs(finished, corpus, tmp_path, monkeypatch, capsys):
     """An injection and a reward in a file of the current folder, through training, evaluation and use."""
-    code = "def half(states, vectors, scale):\n    return (states + vectors) / 2\n\n\ndef short(mse, length):\n    return -mse - 0.1 * length\n"
+    code = "def half(states, vectors, scale):\n    return (states + vectors) / 2\n\n\ndef short(s):\n    return -s.mse - 0.1 * s.length\n"
     (tmp_path / "of_mine.py").write_text(code)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     workdir = copy_before(finished, tmp_path, "sft")
-    flags = ["--config.prompts.injection=of_mine:half", "--config.rl.reward=of_mine:short", "--config.rl.steps=1"]
+    flags = ["--config.prompts.inject=of_mine:half", "--config.rl.reward=of_mine:short", "--config.rl.steps=1"]
     for verb in ("sft", "rl", "evaluate"):
         assert nla_main(verb, workdir, corpus, *flags) == 0
     assert (workdir / "evaluation.json").is_file()
@@ -155,6 +155,13 @@ def exported(finished, tmp_path_factory) -> Path:
     return out
 
 
+class Uncalled:
+    """A labeller for rows that have labels already."""
+
+    def label(self, rows):
+        raise AssertionError("rows with labels need none")
+
+
 def sources(folder: Path, splits=SPLITS) -> list[str]:
     return [f"--config.extract.source.{split}={folder / split}.parquet" for split in splits]
 
@@ -166,12 +173,12 @@ def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corp
         pq.write_table(table, tmp_path / f"{split}.parquet")
         meta = f"{split}.parquet.nla_meta.yaml"
         shutil.copy(exported / "datasets" / meta, tmp_path / meta)
-    flags = [f"--config.subject.path={finished}/subject", "--config.label.function=builtins:print"]  # is not called
+    flags = [f"--config.subject.path={finished}/subject", "--config.label.labeller=test_loop:Uncalled"]  # is not called
     assert nla_main("quickstart", tmp_path / "run", corpus, *flags, *sources(tmp_path)) == 0
     assert "was made for the prompt" not in capsys.readouterr().err
     same_run(finished, tmp_path / "run")
     before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (finished, tmp_path / "run"))
-    assert before["row_fve"] == after["row_fve"]
+    assert before["probes"] == after["probes"]
     for old, new in zip(before["examples"], after["examples"]):
         assert old["context"] and new == old | {"context": "", "token": "", "after": ""}
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
@@ -194,7 +201,7 @@ def test_files_without_heldout_or_labels(finished, exported, corpus, tmp_path, c
     fractions = {"av_sft": 0.4, "ar_sft": 0.2, "rl": 0.1, "heldout": 0.3}
     assert heldout == {id for id in rl | heldout if split_of(Document(id, ""), fractions) == "heldout"}
     rows = load_rows(tmp_path / "run", "heldout")
-    assert rows.column("api_explanation") == labels.label(rows.column("detokenized_text_truncated"))
+    assert rows.column("api_explanation") == [label_one(text) for text in rows.column("detokenized_text_truncated")]
 
     table = pq.read_table(exported / "datasets/rl.parquet")
     pq.write_table(table.drop_columns("detokenized_text_truncated"), tmp_path / "rl.parquet")
@@ -242,7 +249,7 @@ def test_an_imported_pair_gets_a_complete_sidecar(exported, tmp_path):
 
 def test_adapters_are_exported_merged_or_as_they_are(subject_folder, sidecar, tmp_path):
     sidecar, lora = dataclasses.replace(sidecar, base_checkpoint=str(subject_folder)), Lora(2, 4.0)
-    pair = new_pair(sidecar, subject_folder, av_lora=lora, ar_lora=lora)
+    pair = new_pair(sidecar, subject_folder, adapters=(lora, lora))
     noise = lambda x: x + np.random.default_rng(0).normal(0, 0.1, x.shape).astype(np.float32)
     pair = dataclasses.replace(pair, verbalizer_params=jax.tree.map(noise, pair.verbalizer_params))
     pair.save(tmp_path / "pair")
@@ -278,7 +285,7 @@ def test_the_subject_must_be_the_pairs(finished, tmp_path, capsys):
 
 
 def test_devices_without_memory_are_one_sentence(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nla_jax.stages.train.rl", lambda run: jnp.zeros(1 << 46).block_until_ready())
+    monkeypatch.setattr("nla_jax.stages.rl.rl", lambda run: jnp.zeros(1 << 46).block_until_ready())
     assert nla_main("rl", tmp_path, corpus) == 1
     said = one_line(capsys)
     assert "memory does not hold rl (RESOURCE_EXHAUSTED: Out of memory allocating" in said and "micro_batches" in said
@@ -289,7 +296,7 @@ WRONG = {
     "unknown variant": (["extract", "--config", CONFIG.replace("tiny", "huge")], "no variant 'huge'"),
     "unknown field": (["extract", "--config.rl.stepz=3"], "stepz"),
     "wrong type": (["extract", "--config.rl.steps=many"], "steps"),
-    "field of its own": (["extract", "--config.rl.av_optimizer.b3=0.9"], "there is no field 'b3'"),
+    "field of its own": (["rl", "--workdir={warmed}", "--config.rl.av_optimizer.b3=0.9"], "unexpected keyword argument 'b3'"),
     "config with an error": (["extract", "--config", "{broken}"], "SyntaxError"),
     "empty split": (
         ["extract", "--config.corpus.max_documents=2", "--config.subject.path={subject}"], "documents falls into split",
@@ -309,7 +316,8 @@ WRONG = {
         ["extract", "--config.subject.path={subject}", "--config.extract.min_position=5000"], "min_position = 5000",
     ),
     "no such label function": (
-        ["label", "--config.label.function=nowhere:f", "--workdir={labelled}"], "'nowhere:f' names no function",
+        ["label", "--config.label.labeller=nowhere:f", "--workdir={labelled}"],
+        "label.labeller names the module 'nowhere', which cannot be found",
     ),
     "marker of several tokens": (["sft", "--config.prompts.marker=marker", "--workdir={warm}"], "'marker'"),
     "two markers": (
@@ -367,6 +375,8 @@ def test_wrong_input_gets_one_sentence(case, finished, exported, corpus, tmp_pat
         shutil.rmtree(places["labelled"] / "labels")
     if "{warm}" in text:
         places["warm"] = copy_before(finished, tmp_path, "sft")
+    if "{warmed}" in text:
+        places["warmed"] = copy_before(finished, tmp_path, "rl")
     arguments = [argument.format(**places) for argument in arguments]
     if arguments[0] in LOOP:
         for flag, value in (

@@ -15,15 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from nla_jax.autoencoder import add_norm_matched
 from nla_jax.cli import main
+from nla_jax.data.batches import TextBatch
 from nla_jax.io.pretrained import read_config, save_model
-from nla_jax.joint_step import (
-    Frozen,
-    JointStep,
-    SupervisedStep,
-    TextBatch,
-    reconstructor_loss,
-    verbalizer_loss,
-)
+from nla_jax.joint_step import Frozen, JointStep, SupervisedStep
+from nla_jax.losses import reconstructor_loss, verbalizer_loss
 from nla_jax.models.lora import CONFIG, WEIGHTS, Lora, load_adapter
 from nla_jax.models.sharding import DECODE, TRAIN, make_mesh, relayout
 from nla_jax.models.transformer import Transformer, abstract_params
@@ -52,7 +47,7 @@ def adapters(subject_folder, sidecar) -> Pair:
     """A pair of two adapters on one base."""
     made = new_pair(
         dataclasses.replace(sidecar, base_checkpoint=str(subject_folder)), subject_folder,
-        av_lora=LORA, ar_lora=Lora(3, 5.0, True, ("q", "o", "down")),
+        adapters=(LORA, Lora(3, 5.0, True, ("q", "o", "down"))),
     )  # fmt: skip
     truncated, ar_lora = made.reconstructor.model.config, made.reconstructor.lora
     head = np.random.default_rng(1).normal(size=(TINY.width, TINY.width)).astype(np.float32)
@@ -99,7 +94,7 @@ def test_peft_gives_the_same_logits(rslora, targets, subject_folder, params, sid
 
     lora = Lora(4, 6.0, rslora, targets)
     sidecar = dataclasses.replace(sidecar, base_checkpoint=str(subject_folder))
-    pair = dataclasses.replace(new_pair(sidecar, subject_folder, av_lora=lora), verbalizer_params=lively(lora))
+    pair = dataclasses.replace(new_pair(sidecar, subject_folder, adapters=(lora, None)), verbalizer_params=lively(lora))
     pair.save(tmp_path / "pair")
     base = transformers.AutoModelForCausalLM.from_pretrained(subject_folder)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "pair" / "av").eval()
@@ -136,7 +131,7 @@ def test_a_saved_pair_of_adapters_loads_and_does_the_same(adapters, vectors, tmp
 
 def test_a_mixed_pair(adapters, subject_folder, tmp_path):
     """An adapter AV beside a whole AR, as EasyNLA trains them."""
-    made = new_pair(adapters.sidecar, subject_folder, av_lora=LORA)
+    made = new_pair(adapters.sidecar, subject_folder, adapters=(LORA, None))
     assert made.reconstructor.lora is None and made.base is not None
     made.save(tmp_path)
     close(load_pair(tmp_path).reconstruct(["a"]), made.reconstruct(["a"]), 0)
@@ -189,7 +184,7 @@ def test_supervised_steps_train_the_adapter_alone(adapters, vectors):
         (verbalizer_loss(adapters.verbalizer), adapters.verbalizer_params),
         (reconstructor_loss(adapters.reconstructor), adapters.reconstructor_params),
     ):
-        step = SupervisedStep(loss, optax.adam(1e-2))
+        step = SupervisedStep("model", loss, optax.adam(1e-2))
         state, train, losses = step.init(params), jax.jit(step), []
         for _ in range(8):
             state, metrics = train(state, batch, adapters.base)
@@ -205,14 +200,14 @@ def test_the_loop_with_adapters_on_a_mesh(tmp_path):
     overrides = {
         "corpus.source": corpus, "sft.av.lora.rank": 4, "sft.ar.lora.rank": 2, "sft.ar.lora.targets": "('q', 'down')",
         "mesh.data": 2, "mesh.fsdp": 2, "rl.reward": "nla_jax.objective:negative_log_mse",
-        "prompts.injection": "nla_jax.autoencoder:add_norm_matched", "prompts.injection_block": 0,
+        "prompts.inject": "nla_jax.autoencoder:add_norm_matched@0",
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     config = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
     assert main(["quickstart", "--config", config, "--workdir", str(tmp_path / "run"), *flags]) == 0
     warm, pair = (load_pair(tmp_path / "run" / name) for name in ("pair_warm", "pair"))
     assert (pair.verbalizer.lora.rank, pair.reconstructor.lora.targets) == (4, ("q", "down"))
-    assert (pair.verbalizer.injection.function, pair.verbalizer.injection.block) == (add_norm_matched, 0)
+    assert pair.verbalizer.injections == (Injection(add_norm_matched, 0),)
     assert max(r["logprob_gap_max"] for r in read_metrics(tmp_path / "run/train/rl/metrics.jsonl")) < 1e-4
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), pair.verbalizer_params, warm.verbalizer_params)
     size = jax.tree.map(lambda a: np.abs(a).max(), warm.verbalizer_params)

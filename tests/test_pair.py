@@ -12,11 +12,13 @@ import transformers
 from conftest import TINY, close, one_sentence
 from safetensors.numpy import load_file, save_file
 
+from nla_jax.data.batches import TextBatch
 from nla_jax.fve import fve
-from nla_jax.joint_step import SupervisedStep, TextBatch, reconstructor_loss
+from nla_jax.joint_step import SupervisedStep
+from nla_jax.losses import reconstructor_loss
 from nla_jax.pair import HEAD, load_pair, new_pair
+from nla_jax.probes.fidelity import derangement
 from nla_jax.runtime.errors import InputError
-from nla_jax.stages.evaluate import derangement
 
 TEXTS = ["The river turns north.", "By noon the fish are gone and only bread is left.", "é", ""]
 SAMPLE = dict(max_new_tokens=24, seed=3, batch=8)
@@ -132,7 +134,7 @@ def test_shuffled_texts_are_no_better_than_the_mean(pair):
     golds += rng.normal(size=golds.shape).astype(np.float32)
     texts = [f"It is about the {words[i]}." for i in which]
     tokens, lengths = pair.prompts.reconstructor_batch(texts, 48)
-    step = SupervisedStep(reconstructor_loss(pair.reconstructor), optax.adam(1e-2))
+    step = SupervisedStep("reconstructor", reconstructor_loss(pair.reconstructor), optax.adam(1e-2))
     state, train = step.init(pair.reconstructor_params), jax.jit(step)
     for _ in range(80):
         state, _ = train(state, TextBatch(tokens, lengths, golds), None)

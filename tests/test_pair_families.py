@@ -85,7 +85,7 @@ def test_greedy_tokens_equal_generate(pair, theirs, scale):
 def test_norm_matched_addition_equals_a_torch_hook(pair, theirs):
     """Behind block 1: h' = h + |h| v / |v| at the marker, in the prompt's pass alone."""
     injection = Injection(add_norm_matched, 1)
-    mine = dataclasses.replace(pair, verbalizer=dataclasses.replace(pair.verbalizer, injection=injection))
+    mine = dataclasses.replace(pair, verbalizer=dataclasses.replace(pair.verbalizer, injections=(injection,)))
     at, current = len(pair.verbalizer.prefix), {}
 
     def hook(_, __, out):

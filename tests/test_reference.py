@@ -12,15 +12,15 @@ import pytest
 import yaml
 from conftest import SENTENCES, TINY, one_sentence
 
-from nla_jax.data import extraction
-from nla_jax.data.dataset import load_rows
-from nla_jax.data.extraction import activation_table, write_table
+from nla_jax.io import parquet
 from nla_jax.data.interchange import (
     Origin,
     export_datasets,
     import_datasets,
     sidecar_content,
 )
+from nla_jax.data.rows import activation_table, load_rows
+from nla_jax.io.parquet import write_table
 from nla_jax.prompts import find_marker
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.errors import InputError
@@ -92,7 +92,7 @@ def sidecar(split: str) -> dict:
 @pytest.fixture
 def small_batches(monkeypatch):
     """Files are read in several pieces."""
-    monkeypatch.setattr(extraction, "BATCH", 2)
+    monkeypatch.setattr(parquet, "BATCH", 2)
 
 
 @pytest.fixture

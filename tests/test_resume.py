@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import nla_jax.stages.train
 import numpy as np
 import optax
 import pyarrow as pa
@@ -33,10 +34,8 @@ from conftest import (
 )
 
 import nla_jax.pair
-import nla_jax.stages.train
 from nla_jax.cli import main
-from nla_jax.data.dataset import load_rows
-from nla_jax.data.extraction import shards_of
+from nla_jax.data.rows import load_rows, shards_of
 from nla_jax.pair import load_pair
 
 
@@ -251,8 +250,11 @@ def test_evaluation_samples_only_what_is_missing(talking, arguments, tmp_path, m
     assert len(calls) == 4 * 16 / 4 + 1
     one, other = (json.loads((folder / "evaluation.json").read_text()) for folder in (whole, workdir))
     texts = lambda page: [(row["warm"], row["rl"]) for row in page["examples"]]
-    assert texts(one) == texts(other) and one["lengths"] == other["lengths"] and any(one["lengths"])
-    assert all(one["row_fve"][name] == pytest.approx(other["row_fve"][name], abs=1e-4) for name in one["row_fve"])
+    scores = lambda page: [score for probe in page["probes"] for score in probe["scores"] if "rows" in score]
+    rows = lambda page: {score["name"]: score["rows"] for score in scores(page)}
+    assert texts(one) == texts(other) and rows(one)["mean_length"] == rows(other)["mean_length"]
+    assert any(rows(one)["mean_length"]) and {"warm", "rl", "shuffled"} < rows(one).keys()
+    assert all(rows(one)[name] == pytest.approx(rows(other)[name], abs=1e-4) for name in rows(one))
 
 
 def test_a_damaged_shard_is_named(finished, corpus, tmp_path, capsys):
@@ -267,13 +269,14 @@ SLOW_LABELS = """
 import time
 from pathlib import Path
 
-def label(texts):
-    here = Path(__file__).parent
-    if (here / "first").exists() and not (here / "second").exists():
-        (here / "second").touch()
-        time.sleep(600)
-    (here / "first").touch()
-    return ["a label"] * len(texts)
+class Slow:
+    def label(self, rows):
+        here = Path(__file__).parent
+        if (here / "first").exists() and not (here / "second").exists():
+            (here / "second").touch()
+            time.sleep(600)
+        (here / "first").touch()
+        return ["a label"] * len(rows)
 """
 
 
@@ -281,7 +284,7 @@ def test_sigterm_outside_a_loop_is_one_sentence_and_finished_shards_stay(finishe
     workdir = copy_before(finished, tmp_path, "label")
     shutil.rmtree(workdir / "labels")
     (tmp_path / "slow_labels.py").write_text(SLOW_LABELS)
-    settings = [f"--config.corpus.source={corpus}", "--config.label.function=slow_labels:label"]
+    settings = [f"--config.corpus.source={corpus}", "--config.label.labeller=slow_labels:Slow"]
     command = nla(["label", "--config", CONFIG, "--workdir", str(workdir), *settings])
     path = f"{tmp_path}:{Path(__file__).parent.parent}"
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY, close, one_sentence, random_params
+from nla_jax.stages.train import heldout_fve
 
 import nla_jax.pair
 from nla_jax.fve import fve
@@ -24,9 +25,8 @@ from nla_jax.models.sharding import (
 from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.objective import adamw
 from nla_jax.pair import Pair, new_pair
+from nla_jax.runtime.compiler import compilations
 from nla_jax.sampling import decoding_layout, rollout
-from nla_jax.stages.train import heldout_fve
-from nla_jax.tools.benchmark.measure import compilations
 
 A, G, R, T = 8, 2, 4, 8
 STEPS = 3

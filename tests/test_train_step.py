@@ -11,21 +11,21 @@ import pytest
 from conftest import TINY, close, joint_batch, random_params
 from test_transformer import full_states
 
-from nla_jax.autoencoder import normalise, normalised_mse
+from nla_jax.fve import mse, normalise
 from nla_jax.joint_step import (
-    COMPILER_OPTIONS,
     Frozen,
     JointBatch,
     JointStep,
-    compiler_knows,
     identical_share,
+    masked_quantile,
 )
-from nla_jax.losses import token_loss
+from nla_jax.losses import TokenLoss
 from nla_jax.models.transformer import Transformer
-from nla_jax.objective import group_normalised
+from nla_jax.objective import Scored, adamw, group_normalised, negative_log_mse, negative_mse
+from nla_jax.runtime.compiler import COMPILER_OPTIONS, compilations, compiler_knows
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout
-from nla_jax.tools.benchmark.measure import compilations
+from nla_jax.study import make_optimizer
 from nla_jax.tools.topology import mesh_over
 
 A, G, R, T = 4, 3, 5, 9
@@ -56,7 +56,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def state(joint, params, pair):
-    return jax.device_get(joint.init(jnp.zeros((), jnp.uint32), params, pair.reconstructor_params))
+    return jax.device_get(joint.init(params, pair.reconstructor_params))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,11 @@ def result(step, state, reference, batch):
 
 
 def gradients(state):
-    return state.verbalizer_opt[0].trace, state.reconstructor_opt[0].trace
+    return tuple(state.models[name].opt[0].trace for name in ("verbalizer", "reconstructor"))
+
+
+def parameters(state):
+    return tuple(state.models[name].params for name in ("verbalizer", "reconstructor"))
 
 
 def naive_losses(joint, policy, ar, reference, batch):
@@ -93,8 +97,10 @@ def naive_losses(joint, policy, ar, reference, batch):
 
 def test_gradients_equal_a_plainly_written_loss(joint, state, reference, batch, result):
     naive = jax.jit(jax.grad(functools.partial(naive_losses, joint), (0, 1), has_aux=True))
-    expected, values = naive(state.verbalizer, state.reconstructor, reference, batch)
-    new, metrics = result
+    expected, values = naive(*parameters(state), reference, batch)
+    new, metrics, samples = result
+    for name in ("mse", "reward"):
+        np.testing.assert_allclose(samples[name], values[name], rtol=1e-5)
     close(gradients(new), expected, 2e-5)
     for name in ("mse", "reward", "kl"):
         np.testing.assert_allclose(metrics[name], values[name].mean(), rtol=1e-5)
@@ -105,7 +111,8 @@ def test_gradients_equal_a_plainly_written_loss(joint, state, reference, batch, 
     np.testing.assert_allclose(metrics["extraction_rate"], batch.valid.mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["av_grad_norm"], optax.tree.norm(expected[0]), rtol=1e-4)
     assert not metrics["skipped"] and new.step == 1
-    close(new.verbalizer, jax.tree.map(lambda p, g: p - 0.02 * g, state.verbalizer, expected[0]), 1e-5)
+    av, _ = parameters(state)
+    close(parameters(new)[0], jax.tree.map(lambda p, g: p - 0.02 * g, av, expected[0]), 1e-5)
 
 
 def test_micro_batches_equal_one_batch(joint, state, reference, batch, result):
@@ -118,20 +125,20 @@ def test_failed_rows_teach_the_verbalizer_but_not_the_reconstructor(step, state,
     failed = ~batch.valid
     others = np.where(failed[:, None], rng.integers(4, TINY.vocab_size, (B, T)), batch.texts).astype(np.int32)
     others[:, 0] = batch.texts[:, 0]  # the AR's prefix
-    new, _ = step(state, Frozen(reference), batch.replace(texts=others))
+    new, *_ = step(state, Frozen(reference), batch.replace(texts=others))
     close(gradients(new), gradients(result[0]), 1e-6)  # their texts are not read, by reward or AR
     masked = batch.replace(response_mask=batch.response_mask & batch.valid[:, None])
-    new, _ = step(state, Frozen(reference), masked)
+    new, *_ = step(state, Frozen(reference), masked)
     assert np.abs(gradients(new)[0]["head"] - gradients(result[0])[0]["head"]).max() > 1e-4  # their tokens count
-    new, metrics = step(state, Frozen(reference), batch.replace(valid=np.zeros(B, bool)))
+    new, metrics, _ = step(state, Frozen(reference), batch.replace(valid=np.zeros(B, bool)))
     assert metrics["reward"] == -2 and metrics["ar_grad_norm"] == 0 and not metrics["skipped"]
-    close(new.reconstructor, state.reconstructor, 0)
+    close(parameters(new)[1], parameters(state)[1], 0)
 
 
 def test_nan_skips_the_step(step, state, reference, batch):
     broken = batch.vectors.copy()
     broken[2, 3] = np.nan
-    new, metrics = step(state, Frozen(reference), batch.replace(vectors=broken))
+    new, metrics, _ = step(state, Frozen(reference), batch.replace(vectors=broken))
     assert metrics["skipped"]
     close(new.replace(step=0), state.replace(step=0), 0)
     assert new.step == state.step + 1
@@ -140,39 +147,119 @@ def test_nan_skips_the_step(step, state, reference, batch):
 def test_reward_and_advantage_are_replaceable_and_kl_can_be_off(joint, state, reference, batch):
     """Reward by length alone, advantage the reward itself; without KL the reference is not read."""
     other = dataclasses.replace(
-        joint, reward=lambda mse, length: length.astype(jnp.float32), advantage=lambda r: r, kl_coefficient=0.0
+        joint, reward=lambda s: jnp.where(s.valid, s.length, -2.0), advantage=lambda r: r, kl_coefficient=0.0
     )
     nowhere = jax.tree.map(lambda x: np.full_like(x, np.nan), reference)
-    new, metrics = jax.jit(other)(state, Frozen(nowhere), batch)
+    new, metrics, _ = jax.jit(other)(state, Frozen(nowhere), batch)
     lengths = batch.response_mask.sum(1)
     np.testing.assert_allclose(metrics["reward"], np.where(batch.valid, lengths, -2).mean(), rtol=1e-6)
     assert metrics["kl"] == 0 and not metrics["skipped"] and metrics["av_grad_norm"] > 0
-    for wrong in (dict(reward=lambda mse, length: mse.mean()), dict(advantage=lambda rewards: rewards.reshape(-1))):
+    for wrong in (dict(reward=lambda s: s.mse.mean()), dict(advantage=lambda rewards: rewards.reshape(-1))):
         with pytest.raises(InputError, match="function gives an array of shape"):
             jax.eval_shape(dataclasses.replace(joint, **wrong), state, Frozen(reference), batch)
 
 
+def test_a_reward_reads_texts_and_decides_about_failures(joint, state, reference, batch):
+    """By a feature, the sampler's log-probs and validity; what it gives to a failed response is what that one gets."""
+    seen = {}
+
+    def reward(s):
+        seen.update(shapes=(s.mse.shape, s.mask.shape, s.logprobs.shape), failed=s.mse)
+        return jnp.where(s.valid, s.features["overlap"] + s.entropy, -7.0)
+
+    features = {"overlap": np.arange(B, dtype=np.float32)}
+    step = dataclasses.replace(joint, reward=reward, micro_batches=2)
+    _, metrics, samples = jax.jit(step)(state, Frozen(reference), batch.replace(features=features))
+    lengths = batch.response_mask.sum(1)
+    entropy = -np.sum(batch.sampler_logprobs * batch.response_mask, 1) / lengths
+    np.testing.assert_allclose(samples["reward"], np.where(batch.valid, features["overlap"] + entropy, -7), rtol=1e-5)
+    assert seen["shapes"] == ((B // 2,), (B // 2, R), (B // 2, R)) and metrics["feature/overlap"] == (B - 1) / 2
+
+
+@pytest.mark.parametrize(("reward", "failed"), [(negative_mse, -2.0), (negative_log_mse, -np.log(2))])
+def test_a_failed_response_counts_as_an_uncorrelated_one(reward, failed):
+    """Below every reconstruction that points the right way, whatever the AR makes of the empty text."""
+    mse, valid = jnp.array([0.1, 1.99, 0.3]), jnp.array([True, True, False])
+    nothing = jnp.zeros((3, 2))
+    got = reward(Scored(jnp.where(valid, mse, 2.0), 1 - mse / 2, valid, nothing > 0, nothing, {}))
+    assert got[2] == pytest.approx(failed) and got[2] < got[1] < got[0]
+
+
+def test_a_model_whose_update_is_not_finite_is_skipped_alone(joint, state, reference, batch, result):
+    """A finite gradient with an infinite learning rate: the AV stays, the AR steps."""
+    wild = dataclasses.replace(joint, verbalizer_tx=optax.chain(optax.trace(0.0), optax.scale(np.inf)))
+    new, metrics, _ = jax.jit(wild)(state, Frozen(reference), batch)
+    assert metrics["av_skipped"] and not metrics["ar_skipped"] and metrics["skipped"]
+    close(parameters(new)[0], parameters(state)[0], 0)
+    close(parameters(new)[1], parameters(result[0])[1], 1e-6)
+    assert np.isfinite(metrics["av_grad_norm"])
+
+
+def test_metrics_of_a_batch_that_was_counted(result, batch):
+    """Shares and quantiles against NumPy."""
+    _, metrics, samples = result
+    assert metrics["truncated"] == pytest.approx(1 - batch.finished.mean())
+    groups = samples["reward"].reshape(A, G)
+    assert metrics["groups_without_advantage"] == pytest.approx((np.ptp(groups, 1) < 1e-6).mean())
+    assert metrics["av_update_norm"] == pytest.approx(0.02 * metrics["av_grad_norm"], rel=1e-5)
+    assert "av_lr" not in metrics  # plain optax tells no learning rate
+
+
+def test_the_quantile_of_the_gap_is_numpys(joint, step, state, reference, batch):
+    statistics = jax.jit(joint)(state, Frozen(reference), batch.replace(sampler_logprobs=np.zeros((B, R), np.float32)))
+    rng = np.random.default_rng(3)
+    gaps = rng.exponential(size=(B, R)).astype(np.float32)
+    mask = batch.response_mask
+    got = float(masked_quantile(jnp.where(mask, gaps, 0), mask, 0.9))
+    assert got == pytest.approx(np.quantile(gaps[mask], 0.9, method="inverted_cdf"))
+    assert np.isfinite(statistics[1]["logprob_gap_p99"])
+
+
+def test_the_learning_rate_is_logged(joint, state, reference, batch):
+    tx = make_optimizer({"function": "nla_jax.objective:adamw", "lr": 1e-3, "warmup": 4}, 10, "rl.av_optimizer")
+    new = dataclasses.replace(joint, verbalizer_tx=tx)
+    fresh = new.init(*parameters(state))
+    _, metrics, _ = jax.jit(new)(fresh, Frozen(reference), batch)
+    assert metrics["av_lr"] == pytest.approx(1e-3 / 5) and "ar_lr" not in metrics
+
+
+def test_adamw_is_optaxs(params):
+    """Bit for bit, though its learning rate is part of the state."""
+    schedule = optax.warmup_cosine_decay_schedule(1e-3 / 6, 1e-3, 5, 20, 1e-4)
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.1))
+    ours = adamw(20, 1e-3, 1e-4, 5, b2=0.99, weight_decay=0.1)
+    trained, states = [params, params], [plain.init(params), ours.init(params)]
+    updates = [jax.jit(tx.update) for tx in (plain, ours)]
+    for i in range(8):
+        grads = random_params(TINY, seed=10 + i)
+        for j in range(2):
+            change, states[j] = updates[j](grads, states[j], trained[j])
+            trained[j] = optax.apply_updates(trained[j], change)
+    close(trained[1], trained[0], 0)
+
+
 def test_kl_vanishes_at_the_reference(step, state, batch, result):
-    _, metrics = step(state, Frozen(state.verbalizer), batch)
+    _, metrics, _ = step(state, Frozen(parameters(state)[0]), batch)
     assert abs(metrics["kl"]) < 1e-6 < 0.01 < result[1]["kl"]
 
 
 def test_logprob_gap_vanishes_after_a_rollout(joint, step, state, reference, batch):
     sampled = rollout(
-        joint.verbalizer, state.verbalizer, batch.vectors, jax.random.key(0), group=G, max_new_tokens=R, temperature=0.8
+        joint.verbalizer, parameters(state)[0], batch.vectors, jax.random.key(0), group=G, max_new_tokens=R, temperature=0.8
     )
     mine = batch.replace(responses=sampled.tokens, response_mask=sampled.mask, sampler_logprobs=sampled.logprobs)
-    _, metrics = step(state, Frozen(reference), mine)
-    assert metrics["logprob_gap_mean"] <= metrics["logprob_gap_max"] < 1e-4
-    _, metrics = step(state, Frozen(reference), mine.replace(sampler_logprobs=sampled.logprobs - 0.5 * sampled.mask))
-    np.testing.assert_allclose([metrics["logprob_gap_mean"], metrics["logprob_gap_max"]], 0.5, atol=1e-4)
+    _, metrics, _ = step(state, Frozen(reference), mine)
+    assert metrics["logprob_gap_mean"] <= metrics["logprob_gap_p99"] <= metrics["logprob_gap_max"] < 1e-4
+    _, metrics, _ = step(state, Frozen(reference), mine.replace(sampler_logprobs=sampled.logprobs - 0.5 * sampled.mask))
+    gaps = [metrics[f"logprob_gap_{name}"] for name in ("mean", "p99", "max")]
+    np.testing.assert_allclose(gaps, 0.5, atol=1e-4)
 
 
 def test_compiles_once(step, state, reference, batch, result):
     now = jax.device_put(state)
     with compilations() as compiled:
         for i in range(3):
-            now, _ = step(now, Frozen(reference), batch.replace(vectors=batch.vectors + i))
+            now, *_ = step(now, Frozen(reference), batch.replace(vectors=batch.vectors + i))
     assert not compiled and now.step == 3  # `result` has compiled it
 
 
@@ -189,10 +276,8 @@ def test_token_loss_in_chunks_equals_whole_logits(model, params, reference):
 
     def run(chunk):
         def loss(params, hidden):
-            total, s = token_loss(
-                model, params, hidden, targets, weighted, *weights, temperature=0.7, reference=(reference, other),
-                chunk=chunk,
-            )  # fmt: skip
+            of_tokens = TokenLoss(model, weighted, temperature=0.7, chunk=chunk)
+            total, s = of_tokens(params, hidden, targets, *weights, reference=(reference, other))
             return 3 * total, (total, s)
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, hidden)
@@ -232,9 +317,8 @@ def test_the_heads_gradient_adds_up_over_many_chunks_in_bfloat16(params):
 
     def gradient(dtype, chunk):
         model = Transformer(dataclasses.replace(TINY, dtype=dtype))
-        loss = lambda params: token_loss(
-            model, params, hidden.astype(dtype), targets, lambda tokens: -tokens.logprob, chunk=chunk
-        )[0]
+        of_tokens = TokenLoss(model, lambda tokens: -tokens.logprob, chunk=chunk)
+        loss = lambda params: of_tokens(params, hidden.astype(dtype), targets)[0]
         return jax.jit(jax.grad(loss))(params)["head"]
 
     exact, many = gradient(jnp.float32, 2400), gradient(jnp.bfloat16, 8)
@@ -258,12 +342,12 @@ def test_group_normalised_closed_form():
     np.testing.assert_allclose(group_normalised(rewards), [[-1, 1], [0, 0], [1, -1]], atol=2e-4)
 
 
-def test_normalised_mse_is_twice_one_minus_cosine():
+def test_mse_is_twice_one_minus_cosine():
     a, b = np.random.default_rng(3).normal(size=(2, 6, 50))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    np.testing.assert_allclose(normalised_mse(1e4 * a, b / 100), 2 - 2 * cosine, rtol=1e-5)
-    np.testing.assert_allclose(normalised_mse(np.stack([a[0], a[0]]), np.stack([a[0], -a[0]])), [0, 4], atol=1e-5)
-    assert np.isfinite(jax.grad(lambda x: normalised_mse(x, b[0]))(np.zeros(50))).all()
+    np.testing.assert_allclose(mse(1e4 * a, b / 100), 2 - 2 * cosine, rtol=1e-5)
+    np.testing.assert_allclose(mse(np.stack([a[0], a[0]]), np.stack([a[0], -a[0]])), [0, 4], atol=1e-5)
+    assert np.isfinite(jax.grad(lambda x: mse(x, b[0]))(np.zeros(50))).all()
 
 
 def test_reconstructor_reads_the_last_real_token(reconstructor, pair, batch):

@@ -16,7 +16,7 @@ from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.checkpoint import Checkpoints
 from nla_jax.runtime.errors import Stopped
 from nla_jax.runtime.watchdog import Phases, Watchdog
-from nla_jax.stages.supervised import fit
+from nla_jax.stages.sft import fit
 
 LIMITS = {"rate": (0.5, math.inf), "length": (2, 20)}
 GOOD = {"rate": 1.0, "length": 10.0, "loss": 0.1, "skipped": False}

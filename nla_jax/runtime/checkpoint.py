@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from nla_jax.io.files import AnyPath
 from nla_jax.runtime.errors import InputError, Stopped, first_line
 
+
 def differences(made: dict, now: dict, free: Callable[[str], bool] = lambda name: False) -> list[str]:
     """`name = old -> new` for each setting of two nested dictionaries that differs and is not `free(name)`."""
     made, now = flat(made), flat(now)

@@ -4,7 +4,6 @@ The compile cache is left off, so that `compile_seconds` are those of a first ru
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -12,32 +11,16 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nla_jax.models.sharding import make_mesh
+from nla_jax.runtime.compiler import compilations
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.benchmark.programs import BUILDERS, Clock, Program, Work
 from nla_jax.tools.benchmark.settings import Settings
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[float]]:
-    """The seconds that XLA takes for each program compiled inside."""
-    seconds: list[float] = []
-
-    def listen(event: str, duration: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seconds
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def peak_memory(mesh: Mesh) -> tuple[int, str]:
