@@ -1,25 +1,35 @@
 """Natural language autoencoders in JAX: activations of a language model as text, and back."""
 
-from nla_jax.autoencoder import Injection, add_norm_matched, replace
+import importlib
+
 from nla_jax.fve import fve
-from nla_jax.models.lora import Lora
-from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.runtime.environment import VERSION as __version__
 from nla_jax.runtime.errors import InputError
-from nla_jax.subject import Activations, Subject, extract, load_subject
 
-__all__ = [
-    "Activations",
-    "Injection",
-    "InputError",
-    "Lora",
-    "Pair",
-    "Subject",
-    "add_norm_matched",
-    "extract",
-    "fve",
-    "load_pair",
-    "load_subject",
-    "new_pair",
-    "replace",
-]
+# Where the other names live. Each module is imported when a name of it is first used: JAX and transformers take seconds.
+_HOMES = {
+    "Activations": "subject",
+    "Injection": "autoencoder",
+    "Lora": "models.lora",
+    "Pair": "pair",
+    "Subject": "subject",
+    "add_norm_matched": "autoencoder",
+    "extract": "subject",
+    "load_pair": "pair",
+    "load_subject": "subject",
+    "make_mesh": "models.sharding",
+    "new_pair": "pair",
+    "replace": "autoencoder",
+}
+
+__all__ = ["InputError", "__version__", "fve", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nla_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"nla_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

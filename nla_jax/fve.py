@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from nla_jax.runtime.errors import InputError
 
@@ -46,7 +47,7 @@ def variance(gold: Float[Any, "n D"], baseline: str = "mean") -> Float[Any, ""]:
     return ((unit - (normalise(mean) if baseline == "meannorm" else mean)) ** 2).mean()
 
 
-def row_fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> Float[np.ndarray, "n"]:
+def row_fve(recon: ArrayLike, vectors: ArrayLike, baseline: str = "mean") -> Float[np.ndarray, "n"]:
     """1 - mse_i / variance for each row, `[n]`; its mean is `fve`. `baseline`: see `variance`.
 
     Raises `InputError` where shapes differ and where the activations have no variance."""
@@ -67,7 +68,7 @@ def row_fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> F
     return 1 - mse(recon, vectors) / spread
 
 
-def fve(recon: np.ndarray, vectors: np.ndarray, baseline: str = "mean") -> float:
+def fve(recon: ArrayLike, vectors: ArrayLike, baseline: str = "mean") -> float:
     """Fraction of variance explained: 1 - mean((p̂-ĝ)²) / mean((ĝ-μ)²) over the rows of `recon` and `vectors` [n, d].
 
     See `row_fve` for what it raises."""

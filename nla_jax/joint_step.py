@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.fve import mse, variance
@@ -43,7 +43,7 @@ class TrainState:
 
     Frozen weights are a separate argument (`Frozen`) and never in a checkpoint."""
 
-    step: Int[Array, ""]
+    step: Array  # int32
     models: dict[str, ModelState]
 
 
@@ -62,15 +62,15 @@ class Frozen:
 class JointBatch:
     """One rollout after the host has read it. B = A·G; an activation's G samples stand in a row."""
 
-    vectors: Float[Array, "A D"]
-    responses: Int[Array, "B R"]
-    response_mask: Bool[Array, "B R"]
-    sampler_logprobs: Float[Array, "B R"]
-    finished: Bool[Array, "B"]  # the response ended in time
-    texts: Int[Array, "B T"]  # what the AR reads: explanations in its template, re-tokenised, right-padded
-    text_lengths: Int[Array, "B"]
-    valid: Bool[Array, "B"]  # it also holds an explanation
-    features: dict[str, Shaped[Array, "B"]] = struct.field(default_factory=dict)
+    vectors: Array  # [A, D]
+    responses: Array  # [B, R]
+    response_mask: Array  # [B, R]
+    sampler_logprobs: Array  # [B, R]
+    finished: Array  # [B], the response ended in time
+    texts: Array  # [B, T], what the AR reads: explanations in its template, re-tokenised, right-padded
+    text_lengths: Array  # [B]
+    valid: Array  # [B], it also holds an explanation
+    features: dict[str, Array] = struct.field(default_factory=dict)  # [B] each
 
 
 def init_model(tx: optax.GradientTransformation, params: dict) -> ModelState:
@@ -163,8 +163,7 @@ class JointStep:
 
         ar_grads, errors = jax.grad(reconstruction_loss, has_aux=True)(params["reconstructor"])
 
-        reward = _shaped("reward", self.reward(self._scored(batch, errors)), (B,))
-        advantage = _shaped("advantage", self.advantage(reward.reshape(A, B // A)), (A, B // A)).reshape(B, 1)
+        reward, advantage = self.judge(self._scored(batch, errors), A)
         weights = batch.response_mask / totals["tokens"]
         anchor = None
         if self.kl_coefficient:
@@ -182,6 +181,13 @@ class JointStep:
 
         av_grads, tokens = jax.grad(policy_loss, has_aux=True)(params["verbalizer"])
         return {"verbalizer": av_grads, "reconstructor": ar_grads}, {"mse": errors, "reward": reward, "tokens": tokens}
+
+    def judge(self, scored: Scored, groups: int) -> tuple[Float[Array, "B"], Float[Array, "B 1"]]:
+        """Reward and advantage of each response. Raises `InputError` where one of the functions gives another shape."""
+        B = len(scored.mse)
+        reward = _shaped(self.reward, self.reward(scored), (B,))
+        advantage = _shaped(self.advantage, self.advantage(reward.reshape(groups, -1)), (groups, B // groups))
+        return reward, advantage.reshape(B, 1)
 
     def _scored(self, batch: JointBatch, errors: Float[Array, "B"]) -> Scored:
         return Scored(
@@ -214,11 +220,11 @@ class JointStep:
         } | {f"feature/{name}": jnp.mean(x) for name, x in batch.features.items()}
 
 
-def _shaped(name: str, x: Array, shape: tuple[int, ...]) -> Array:
-    """x. Raises `InputError` where a function of the user's gave another shape, which might be broadcast unnoticed."""
+def _shaped(function: Callable, x: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """x, float32. Raises `InputError` for another shape than expected, which might be broadcast unnoticed."""
     if jnp.shape(x) != shape:
-        raise InputError(f"The {name} function gives an array of shape {jnp.shape(x)}, expected {shape}.")
-    return x
+        raise InputError(f"{function} gives an array of shape {jnp.shape(x)}, expected {shape}.")
+    return jnp.asarray(x, jnp.float32)
 
 
 def masked_quantile(x: Float[Array, "*B"], mask: Bool[Array, "*B"], q: float) -> Float[Array, ""]:

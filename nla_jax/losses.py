@@ -25,11 +25,11 @@ FEW_CHUNKS = 32
 
 @struct.dataclass
 class TokenStatistics:
-    """Per token: log π(token), the entropy of π, and KL(π ‖ reference) over the whole vocabulary (0 without one)."""
+    """Of each token, `[*B]`."""
 
-    logprob: Float[Array, "*B"]
-    entropy: Float[Array, "*B"]
-    kl: Float[Array, "*B"]
+    logprob: Array  # log π(token)
+    entropy: Array  # of π
+    kl: Array  # KL(π ‖ reference) over the whole vocabulary; 0 without a reference
 
 
 @dataclasses.dataclass(frozen=True)

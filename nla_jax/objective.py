@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 UNCORRELATED = 2.0  # the mse of a cosine of 0: what a failed response counts as
 
@@ -32,12 +32,12 @@ class Scored:
     decides what it is worth; its `mse` and `cosine` are those of an uncorrelated reconstruction (2 and 0), whatever the
     AR made of it."""
 
-    mse: Float[Array, "B"]  # of the reconstruction, 2(1 - cos), in [0, 4]
-    cosine: Float[Array, "B"]
-    valid: Bool[Array, "B"]
-    mask: Bool[Array, "B R"]  # which tokens of a response are real, the end token included
-    logprobs: Float[Array, "B R"]  # of the sampled tokens, as the sampler drew them
-    features: dict[str, Shaped[Array, "B"]]  # what `rl.features` computed on the host, by name
+    mse: Array  # [B], of the reconstruction, 2(1 - cos), in [0, 4]
+    cosine: Array  # [B]
+    valid: Array  # [B], bool
+    mask: Array  # [B, R], which tokens of a response are real, the end token included
+    logprobs: Array  # [B, R], of the sampled tokens, as the sampler drew them
+    features: dict[str, Array]  # [B] each: what `rl.features` computed on the host, by name
 
     @property
     def length(self) -> Int[Array, "B"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
 from nla_jax.models.sharding import DECODE, cut_batch, relayout, vocabulary_parts
@@ -31,10 +31,10 @@ BLOCK = 128  # entries of the vocabulary, at most, whose mass a draw sums first
 class Rollout:
     """Sampled responses, B = A·G, an activation's G samples in a row."""
 
-    tokens: Int[Array, "B R"]  # padded with the end token
-    logprobs: Float[Array, "B R"]  # of the sampled tokens under softmax(logits / temperature)
-    mask: Bool[Array, "B R"]  # True up to and including the end token
-    finished: Bool[Array, "B"]  # False where the response was cut at R tokens
+    tokens: Array  # [B, R], padded with the end token
+    logprobs: Array  # [B, R], of the sampled tokens under softmax(logits / temperature)
+    mask: Array  # [B, R], True up to and including the end token
+    finished: Array  # [B], False where the response was cut at R tokens
 
 
 def decoding_layout(mesh: Mesh, verbalizer: Verbalizer, base: dict | None = None) -> Callable[[dict], dict]:

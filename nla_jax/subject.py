@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
@@ -53,11 +52,11 @@ class Subject:
 class Activations:
     """Activations at token positions, raw, with all that it takes to look at a row and to run it again."""
 
-    vectors: Float[np.ndarray, "n D"]  # float32
+    vectors: np.ndarray  # [n, D] float32
     tokens: list[str]
     texts: list[str]  # up to and with the token
     following: list[str]  # the text after it
-    positions: Int[np.ndarray, "n"]  # the token's index in its document, from 0
+    positions: np.ndarray  # [n], the token's index in its document, from 0
     doc_ids: list[str]
     token_ids: list[list[int]]  # of the document, up to and with the token
     roles: list[str]  # who speaks there, in a chat; "" elsewhere

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nla_jax.data import python_docs
+from nla_jax.quickstart import python_docs
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.runtime.errors import InputError
 
@@ -26,8 +26,12 @@ def example_corpus():
     return (Document(f"doc/{number}", text) for number, text in enumerate(TEXTS))
 
 
+def plain_corpus():
+    return [TEXTS[0], ("second", TEXTS[1]), {"id": "third", "text": TEXTS[2]}]
+
+
 def broken_corpus():
-    return TEXTS
+    return [7]
 
 
 # Sources
@@ -132,10 +136,10 @@ def test_empty_folder(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nla_jax.absent:corpus", r"The corpus function 'nla_jax\.absent:corpus' cannot be imported \(No module named"),
-        (f"{__name__}:absent", "cannot be imported"),
-        (f"{__name__}:broken_corpus", "Item 1 of '.*' is str, not a Document"),
-        ("builtins:int", "The function 'builtins:int' returned int, not Documents"),
+        ("nla_jax.absent:corpus", r"corpus\.source names the module 'nla_jax\.absent', which cannot be found"),
+        (f"{__name__}:absent", "corpus.source names 'absent', but .*test_corpus.py has no such name"),
+        (f"{__name__}:broken_corpus", r"Item 1 of corpus.source = .*test_corpus.py, line \d+\) is int"),
+        ("builtins:int", "builtins:int .* returns int, expected documents"),
         ("tfds:no_such_dataset", "TFDS knows no dataset 'no_such_dataset'"),
         ("tfds:not a name", "TFDS knows no dataset 'not a name'"),
     ],
@@ -144,6 +148,12 @@ def test_bad_names(tmp_path, source, message):
     with pytest.raises(InputError, match=message) as caught:
         load(source, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_function_may_give_texts_pairs_or_mappings(tmp_path):
+    found = load(f"{__name__}:plain_corpus", tmp_path)
+    assert [document.text for document in found] == TEXTS[:3]
+    assert [document.id for document in found] == [f"{__name__}:plain_corpus:1", "second", "third"]
 
 
 # Splits

@@ -7,6 +7,7 @@ import pytest
 from nla_jax.labels.extractive import WINDOW, Extractive
 from nla_jax.labels.labeller import LabelRow
 
+
 def label(texts):
     return Extractive().label([LabelRow(text, "", 0, "", "") for text in texts])
 

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from conftest import SENTENCES, TINY, one_sentence
 
-from nla_jax.io import parquet
 from nla_jax.data.interchange import (
     Origin,
     export_datasets,
@@ -20,6 +19,7 @@ from nla_jax.data.interchange import (
     sidecar_content,
 )
 from nla_jax.data.rows import activation_table, load_rows
+from nla_jax.io import parquet
 from nla_jax.io.parquet import write_table
 from nla_jax.prompts import find_marker
 from nla_jax.quickstart.tokenizer import train_tokenizer

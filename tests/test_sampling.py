@@ -172,7 +172,7 @@ def test_a_draw_is_the_inverse_of_the_cumulated_softmax(size):
     logits = 3 * np.random.default_rng(size).normal(size=(4000, size)).astype(np.float32)
     logits[:, ::7] = MASKED
     keys = jax.random.split(jax.random.key(1), len(logits))
-    tokens = np.asarray(jax.jit(lambda keys, x: sample_tokens(keys, x, 0.8, None, None)[0])(keys, logits))
+    tokens = np.asarray(jax.jit(lambda keys, x: sample_tokens(keys, x, 0.8)[0])(keys, logits))
     upto = np.cumsum(np.stack([softmax(x, 0.8) for x in logits]), 1)
     share = 1 - np.asarray(jax.vmap(jax.random.uniform)(keys), np.float64)
     expected = np.array([np.searchsorted(row, s) for row, s in zip(upto, share)])

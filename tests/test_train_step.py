@@ -155,7 +155,7 @@ def test_reward_and_advantage_are_replaceable_and_kl_can_be_off(joint, state, re
     np.testing.assert_allclose(metrics["reward"], np.where(batch.valid, lengths, -2).mean(), rtol=1e-6)
     assert metrics["kl"] == 0 and not metrics["skipped"] and metrics["av_grad_norm"] > 0
     for wrong in (dict(reward=lambda s: s.mse.mean()), dict(advantage=lambda rewards: rewards.reshape(-1))):
-        with pytest.raises(InputError, match="function gives an array of shape"):
+        with pytest.raises(InputError, match="gives an array of shape"):
             jax.eval_shape(dataclasses.replace(joint, **wrong), state, Frozen(reference), batch)
 
 

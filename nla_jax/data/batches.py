@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
 
 @struct.dataclass
 class TextBatch:
     """Right-padded rows of token ids; `lengths` counts the real tokens. `vectors` belong to the rows (if any do)."""
 
-    tokens: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
-    vectors: Float[Array, "B D"] | None = None
+    tokens: Array  # [B, T]
+    lengths: Array  # [B]
+    vectors: Array | None = None  # [B, D]
 
     @property
     def mask(self) -> Bool[Array, "B T"]:

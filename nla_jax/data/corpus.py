@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_code import resolve
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -226,19 +226,25 @@ def tfds_builder(name: str, data_dir: str | os.PathLike):
 
 
 def callable_rows(source: str) -> Iterator[Row]:
-    """The Documents that the function at `package.module:function` returns."""
-    module, function = source.split(":")
-    try:
-        produce = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"The corpus function {source!r} cannot be imported ({error}): check its path.") from error
-    produced = produce()
-    if not isinstance(produced, Iterable):
-        raise InputError(f"The function {source!r} returned {type(produced).__name__}, not Documents: correct it.")
-    for number, document in enumerate(produced, 1):
-        if not isinstance(document, Document):
-            raise InputError(f"Item {number} of {source!r} is {type(document).__name__}, not a Document: correct it.")
-        yield Row(document.id, document.text, f"{source}:{number}")
+    """The documents that the function at `package.module:function` returns: texts, (id, text) or mappings."""
+    produce = resolve(source, "corpus.source")
+    with produce.blamed():
+        produced = produce.function()
+        if not isinstance(produced, Iterable):
+            raise InputError(f"{produce} returns {type(produced).__name__}, expected documents.")
+        for number, document in enumerate(produced, 1):
+            place = f"{source}:{number}"
+            if isinstance(document, str):
+                yield Row(None, document, place)
+            elif isinstance(document, Mapping) and "text" in document:
+                yield Row(document.get("id"), document["text"], place)
+            elif isinstance(document, tuple) and len(document) == 2:  # a Document too
+                yield Row(*document, place)
+            else:
+                raise InputError(
+                    f"Item {number} of {produce} is {type(document).__name__}; give a text, (id, text), or a mapping with "
+                    f"text and id."
+                )
 
 
 def unique(id: str, used: dict[str, int]) -> str:

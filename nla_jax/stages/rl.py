@@ -7,19 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.data.batches import rows_of_step
-from nla_jax.data.rows import Rows, load_rows, spread
+from nla_jax.data.rows import load_rows, spread
 from nla_jax.fve import fve
 from nla_jax.io.pretrained import fingerprint, locate
 from nla_jax.joint_step import JointBatch, TrainState
-from nla_jax.models.sharding import RowsOf, cut_batch, local_rows, place_batch, place_local
+from nla_jax.models.sharding import RowsOf, cut_batch, place_batch
 from nla_jax.pair import Pair, load_pair
-from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
-from nla_jax.runtime.user_code import resolve
-from nla_jax.sampling import Rollout
 from nla_jax.stages.loop import Loop, healthy
+from nla_jax.stages.reading import Reading
 from nla_jax.stages.sft import save
-from nla_jax.study import Study, compute_features, injections
+from nla_jax.study import Study, injections
 
 
 def rl(run: Run) -> None:
@@ -80,67 +78,6 @@ def rl(run: Run) -> None:
         result["steps"] = c.steps
         result["skipped"] = sum(bool(record["skipped"]) for record in loop.log.records)
         result["logprob_gap_max"] = max(gaps, default=None)
-
-
-class Reading:
-    """The host's part of a step: from sampled ids to what the AR reads. Each host reads the rows of its own devices."""
-
-    def __init__(self, study: Study, pair: Pair, data: Rows):
-        self.study, self.prompts, self.data, self.c = study, pair.prompts, data, study.config.rl
-        self.reader = resolve(self.c.reader, "rl.reader")
-        self.shown: dict[int, dict] = {}  # texts of the step under way, by their row of the batch
-        self.read_rows = 0  # rows of the batch that have been read, on all hosts
-
-    def read(self, vectors: jax.Array, sampled: Rollout, rows: np.ndarray, step: int) -> JointBatch:
-        """The batch that a rollout becomes: each explanation extracted, and tokenised anew in the AR's template.
-
-        `rows`: which activations of the data `vectors` [A, D] are."""
-        (own, tokens), (_, mask), (_, finished) = map(local_rows, (sampled.tokens, sampled.mask, sampled.finished))
-        texts = self.prompts.read_responses(tokens, mask, finished)
-        activations = rows[own // self.c.group]
-        read = self._as_read([text or "" for text in texts], activations, step)
-        ids, lengths = self.prompts.reconstructor_batch(read, self.study.text_width)
-        features = {}
-        if self.c.features:
-            records = self.data.records(activations)
-            features = compute_features(self.c.features, [text or "" for text in texts], records)
-        count, start = len(sampled.finished), self.read_rows
-        self.shown |= {start + i: {"row": int(row), "text": text} for i, row, text in zip(own, activations, texts)}
-        self.read_rows += count
-        place = lambda x: place_local(sampled.finished.sharding, own, x, count)
-        return JointBatch(
-            vectors=vectors,
-            responses=sampled.tokens,
-            response_mask=sampled.mask,
-            sampler_logprobs=sampled.logprobs,
-            finished=sampled.finished,
-            texts=place(ids),
-            text_lengths=place(lengths),
-            valid=place(np.array([text is not None for text in texts])),
-            features={name: place(values) for name, values in features.items()},
-        )
-
-    def _as_read(self, texts: list[str], activations: np.ndarray, step: int) -> list[str]:
-        """The texts as `rl.reader` lets the AR read them, activation by activation."""
-        found, start = [], 0
-        for end in [*np.flatnonzero(np.diff(activations)) + 1, len(texts)]:
-            rng = np.random.default_rng([self.study.config.seed, step, int(activations[start])])
-            group = texts[start:end]
-            read = self.reader(group, rng)
-            if not isinstance(read, list) or len(read) != len(group) or not all(isinstance(x, str) for x in read):
-                raise InputError(f"{self.reader} must return a list of {len(group)} texts for as many; found {read!r}.")
-            found += read
-            start = end
-        return found
-
-    def examples(self, samples: dict, count: int) -> list[dict]:
-        """`count` texts of the step with their scores: the first of each activation, then the second, …"""
-        (rows, mse), (_, reward) = (local_rows(samples[name]) for name in ("mse", "reward"))
-        scores = {int(row): {"mse": float(m), "reward": float(r)} for row, m, r in zip(rows, mse, reward)}
-        known = sorted(self.shown.keys() & scores.keys(), key=lambda row: (row % self.c.group, row))[:count]
-        found = [self.shown[row] | scores[row] for row in sorted(known)]
-        self.shown, self.read_rows = {}, 0
-        return found
 
 
 @jax.jit

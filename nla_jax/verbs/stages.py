@@ -39,17 +39,19 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.runtime.checkpoint import flat
     from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
     from nla_jax.runtime.run import Run
+    from nla_jax.stages.check import check_functions
 
+    stages = list(STAGES) if arguments.verb == "quickstart" else [arguments.verb]
+    if arguments.verb == "quickstart" and arguments.config.subject.path:
+        stages.remove("pretrain")
     take_gpus_whole()
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
+    check_functions(arguments.config, stages)
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
     enable_compile_cache()
     settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
     distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
     run = Run(arguments.config, workdir(arguments), STAGES, arguments.command)
-    stages = list(STAGES) if arguments.verb == "quickstart" else [arguments.verb]
-    if arguments.verb == "quickstart" and arguments.config.subject.path:
-        stages.remove("pretrain")
     with run.alone():
         for stage in stages:
             arguments.stage = stage  # for the sentence that says where the run was stopped

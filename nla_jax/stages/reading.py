@@ -1,0 +1,78 @@
+"""The host's part of an RL step: from sampled ids to the text that the AR reads, and what is computed from it."""
+
+import jax
+import numpy as np
+
+from nla_jax.data.rows import Rows
+from nla_jax.joint_step import JointBatch
+from nla_jax.models.sharding import local_rows, place_local
+from nla_jax.pair import Pair
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_code import UserFunction, resolve
+from nla_jax.sampling import Rollout
+from nla_jax.study import Study, compute_features
+
+
+class Reading:
+    """The host's part of a step: from sampled ids to what the AR reads. Each host reads the rows of its own devices."""
+
+    def __init__(self, study: Study, pair: Pair, data: Rows):
+        self.study, self.prompts, self.data, self.c = study, pair.prompts, data, study.config.rl
+        self.reader = resolve(self.c.reader, "rl.reader")
+        self.shown: dict[int, dict] = {}  # texts of the step under way, by their row of the batch
+        self.read_rows = 0  # rows of the batch that have been read, on all hosts
+
+    def read(self, vectors: jax.Array, sampled: Rollout, rows: np.ndarray, step: int) -> JointBatch:
+        """The batch that a rollout becomes: each explanation extracted, and tokenised anew in the AR's template.
+
+        `rows`: which activations of the data `vectors` [A, D] are."""
+        (own, tokens), (_, mask), (_, finished) = map(local_rows, (sampled.tokens, sampled.mask, sampled.finished))
+        texts = self.prompts.read_responses(tokens, mask, finished)
+        activations = rows[own // self.c.group]
+        read = self._as_read([text or "" for text in texts], activations, step)
+        ids, lengths = self.prompts.reconstructor_batch(read, self.study.text_width)
+        features = {}
+        if self.c.features:
+            records = self.data.records(activations)
+            features = compute_features(self.c.features, [text or "" for text in texts], records)
+        count, start = len(sampled.finished), self.read_rows
+        self.shown |= {start + i: {"row": int(row), "text": text} for i, row, text in zip(own, activations, texts)}
+        self.read_rows += count
+        place = lambda x: place_local(sampled.finished.sharding, own, x, count)
+        return JointBatch(
+            vectors=vectors,
+            responses=sampled.tokens,
+            response_mask=sampled.mask,
+            sampler_logprobs=sampled.logprobs,
+            finished=sampled.finished,
+            texts=place(ids),
+            text_lengths=place(lengths),
+            valid=place(np.array([text is not None for text in texts])),
+            features={name: place(values) for name, values in features.items()},
+        )
+
+    def _as_read(self, texts: list[str], activations: np.ndarray, step: int) -> list[str]:
+        """The texts as `rl.reader` lets the AR read them, activation by activation."""
+        found, start = [], 0
+        for end in [*np.flatnonzero(np.diff(activations)) + 1, len(texts)]:
+            rng = np.random.default_rng([self.study.config.seed, step, int(activations[start])])
+            found += read_by(self.reader, texts[start:end], rng)
+            start = end
+        return found
+
+    def examples(self, samples: dict, count: int) -> list[dict]:
+        """`count` texts of the step with their scores: the first of each activation, then the second, …"""
+        (rows, mse), (_, reward) = (local_rows(samples[name]) for name in ("mse", "reward"))
+        scores = {int(row): {"mse": float(m), "reward": float(r)} for row, m, r in zip(rows, mse, reward)}
+        known = sorted(self.shown.keys() & scores.keys(), key=lambda row: (row % self.c.group, row))[:count]
+        found = [self.shown[row] | scores[row] for row in sorted(known)]
+        self.shown, self.read_rows = {}, 0
+        return found
+
+
+def read_by(reader: UserFunction, texts: list[str], rng: np.random.Generator) -> list[str]:
+    """What a reader makes of the texts of one activation. Raises `InputError` where that is not as many texts."""
+    read = reader(list(texts), rng)
+    if not isinstance(read, list) or len(read) != len(texts) or not all(isinstance(text, str) for text in read):
+        raise InputError(f"{reader} returns {read!r:.100}, expected a list of {len(texts)} texts.")
+    return read
