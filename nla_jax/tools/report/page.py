@@ -77,8 +77,8 @@ class Report:
 
 def written(value: Any, unit: str = "") -> str:
     """A figure or a fact. A share is cut, not rounded, to a tenth of a percent: only all of them are 100 %."""
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | int) and not unit:
+        return str(value)
     if not known(value):
         return MISSING
     text = f"{math.floor(round(1000 * value, 6)) / 10:.1f} %" if unit == "share" else f"{value:.{_places(value)}f}"
@@ -96,9 +96,9 @@ def interval(ends: Interval, unit: str = "") -> str:
 
 
 def _places(*values: Number) -> int:
-    """The decimals, seven at most, that give the largest of `values` three significant digits."""
-    largest = max(map(abs, values))
-    return min(7, max(0, 2 - math.floor(math.log10(largest)))) if largest else 0
+    """Three decimals from 0.01 to 10; else those, seven at most, that give the largest three significant digits."""
+    size = max(map(abs, values))
+    return 3 if size == 0 or 0.01 <= size < 10 else min(7, max(0, 2 - math.floor(math.log10(size))))
 
 
 def breakable(name: str) -> str:
@@ -287,10 +287,10 @@ def example(i: int, row: Mapping, state: str = "") -> str:
     context = "…" + context[-300:] if len(context) > 300 else context
     after = after[:120] + "…" if len(after) > 120 else after
     return (
-        f'<details class="example" data-score="{score_of(row)}" {state}><summary><span>{i}</span><span>'
-        f'{breakable(row["document"])} <mark>{escape(visible)}</mark></span><span class="tags">{tags}</span></summary>'
-        f'<div class="context">{escape(context)}<mark>{escape(marked)}</mark><span class="after">{escape(after)}</span>'
-        f'</div><div class="texts">{texts}</div></details>'
+        f'<details class="example" data-score="{score_of(row)}" {state}><summary title="{escape(row["document"])}">'
+        f"<span>{i}</span><span>{breakable(row['document'])} <mark>{escape(visible)}</mark></span><span "
+        f'class="tags">{tags}</span></summary><div class="context">{escape(context)}<mark>{escape(marked)}</mark><span '
+        f'class="after">{escape(after)}</span></div><div class="texts">{texts}</div></details>'
     )
 
 

@@ -41,7 +41,7 @@ path, line { vector-effect: non-scaling-stroke; fill: none; stroke: var(--c); st
 .grid { stroke: var(--hair); } .zero { stroke: var(--control); } .whisker { stroke: var(--ink); stroke-width: 2; }
 .line { stroke-width: 1.8; stroke-linecap: round; } .faint .line { opacity: .35; stroke-width: 1; }
 .median { stroke-dasharray: 3 3; } .dashed .line { stroke-dasharray: 5 4; }
-.area, .band { fill: var(--c); fill-opacity: .14; } .band { stroke-opacity: .6; stroke-width: 1.5; }
+.area, .band { fill: var(--c); fill-opacity: .14; } .band { stroke-opacity: .6; stroke-width: 2; }
 .bars { font-size: .84rem; } .bars b { font-weight: 400; white-space: nowrap; }
 .bars p { display: flex; gap: 1rem; justify-content: space-between; max-width: none; margin: .3rem 0 0; }
 .scroll { overflow-x: auto; } .tables { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: flex-start; }
