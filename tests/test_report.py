@@ -1,68 +1,39 @@
-"""The report page: well-formed, self-contained, escaped, and unmoved by missing values."""
+"""The report page: well-formed, self-contained, escaped, drawn from whatever probes it is given."""
 
+import base64
 import copy
+import hashlib
 import math
 import random
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from fake_report import fake_data, fake_probe, fake_score
 
-from nla_jax.tools.report.page import MISSING, interval, percent, render
+from nla_jax.probes.probe import figures, load_probes, probe, run_probe
+from nla_jax.runtime.errors import InputError
+from nla_jax.tools.report.charts import Line, axis, short, with_running_mean
+from nla_jax.tools.report.page import MISSING, Report, interval, render, written
+from nla_jax.tools.report.style import SCRIPT
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 HOSTILE = ("<script>alert(1)</script>", '"><img onerror=alert(1) src=x>', "</svg></style></title>", "'&amp;<b>")
 
 
-def fake_data(steps: int = 300, seed: int = 0) -> dict:
-    """A run of realistic shape: FVE grows with log(step), scores are skewed, some lines are noisy."""
-    rng = random.Random(seed)
-    history = []
-    for step in range(1, steps + 1):
-        progress = math.log1p(step) / math.log1p(steps)
-        fve = 0.34 + 0.28 * progress
-        history.append({
-            "step": step, "reward": -0.9 + 0.42 * progress + rng.gauss(0, 0.03), "fve": fve + rng.gauss(0, 0.035),
-            "kl": 0.35 * progress**2 + abs(rng.gauss(0, 0.01)), "entropy": 1.6 - 0.7 * progress + rng.gauss(0, 0.04),
-            "length": 88 + 14 * progress + rng.gauss(0, 3),
-            "extraction_rate": min(1, 0.96 + 0.04 * rng.random()), "logprob_gap_mean": 0.004 + 0.002 * rng.random(),
-            "logprob_gap_max": 0.05 + rng.expovariate(30), "av_grad_norm": 0.6 + rng.expovariate(4),
-            "ar_grad_norm": 1.4 - 0.5 * progress + rng.expovariate(8),
-            "samples_per_second": 410 + rng.gauss(0, 12), "seconds_rollout": 1.3 + rng.random() / 10,
-            "seconds_host": 0.09 + rng.random() / 50, "seconds_train": 0.6 + rng.random() / 20, "skipped": 0})
-        if step in (1, 3, 10, 30, 100, 200, steps):
-            history[-1]["heldout_fve"] = fve - 0.015 + rng.gauss(0, 0.006)
-    context = ('def dumps(obj, *, skipkeys=False, ensure_ascii=True,\n          allow_nan=True, indent=None):\n'
-               '    """Serialize ``obj`` to a JSON formatted ``str``.\n\n    If ``skipkeys`` is true then ``dict`` '
-               'keys that are not basic types\n    will be skipped instead of raising a ``Type')
-    text = ("A docstring of a Python serialisation function, listing what its keyword arguments do. The sentence "
-            "names an exception that is not raised when the flag is set. The final token completes an exception name "
-            "inside double backticks, so closing backticks and a full stop are expected next.")
-    examples = [{
-        "document": f"json/json.dumps.{i}", "context": context * (1 + i % 3),
-        "token": ("Error", "\n", " the", "``")[i % 4],
-        "after": "``.\n\n    If ``ensure_ascii`` is false, then the return value can contain non-ASCII characters",
-        "label": text, "warm": text[:150], "rl": text + " It may be a `TypeError`.", "fve_warm": rng.gauss(0.34, 0.2),
-        "fve_rl": rng.gauss(0.6, 0.15), "cos_rl": rng.gauss(0.85, 0.04)} for i in range(30)]
-    return {
-        "title": "quickstart", "subject": "byte-docs-6l", "layer": 3, "created": "2026-11-22 16:00",
-        "command": "nla quickstart --config configs/quickstart.yaml --set rl.steps=300 --set out=runs/quickstart",
-        "summary": {
-            "fve_warm": 0.3391, "fve_rl": 0.6038, "fve_rl_ci95": [0.5811, 0.6252], "fve_rl_median": 0.6391,
-            "fve_rl_meannorm": 0.7012, "cos_rl": 0.8514, "fve_gold_text": 0.4127, "fve_shuffled": -0.7215,
-            "fve_empty": -0.0312, "fve_no_injection": -0.0871, "extraction_rate": 0.99987, "mean_length": 101.3,
-            "logprob_gap_max": 0.1934, "subject_loss": 1.213, "bigram_loss": 2.471, "unigram_loss": 3.114,
-            "heldout_documents": 212, "heldout_rows": 2048,
-            "seconds_by_stage": {"pretrain": 412.7, "activations": 11.2, "warm start": 93.4, "rl": 633.1,
-                                 "evaluate": 41.9}},
-        "history": history,
-        "prefix_curve": {"tokens": [0, 4, 8, 16, 32, 48, 64, 96, 128],
-                         "fve": [-0.03, 0.08, 0.17, 0.29, 0.42, 0.50, 0.55, 0.596, 0.603]},
-        "row_fve": {"warm": [1 - rng.lognormvariate(-0.5, 0.45) for _ in range(2048)],
-                    "rl": [1 - rng.lognormvariate(-1.05, 0.5) for _ in range(2048)],
-                    "shuffled": [1 - rng.lognormvariate(0.5, 0.3) for _ in range(2048)]},
-        "lengths": [max(12, min(160, int(rng.gauss(101, 16)))) for _ in range(2048)],
-        "examples": examples}
+def page_of(data: dict) -> str:
+    return render(Report(**data))
+
+
+def score_of(data: dict, name: str) -> dict:
+    """A score of the data, to be changed."""
+    return next(score for one in data["probes"] for score in one["scores"] if score["name"] == name)
+
+
+def figure_of(html: str, title: str) -> str:
+    """The figure of that title."""
+    return re.search(f"<figure><h3>{re.escape(title)}</h3>.*?</figure>", html, re.S)[0]
 
 
 class Page(HTMLParser):
@@ -90,107 +61,326 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def broken(value, leaf):
-    """`value` with every leaf replaced."""
+def text_of(html: str) -> str:
+    return "".join(Page(html).text)
+
+
+def broken(value, leaf, key=None):
+    """`value` with every leaf replaced by `leaf(leaf, its key)`."""
     if isinstance(value, dict):
-        return {key: broken(item, leaf) for key, item in value.items()}
+        return {key: broken(item, leaf, key) for key, item in value.items()}
     if isinstance(value, list):
-        return [broken(item, leaf) for item in value]
-    return leaf(value)
+        return [broken(item, leaf, key) for item in value]
+    return leaf(value, key)
+
+
+def with_numbers(data: dict, change) -> dict:
+    """`data` with every number changed that may be None or not finite: all but steps and the scores of single rows."""
+    fixed = ("step", "rows", "layer", *data["seconds"])
+    numbers = lambda leaf, key: isinstance(leaf, (int, float)) and key not in fixed
+    return broken(data, lambda leaf, key: change(leaf) if numbers(leaf, key) else leaf)
 
 
 def assert_finite(page: Page) -> None:
-    """Every coordinate of every drawing is a finite number."""
+    """Every coordinate of every drawing is a finite number, of pixels or per cent."""
     for _, attrs in page.tags:
-        for name in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height", "d", "viewBox"):
+        for name in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height", "d", "viewBox", "dx", "dy"):
             if name in attrs:
-                assert re.fullmatch(r"[-\d., MLhZ]*|100%", attrs[name]), attrs
+                assert re.fullmatch(r"[-\d., MLhHVZ]*|-?[\d.]+%", attrs[name]), attrs
     for rect in page.named("rect"):
-        assert float(rect["width"]) >= 0
+        assert float(rect["width"].removesuffix("%")) >= 0
 
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return render(fake_data())
+    return page_of(fake_data())
 
 
 def test_page_is_balanced_and_finite(html):
     page = Page(html)
     assert_finite(page)
-    assert len(page.named("h2")) == 8
-    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.named("svg"))
+    assert len(page.named("h2")) == len(page.named("section")) == 5
+    charts = [svg for svg in page.named("svg") if "preserveaspectratio" not in svg]  # not their inner drawings
+    assert len(charts) > 25
+    # A bar is passed over by a screen reader: its row has the numbers as text.
+    assert all(svg.get("aria-hidden") == "true" or (svg["role"] == "img" and svg["aria-label"]) for svg in charts)
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
 
 
 def test_page_is_self_contained(html):
-    for outside in ("http:", "https:", "src=", "url(", "<link", "@import", "<script", "srcset"):
+    for outside in ("http:", "https:", "src=", "url(", "<link", "@import", "srcset"):
         assert outside not in html
+    assert Page(html).named("script") == [{}] and f"<script>{SCRIPT}</script>" in html
+    policy = next(meta["content"] for meta in Page(html).named("meta") if "http-equiv" in meta)
+    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
 
 
-def test_what_made_the_figures_is_shown():
-    made = {"seed": 3, "nla_jax": "0.2.0", "jax": "0.10.2", "commit": None, "devices": "2 × cpu"}
-    text = "".join(Page(render(fake_data() | {"run": made, "config": '{"seed": 3}'})).text)
+def test_contents_lead_to_every_section(html):
+    page = Page(html)
+    targets = [link["href"].removeprefix("#") for link in page.named("a")]
+    assert targets == [section["id"] for section in page.named("section")]
+
+
+def test_what_made_the_figures_is_shown(html):
+    text = text_of(html)
     assert "0.10.2" in text and "2 × cpu" in text and '{"seed": 3}' in text and "nla quickstart" in text
+    assert "bigram loss2.471" in text and "total1192" in text and f"injection scale{MISSING}" in text
+    assert "seed3" in text and "heldout rows2048" in text
 
 
 def test_headline_and_interval_are_shown(html):
-    text = "".join(Page(html).text)
+    text = text_of(html)
     assert "0.604" in text and "95 % interval 0.581 to 0.626" in text and "−0.722" in text
+    assert "normalised" in text and "about −0.5" in text  # what a score of 0 means
 
 
 def test_rounding_does_not_flatter():
     assert interval([0.5819, 0.6251]) == "0.581 to 0.626"
     assert interval([0.57, 0.58]) == "0.570 to 0.580"
-    assert percent(0.99987) == "99.9 %" and percent(1) == "100.0 %" and percent(0.29) == "29.0 %"
+    assert interval([22.41, 23.88]) == "22.4 to 23.9" and interval([0.001011, 0.002221]) == "0.00101 to 0.00223"
+    assert interval([-1.2894, -0.9701]) == "−1.290 to −0.970" and written(-0.0312) == "−0.031"
+    assert interval([0.9991, 0.99987], "share") == "99.9 to 100.0 %"
+    for share, shown in ((0.99987, "99.9 %"), (1, "100.0 %"), (0.29, "29.0 %")):
+        assert written(share, "share") == shown
 
 
 def test_every_example_appears(html):
     page = Page(html)
-    assert sum(details.get("class") == "example" for details in page.named("details")) == 30
-    assert all(f"json/json.dumps.{i} " in page.text for i in range(30))
+    assert sum(details.get("class") == "example" for details in page.named("details")) == 30 + 6
+    assert all(f"json/json.dumps.{i} " in text_of(html) for i in range(30))
 
 
 def test_long_contexts_keep_their_end():
-    data = {"examples": [{"context": "x" * 50 + "y" * 299 + "\n", "token": "t"}]}
-    text = "".join(Page(render(data)).text)
+    data = fake_data(steps=5)
+    data["examples"][0] |= {"context": "x" * 50 + "y" * 299 + "\n", "token": "t"}
+    text = text_of(page_of(data))
     assert "…" + "y" * 299 + "\nt" in text and "xy" not in text
+
+
+def test_three_good_and_three_bad_examples_stand_under_the_headline(html):
+    scores = [row["fve_rl"] for row in fake_data()["examples"]]
+    ranked = sorted(range(30), key=lambda i: -scores[i])
+    picked, listed = html.split("All examples</h2>")
+    assert picked.index("Highest FVE") < picked.index("<h2>Measurements")
+    numbers = [int(i) - 1 for i in re.findall(r"<summary title=.*?><span>(\d+)</span>", picked)]
+    assert numbers == ranked[:3] + ranked[:-4:-1]
+    assert "Chosen by their score among the 30 below" in picked
+    # What the script sorts by, in the order of the evaluation. Without scripts its controls stay hidden.
+    assert [float(x) for x in re.findall(r'data-score="(.*?)"', listed)] == scores
+    assert '<form class="controls" hidden>' in listed
+
+
+def test_few_examples_are_not_picked_twice():
+    data = fake_data(steps=5)
+    data["examples"] = data["examples"][:4]
+    picked = page_of(data).split("All examples</h2>")[0]
+    assert len(set(re.findall(r"<summary title=.*?><span>(\d+)</span>", picked))) == picked.count("<details class") == 4
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_strings_are_escaped(html, hostile):
-    data = broken(fake_data(steps=5), lambda leaf: hostile if isinstance(leaf, str) else leaf)
-    data["summary"][hostile] = hostile
-    data["summary"]["seconds_by_stage"] = {hostile: 1.0}
-    page = Page(render(data))
+    def replaced(leaf, key):
+        place = key == "chart" or (isinstance(leaf, str) and leaf.isdigit())  # names of a curve are numbers
+        return hostile if isinstance(leaf, str) and not place else leaf
+
+    data = broken(fake_data(steps=5), replaced)
+    data["figures"][hostile] = data["run"][hostile] = hostile
+    data["seconds"] = {hostile: 1.0}
+    for row in data["history"]:
+        row[hostile] = 1.0
+    other = copy.deepcopy(data["probes"])
+    for one in other:
+        one["title"] = one["title"] + " alone"  # without others in its chart
+    data["probes"] += other
+    page = Page(page_of(data))
     assert {tag for tag, _ in page.tags} <= {tag for tag, _ in Page(html).tags}
+    assert page.named("script") == [{}]
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert "".join(page.text).count(hostile) >= 7 * 30
+    labels = [attrs["aria-label"] for _, attrs in page.tags if "aria-label" in attrs]
+    assert sum(hostile in label for label in labels) > 6
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, "", "not a number"])
+@pytest.mark.parametrize("place", ["title", "about", "unit", "axis", "label"])
+@pytest.mark.parametrize("chart", ["bars", "curve", "histogram"])
+def test_each_string_of_a_probe_is_escaped(chart, place):
+    for hostile in HOSTILE:
+        score = fake_score("1", hostile if place == "label" else "a", 0.5, 0.4, 0.6, [0.5, 0.6])
+        facts = {} if place == "label" else {place: hostile}
+        data = fake_data(steps=0) | {"probes": [fake_probe("mine", [score], **{"axis": "x", "chart": chart} | facts)]}
+        page = Page(page_of(data))
+        assert page.named("img") == [] and page.named("script") == [{}] and page.named("b") != []
+        assert hostile in "".join(page.text)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_missing_values_survive(value):
     data = fake_data(steps=5)
-    page = Page(render(broken(data, lambda leaf: value)))
+    page = Page(page_of(with_numbers(data, lambda number: value)))
     assert_finite(page)
     assert MISSING in "".join(page.text)
-    for key in data:
-        assert_finite(Page(render({**data, key: value})))
-        assert_finite(Page(render({k: v for k, v in data.items() if k != key})))
-    for key in data["summary"]:
-        assert_finite(Page(render({**data, "summary": {**data["summary"], key: value}})))
+    for key in ("probes", "examples", "history"):
+        assert_finite(Page(page_of(data | {key: []})))
+    for key in data["history"][0].keys() - {"step"}:
+        assert_finite(Page(page_of(data | {"history": [row | {key: value} for row in data["history"]]})))
+    for i in range(len(data["probes"])):
+        assert_finite(Page(page_of(data | {"probes": data["probes"][:i] + data["probes"][i + 1 :]})))
 
 
 def test_scattered_gaps_and_constant_values_survive():
     rng = random.Random(1)
     data = fake_data(steps=40)
-    holes = broken(copy.deepcopy(data), lambda leaf: rng.choice((leaf, leaf, None, math.nan)))
-    constant = broken(data, lambda leaf: 1.0 if isinstance(leaf, (int, float)) else leaf)
-    for case in (holes, constant, {"history": [{"step": 1, "fve": 0.4}]}, {}):
-        assert_finite(Page(render(case)))
+    holes = with_numbers(copy.deepcopy(data), lambda number: rng.choice((number, number, None, math.nan)))
+    constant = broken(data, lambda leaf, key: 1.0 if isinstance(leaf, float) else leaf)
+    alone = data | {"history": [{"step": 1, "fve": 0.4}]}
+    for case in (holes, constant, alone, data | {"history": [], "probes": [], "examples": []}):
+        assert_finite(Page(page_of(case)))
 
 
 def test_a_run_without_rl_leads_with_the_warm_start():
     data = fake_data(steps=0)
-    data["summary"].update(fve_rl=None, fve_rl_ci95=None)
-    text = "".join(Page(render(data)).text)
-    assert "Held-out FVE after the warm start" in text and "No RL steps are recorded" in text
+    data["probes"] = [one for one in data["probes"] if one["name"] in ("warm_start", "gold")]
+    data["examples"] = [
+        {key: value for key, value in row.items() if key not in ("fve_rl", "cos_rl")} for row in data["examples"]
+    ]
+    text = text_of(page_of(data))
+    assert "Held-out FVE after the warm start0.339" in text and "No RL steps are recorded" in text
+    assert "Highest FVE" in text  # before RL
+
+
+@probe("Words per text", chart="histogram", unit="words", labels={"words": "after RL"})
+def words(context):
+    """How long the texts are."""
+    return {"words": np.arange(40) % 7}
+
+
+@probe("Next-token KL", chart="curve", unit="nats", axis="block")
+def kl(context):
+    """The subject goes on from the reconstruction."""
+    return {"0": np.full(40, 0.25), "16": np.linspace(0, 1, 40)}
+
+
+def ends_with_a_dot(context):
+    """Whether the text ends with a dot."""
+    return {"dot": np.arange(40) % 4 == 0}
+
+
+def test_probes_of_a_user_are_drawn():
+    """As the evaluation makes them: each kind has its chart, its numbers and its caption."""
+
+    class Context:
+        vectors = np.zeros((40, 2))
+
+    names = [f"{__name__}:{name}" for name in ("words", "kl", "ends_with_a_dot")]
+    documents = [f"document {i // 4}" for i in range(40)]
+    drawn = [figures(one, run_probe(path, one, Context()), documents) for path, one in load_probes(names)]
+    html = page_of(fake_data(steps=3) | {"probes": drawn})
+    for title, svg, numbers, about in (
+        ("Words per text", 'class="area rl"', "after RL2.875", "How long the texts are."),
+        ("Next-token KL", 'class="band"', "160.500", "The subject goes on from the reconstruction."),
+        ("Ends with a dot", '<rect class="bar"', "dot0.250", "Whether the text ends with a dot."),
+    ):
+        figure = figure_of(html, title)
+        assert svg in figure
+        caption = text_of(figure[figure.index("<figcaption>") : figure.index("</figcaption>")] + "</figcaption>")
+        assert about in caption and numbers in caption and " to " in caption
+    assert '<text class="axis end" x="100%" y="100%" dy="34">block</text>' in figure_of(html, "Next-token KL")
+    assert_finite(Page(html))
+    assert "Words per text" not in text_of(page_of(fake_data(steps=3)))
+
+
+def test_a_probe_that_cannot_be_drawn_is_refused_before_it_is():
+    class Context:
+        vectors = np.zeros((3, 2))
+
+    curve = probe("Mine", chart="curve")(lambda context: {"late": np.zeros(3)})
+    with pytest.raises(InputError, match="'late'; a curve's are named by their place"):
+        run_probe(load_probes([f"{__name__}:kl"])[0][0], curve, Context())
+    with pytest.raises(InputError, match="asks for a chart 'pie'; there are bars, curve, histogram"):
+        load_probes([f"{__name__}:pie"])
+
+
+pie = probe("Mine", chart="pie")(lambda context: {})
+
+
+def test_probes_of_one_title_and_unit_share_a_chart():
+    one, two, three = (fake_probe(name, [fake_score(name, name, 0.5, 0.4, 0.6)], title="T") for name in "abc")
+    html = page_of(fake_data(steps=0) | {"probes": [one, two, three | {"unit": "nats"}]})
+    shared, alone = re.findall("<figure><h3>T</h3>.*?</figure>", html, re.S)
+    assert shared.count("<rect") == 2 and alone.count("<rect") == 1
+    curves = [
+        fake_probe(name, [fake_score(n, n, y, y - 0.1, y + 0.1) for n in ("0", "8")], title="T", chart="curve")
+        for name, y in (("one_way", 0.2), ("other_way", 0.4))
+    ]
+    shared = figure_of(page_of(fake_data(steps=0) | {"probes": curves}), "T")
+    assert shared.count('class="line"') == 2 and "one way" in shared and "other way" in shared
+
+
+def test_a_run_that_means_little_says_so_at_its_top(html):
+    assert 'role="alert"' not in html
+
+    def warned(data: dict) -> str:
+        html = page_of(data)
+        assert html.index('role="alert"') < html.index("Held-out FVE")
+        return re.search('<div class="warning" role="alert">(.*?)</div>', html)[1]
+
+    data = fake_data(steps=30)
+    score_of(data, "extraction_rate")["mean"] = 0.4999
+    assert warned(data).startswith("<p>Only 49.9 % of the responses hold an explanation")
+    assert warned(data).count("<p>") == 1
+
+    data = fake_data(steps=30)
+    for name in ("fve_shuffled", "fve_empty", "fve_no_injection"):
+        score_of(data, name)["mean"] = 0.601
+    assert "No control scores lower than the headline" in warned(data)
+    score_of(data, "fve_empty")["mean"] = 0.5
+    assert 'role="alert"' not in page_of(data)
+
+    data = fake_data(steps=30)
+    for i in range(3):
+        data["history"][i]["skipped"] = True
+    assert 'role="alert"' not in page_of(data)
+    data["history"][3]["skipped"] = True
+    assert "4 of 30 training steps were skipped" in warned(data)
+
+
+def test_the_step_axis_is_linear_and_ends_at_the_last_step():
+    steps = axis("step", [0, 1.05 * 72], last=72)
+    assert list(steps.ticks) == [0, 20, 40, 60, 72] and steps(36) == pytest.approx(steps(72) / 2, abs=0.01)
+    assert short(12000) == "12\u202f000"
+    curve = figure_of(page_of(fake_data(steps=72)), "FVE against RL steps")
+    assert 'y="100%" dy="17">72</text>' in curve
+    # The final evaluation stands clear of the last held-out dot: 5 % of the narrowest plot are more than two radii.
+    dots = [float(x) for x in re.findall(r'<circle class="\w+" cx="([\d.]+)%"', curve)]
+    assert dots[-1] == 100 and max(dots[:-1]) < 96
+
+
+def test_noisy_lines_have_a_running_mean():
+    line = Line("a", "rl", [(1, 0.0), (2, 3.0), (3, None), (4, 3.0), (5, 9.0)])
+    raw, mean = with_running_mean(line, 3)
+    assert raw.points == line.points and raw.css == "rl faint"
+    assert mean.points == [(1, 1.5), (2, 1.5), (3, 3.0), (4, 6.0), (5, 6.0)]
+    assert with_running_mean(line, 1) == [line]
+    html = page_of(fake_data(steps=72))
+    assert "running means over 5 steps" in html and figure_of(html, "Reward").count('class="line"') == 2
+    assert "running means" not in page_of(fake_data(steps=10))
+
+
+def test_a_first_step_that_compiles_does_not_set_the_scale():
+    durations = figure_of(page_of(fake_data(steps=72)), "Seconds per phase")
+    ticks = [float(x) for x in re.findall(r'<text class="end" x="-7" y="[\d.]+%" dy="4">([\d.]+)<', durations)]
+    assert max(ticks) <= 2
+    assert "Not drawn: 2 values of up to 31.7" in durations
+
+
+def test_metrics_without_a_panel_of_ours_have_their_own(html):
+    assert "Not recorded" not in html
+    assert 'class="line"' in figure_of(html, "feature/overlap")
+    assert "Not recorded" in figure_of(page_of(fake_data() | {"history": [{"step": 1, "fve": 0.1}]}), "Entropy")
+
+
+def test_lengths_of_response_and_explanation_have_different_names(html):
+    titles = re.findall("<figure><h3>(.*?)</h3>", html)
+    assert len(titles) == len(set(titles))
+    assert {"Explanation length", "Length of the whole response, with tags and end"} <= set(titles)

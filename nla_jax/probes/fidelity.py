@@ -29,21 +29,21 @@ def gold(context: Context) -> dict[str, np.ndarray]:
 
 @probe(HEADLINE, labels={"fve_shuffled": "Shuffled pairs"})
 def shuffled(context: Context) -> dict[str, np.ndarray]:
-    """The reconstructor reads the text of an activation of another document. This should not be far above zero."""
+    """The reconstructor reads the text of an activation of another document. This should score far lower."""
     texts = context.texts("rl")
     return {"fve_shuffled": context.row_fve([texts[i] for i in derangement(context.documents, context.seed)])}
 
 
 @probe(HEADLINE, labels={"fve_empty": "Empty text"})
 def empty(context: Context) -> dict[str, np.ndarray]:
-    """The reconstructor reads no text at all. This should not be far above zero."""
+    """The reconstructor reads no text at all. This should score far lower."""
     recon = context.pair.reconstruct([""] * 2)[[0] * len(context.vectors)]
     return {"fve_empty": row_fve(recon, context.vectors)}
 
 
 @probe(HEADLINE, labels={"fve_no_injection": "No injection"})
 def no_injection(context: Context) -> dict[str, np.ndarray]:
-    """The reconstructor reads what the verbalizer writes when nothing is injected. This should not be far above zero."""
+    """The reconstructor reads what the verbalizer writes when nothing is injected. This should score far lower."""
     return {"fve_no_injection": context.row_fve(context.texts("no_injection"))}
 
 

@@ -9,6 +9,7 @@ for every row. Means, intervals (documents redrawn), tables and charts are made 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
 
 NEEDS = ("pair", "warm", "labels")
+CHARTS = ("bars", "curve", "histogram")
 
 
 class Context(Protocol):
@@ -83,6 +85,8 @@ def load_probes(paths: Sequence[str]) -> list[tuple[UserFunction, Probe]]:
         given, name = function.function, path.rpartition(":")[2]
         if not isinstance(given, Probe):
             given = Probe(name, given, name.replace("_", " ").capitalize(), _plain(given.__doc__))
+        if given.chart not in CHARTS:
+            raise InputError(f"{function} asks for a chart {given.chart!r}; there are {', '.join(CHARTS)}.")
         if any(given.name == other.name for _, other in found):
             raise InputError(f"evaluate.probes names {given.name!r} twice.")
         found.append((function, given))
@@ -101,6 +105,10 @@ def run_probe(function: UserFunction, probe: Probe, context: Context) -> dict[st
             checked[str(name)] = np.asarray(values, np.float64)
         except (TypeError, ValueError):
             raise InputError(f"{function} returns no numbers for {name!r}.") from None
+        if probe.chart == "curve" and not _is_number(str(name)):
+            raise InputError(
+                f"{function} names a score {name!r}; a curve's are named by their place on the x axis, as '8'."
+            )
         if checked[str(name)].shape != (len(context.vectors),):
             raise InputError(
                 f"{function} returns {name!r} of shape {np.shape(values)}, expected a number for each of the "
@@ -138,6 +146,13 @@ def figures(probe: Probe, scores: Mapping[str, np.ndarray], documents: Sequence[
     ]
     facts = {name: getattr(probe, name) for name in ("name", "title", "about", "chart", "unit", "axis")}
     return facts | {"scores": listed}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _plain(docstring: str | None) -> str:

@@ -5,7 +5,7 @@ import json
 
 from nla_jax.runtime.metrics import read_metrics, write_atomically
 from nla_jax.runtime.run import Run
-from nla_jax.tools.report.page import render
+from nla_jax.tools.report.page import Report, render
 
 LOSSES = ("subject_loss", "bigram_loss", "unigram_loss")
 
@@ -16,26 +16,28 @@ def report(run: Run) -> None:
         if result is None:
             return
         rl, sft, pretrained = run.require("rl"), run.require("sft"), run.result("pretrain") or {}
-        stages = [name for name in run.stages if name != "report" and run.result(name)]
-        summary = dict(run.require("evaluate")["summary"]) | {
+        scores, stages = run.require("evaluate")["summary"], [name for name in run.stages if name != "report"]
+        figures = {name: scores[name] for name in ("heldout_documents", "heldout_rows")} | {
             "logprob_gap_max": rl["logprob_gap_max"],
             "skipped_steps": rl["skipped"],
             **{name: pretrained.get(name) for name in LOSSES},
             "injection_scale": sft["injection_scale"],
-            "seconds_by_stage": {name: run.result(name)["seconds"] for name in stages},
         }
-        made = {name: value for name, value in run.made().items() if name not in ("command", "date")}
-        data = json.loads((run.workdir / "evaluation.json").read_text()) | {
-            "title": run.config.report.title,
-            "subject": str(run.subject_folder),
-            "layer": run.config.subject.layer,
-            "created": datetime.datetime.now().isoformat(" ", "minutes"),
-            "command": run.command,
-            "run": {"seed": run.config.seed} | made,
-            "config": json.dumps(run.config.to_dict(), indent=1),
-            "summary": summary,
-            "history": read_metrics(run.workdir / "train/rl/metrics.jsonl"),
-        }
-        write_atomically(run.workdir / "report.html", render(data))
+        seconds = {name: run.result(name)["seconds"] for name in stages if run.result(name)}
+        page = Report(
+            title=run.config.report.title,
+            subject=str(run.subject_folder),
+            layer=run.config.subject.layer,
+            created=datetime.datetime.now().isoformat(" ", "minutes"),
+            command=run.command,
+            run={"seed": run.config.seed} | {k: v for k, v in run.made().items() if k not in ("command", "date")},
+            config=json.dumps(run.config.to_dict(), indent=1),
+            figures=figures,
+            seconds=seconds,
+            **json.loads((run.workdir / "evaluation.json").read_text()),  # probes and examples
+            history=read_metrics(run.workdir / "train/rl/metrics.jsonl"),
+        )
+        write_atomically(run.workdir / "report.html", render(page))
+        summary = scores | figures | {"seconds_by_stage": seconds}
         write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
         result["page"] = "report.html"

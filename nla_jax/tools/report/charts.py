@@ -1,248 +1,180 @@
-"""Small inline SVG charts: lines, bars and histograms as plain strings.
+"""Charts as strings of HTML and SVG, each drawn once and readable at every width.
 
-Colours come from the page's style sheet: a series names a CSS class (`rl`, `warm`, `control`, ...), so that one SVG
-serves the light and the dark page. Values that are missing or not finite leave a gap, they are never drawn.
+Places are percentages of the plot, so a drawing stretches from a phone to a desktop while letters, dots and strokes
+keep the size and the colour that the style sheet gives them. Only paths know no percentages: they are drawn in an inner
+SVG of 100 by 100 units, which stretches without its strokes. A value that is None or not finite is not drawn.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from statistics import median
 
-TEXT_HEIGHT = 12
-HOVER_TARGETS = 60  # per line: enough to point at, few enough to keep the page small
+Number = int | float
+Interval = Sequence[Number | None]  # two ends
+MOST_BINS = 36
 
 
-def number(value: object) -> float | None:
-    """`value` as a finite float, or None."""
-    try:
-        result = float(value)
-    except (TypeError, ValueError):
-        return None
-    return result if math.isfinite(result) else None
+def known(value: Number | None) -> bool:
+    """Whether there is a number to draw or to write."""
+    return value is not None and math.isfinite(value)
 
 
-def items(value: object) -> list:
-    """The items of a list-like value; none of anything else."""
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else []
-
-
-def numbers(values: object) -> list[float]:
-    """The finite ones among `values`."""
-    return [x for x in map(number, items(values)) if x is not None]
-
-
-def short(value: float) -> str:
+def short(value: Number) -> str:
     """A number of about four significant digits with a true minus sign."""
-    return f"{value:.4g}".replace("-", "−")
+    text = f"{value:,.0f}".replace(",", "\u202f") if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+    return text.replace("-", "−")
 
 
 @dataclass(frozen=True)
-class Series:
-    """One line of a chart: points (x, y) with y None where there is a gap; `dots` makes the points visible."""
+class Axis:
+    """Places values at percentages of the plot, from the left or, where it is upright, from the top."""
+
+    name: str
+    low: Number
+    high: Number
+    ticks: Sequence[Number]
+    upright: bool
+
+    def __call__(self, value: Number) -> float:
+        place = 100 * (value - self.low) / (self.high - self.low)
+        return round(100 - place if self.upright else place, 2)
+
+
+def axis(name: str, values: Sequence[Number], count: int = 5, upright: bool = False, last: Number = math.nan) -> Axis:
+    """An axis with about `count` round ticks and one at `last`. Upright it has round ends, level those of its data."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-12):
+        low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / count <= m * power)
+    ticks = [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+    if upright:
+        return Axis(name, ticks[0], ticks[-1], ticks, upright)
+    if known(last):
+        ticks = [tick for tick in ticks if last - tick > 0.12 * (high - low)] + [last]
+    return Axis(name, low, high, [tick for tick in ticks if low <= tick <= high], upright)
+
+
+def _straight(css: str, x1: Number | str, y1: Number | str, x2: Number | str, y2: Number | str) -> str:
+    """A straight line between places such as "40%" or 13, in pixels."""
+    return f'<line class="{css}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
+
+
+def _plot(label: str, keys: Sequence[tuple[str, str]], paths: str, marks: str, x: Axis, y: Axis) -> str:
+    """`paths` (in hundredths of the plot) and `marks` with a legend of (name, css), grid lines, ticks and axes' names.
+
+    `label` is what a screen reader says. The upright axis is named above itself, where it reads without tilting."""
+    left = 12 + 7 * max(len(short(tick)) for tick in y.ticks)
+    frame = f'<text class="axis" x="{-left}" y="-11">{escape(y.name)}</text>'
+    frame += f'<text class="axis end" x="100%" y="100%" dy="34">{escape(x.name)}</text>'
+    for tick in y.ticks:
+        frame += _straight("zero" if tick == 0 else "grid", "0%", f"{y(tick)}%", "100%", f"{y(tick)}%")
+        frame += f'<text class="end" x="-7" y="{y(tick)}%" dy="4">{short(tick)}</text>'
+    for tick in x.ticks:
+        frame += f'<text class="middle" x="{x(tick)}%" y="100%" dy="17">{short(tick)}</text>'
+    legend = "".join(f'<span class="{css}">{escape(name)}</span>' for name, css in keys)
+    return (
+        (f'<div class="legend">{legend}</div>' if len(keys) > 1 else "")
+        + f'<div class="plot" style="padding-left:{left}px"><svg role="img" aria-label="{escape(label)}">{frame}'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{paths}</svg>{marks}</svg></div>'
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart; `dots` makes its points visible, `band` holds the ends of an interval at each."""
 
     name: str
     css: str
-    points: Sequence[tuple[float, float | None]]
+    points: Sequence[tuple[Number, Number | None]]
     dots: bool = False
+    band: Sequence[Interval] = ()
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Maps the values lo..hi to the pixels start..stop, through `warp` (the identity or a logarithm)."""
-
-    lo: float
-    hi: float
-    start: float
-    stop: float
-    warp: Callable[[float], float] = float
-
-    def __call__(self, value: float) -> float:
-        lo, hi = self.warp(self.lo), self.warp(self.hi)
-        return self.start + (self.warp(value) - lo) / (hi - lo) * (self.stop - self.start)
+def with_running_mean(line: Line, window: int) -> list[Line]:
+    """The line, faint, and the mean of the known values in a `window` around a point, eight times in each window."""
+    values, half, means = [value for _, value in line.points], window // 2, []
+    for i in range(0, len(values), half // 4 + 1):
+        near = list(filter(known, values[max(0, i - half) : i + half + 1]))
+        means.append((line.points[i][0], sum(near) / len(near) if near else None))
+    return [Line(line.name, f"{line.css} faint", line.points), Line(line.name, line.css, means)] if half else [line]
 
 
-def nice_range(values: Sequence[float], count: int) -> tuple[float, float, list[float]]:
-    """Round limits around `values`, and about `count` round ticks between them."""
-    lo, hi = min(values), max(values)
-    if hi - lo <= 1e-9 * max(abs(lo), abs(hi), 1e-12):
-        lo, hi = lo - (abs(lo) / 10 or 1), hi + (abs(hi) / 10 or 1)
-    power = 10.0 ** math.floor(math.log10((hi - lo) / count))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if (hi - lo) / count <= m * power)
-    first, last = math.floor(lo / step + 1e-9), math.ceil(hi / step - 1e-9)
-    return first * step, last * step, [i * step for i in range(first, last + 1)]
+def line_chart(label: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
+    """Lines over a common x."""
+    lines = [line for line in lines if any(known(value) for _, value in line.points)]
+    strong = [(line.name, line.css) for line in lines if "faint" not in line.css]
+    paths, dots = ("".join(draw(line, x, y) for line in lines) for draw in (_path, _dots))
+    return _plot(label, strong, paths, dots, x, y)
 
 
-def log_ticks(hi: float) -> list[float]:
-    """0, 1, 3, 10, 30, ... up to `hi`."""
-    powers = range(math.ceil(math.log10(max(hi, 1))) + 1)
-    return [0.0] + [m * 10.0**e for e in powers for m in (1, 3) if m * 10**e <= hi]
+def _path(line: Line, x: Axis, y: Axis) -> str:
+    """The band and the line. A stroke of no length, `h0`, makes a point between two gaps visible."""
+    ends = [(at, *end) for (at, _), end in zip(line.points, line.band) if all(map(known, end))]
+    corners = [(at, low) for at, low, _ in ends] + [(at, high) for at, _, high in reversed(ends)]
+    band = "L".join(f"{x(at)},{y(value)}" for at, value in corners)
+    path, pen_down = "", False
+    for at, value in line.points:
+        if known(value):
+            path += f"L{x(at)},{y(value)}" if pen_down else f"M{x(at)},{y(value)}h0"
+        pen_down = known(value)
+    band = f'<path class="band" d="M{band}Z"/>' if band else ""
+    return f'<g class="{line.css}">{band}<path class="line" d="{path}"/></g>'
 
 
-def svg(width: int, height: int, label: str, body: list[str], css: str = "") -> str:
-    """The outer element; the label is what a screen reader says in place of the picture."""
-    return (f'<svg class="{css}" viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="{escape(label)}">'
-            + "".join(body) + "</svg>")
+def _dots(line: Line, x: Axis, y: Axis) -> str:
+    """Dots with a hover title."""
+    dots = ""
+    for at, value in line.points:
+        if line.dots and known(value):
+            title = escape(f"{line.name}, {x.name} {short(at)}: {short(value)}")
+            dots += f'<circle class="{line.css}" cx="{x(at)}%" cy="{y(value)}%" r="4"><title>{title}</title></circle>'
+    return dots
 
 
-def text(x: float, y: float, content: str, anchor: str = "start", css: str = "") -> str:
-    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
+def bar_chart(label: str, bars: Sequence[tuple[str, str, Number, Interval, str]], x: Axis) -> str:
+    """Bars (name, css, value, ends of the interval, value as text) from zero to either side, named above themselves."""
+    rows, grid, ticks = "", "", f'<text class="end" x="100%" y="28">{escape(x.name)}</text>'
+    for tick in x.ticks:
+        grid += _straight("zero" if tick == 0 else "grid", f"{x(tick)}%", 0, f"{x(tick)}%", "100%")
+        ticks += f'<text class="middle" x="{x(tick)}%" y="12">{short(tick)}</text>'
+    for name, css, value, interval, said in bars:
+        start, end = sorted((x(0), x(value)))
+        marks = f'<rect class="bar" x="{start}%" y="6" width="{end - start:.2f}%" height="14"/>'
+        if all(map(known, interval)):
+            marks += _straight("whisker", f"{x(interval[0])}%", 13, f"{x(interval[1])}%", 13)
+        rows += f"<p><span>{escape(name)}</span> <b>{escape(said)}</b></p>"
+        rows += f'<svg aria-hidden="true" class="{css}">{grid}{marks}</svg>'
+    rows += f'<svg aria-hidden="true">{ticks}</svg>'
+    return f'<div class="bars" role="group" aria-label="{escape(label)}">{rows}</div>'
 
 
-def line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"></line>'
-
-
-def whisker(x1: float, y1: float, x2: float, y2: float, title: str = "") -> str:
-    """An upright or level bar with a cap at both ends."""
-    dx, dy = (5, 0) if x1 == x2 else (0, 5)
-    strokes = [line("", x1, y1, x2, y2)] + [line("", x - dx, y - dy, x + dx, y + dy) for x, y in ((x1, y1), (x2, y2))]
-    return f'<g class="whisker">{"".join(strokes)}<title>{escape(title)}</title></g>'
-
-
-def responsive(draw: Callable[[int], str]) -> str:
-    """The chart drawn twice, for a desk and for a phone: scaling one drawing down would make its text unreadable."""
-    return f'<div class="wide">{draw(880)}</div><div class="narrow">{draw(340)}</div>'
-
-
-def frame(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str, y_name: str,
-          y_format: Callable[[float], str] = short) -> list[str]:
-    """Grid lines, tick labels and the axes' names; the y axis is named above itself, where it reads without tilting."""
-    parts = []
-    for value in y_ticks:
-        parts.append(line("zero" if value == 0 else "grid", x.start, y(value), x.stop, y(value)))
-        parts.append(text(x.start - 7, y(value) + 4, y_format(value), "end"))
-    taken = -math.inf
-    for value in x_ticks:
-        label, at = short(value), x(value)
-        if at - 4 * len(label) > taken:  # the labels of a logarithmic axis may run into each other
-            parts.append(text(at, y.start + TEXT_HEIGHT + 6, label, "middle"))
-            taken = at + 4 * len(label)
-    parts.append(text(x.stop, y.start + 2 * TEXT_HEIGHT + 10, x_name, "end", "axis"))
-    parts.append(text(0, TEXT_HEIGHT, y_name, css="axis"))
-    return parts
-
-
-def draw_line(series: Series, x: Scale, y: Scale, x_name: str) -> list[str]:
-    """The path, and a hover title on its points; a line without dots has unseen ones at regular distances."""
-    path, pen_down = [], False
-    for at, value in series.points:
-        if value is not None:
-            # The empty stroke `h0` makes a point between two gaps visible as a dot.
-            path.append(f"{'L' if pen_down else 'M'}{x(at):.1f},{y(value):.1f}" + ("" if pen_down else "h0"))
-        pen_down = value is not None
-    seen = [(at, value) for at, value in series.points if value is not None]
-    stride = 1 if series.dots else math.ceil(len(seen) / HOVER_TARGETS) or 1
-    circles = [f'<circle class="{"dot" if series.dots else "hover"}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="4">'
-               f"<title>{escape(f'{series.name}, {x_name} {short(at)}: {short(value)}')}</title></circle>"
-               for at, value in seen[::stride]]
-    return [f'<g class="{series.css}"><path class="line" d="{"".join(path)}"></path>', *circles, "</g>"]
-
-
-def line_chart(series: Sequence[Series], width: int, height: int, label: str, x_name: str, y_name: str,
-               include: Sequence[float] = (), log_x: bool = False,
-               rules: Sequence[tuple[str, float]] = (), interval: tuple[str, float, float, float] | None = None) -> str:
-    """Lines over a common x.
-
-    `include` are values the y axis must reach, `rules` are named horizontal lines, `interval` is a titled vertical bar
-    (title, x, low, high). With `log_x`, x stands at log(1 + x), so that 0 has a place.
-    """
-    finite = [value for s in series for _, value in s.points if value is not None]
-    reach = [*finite, *include, *(value for _, value in rules), *(interval[2:] if interval else ())]
-    lo, hi, y_ticks = nice_range(reach, 3 if height < 200 else 5)
-    left = 14 + 7 * max(len(short(t)) for t in y_ticks)
-    y = Scale(lo, hi, height - 38, 26)
-    xs = [at for s in series for at, _ in s.points]
-    x_lo, x_hi = min(xs), max(max(xs), min(xs) + 1)
-    x = Scale(x_lo, x_hi, left, width - 14, math.log1p if log_x else float)
-    x_ticks = log_ticks(x_hi) if log_x else nice_range([x_lo, x_hi], width // 100 + 1)[2]
-    parts = frame(x, y, [t for t in x_ticks if x_lo <= t <= x_hi], y_ticks, x_name, y_name)
-    for name, value in rules:
-        parts.append(line("rule", x.start, y(value), x.stop, y(value)))
-    for s in series:
-        parts += draw_line(s, x, y, x_name)
-    for name, value in rules:
-        parts.append(text(x.stop - 4, y(value) + 15, name, "end", "halo"))
-    if interval:
-        title, at, low, high = interval
-        parts.append(whisker(x(at), y(low), x(at), y(high), title))
-    return svg(width, height, label, parts, "small" if height < 200 else "")
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar: a value or None, printed as `shown`; `interval` draws a whisker."""
-
-    name: str
-    css: str
-    value: float | None
-    shown: str
-    interval: tuple[float, float] | None = None
-
-
-def bar_chart(bars: Sequence[Bar], width: int, label: str, x_name: str, include: Sequence[float]) -> str:
-    """Horizontal bars from zero to either side, each with its value printed at its end.
-
-    Names stand beside the bars, or above them where the picture is narrow.
-    """
-    beside = width > 500
-    row, names, top, room = (34, 104, 4, 56) if beside else (48, 0, 4, 56)
-    reach = [0.0, *include]
-    for bar in bars:
-        reach += [x for x in (bar.value, *(bar.interval or ())) if x is not None]
-    lo, hi = min(reach), max(reach)  # not widened to round limits: the bars need the width of a phone
-    x_ticks = [t for t in nice_range(reach, 7 if beside else 4)[2] if lo <= t <= hi]
-    bottom = top + row * len(bars)
-    x = Scale(lo, hi, names + (room if lo < 0 else 0), width - room)
-    parts = []
-    for value in x_ticks:
-        parts += [line("zero" if value == 0 else "grid", x(value), top, x(value), bottom),
-                  text(x(value), bottom + TEXT_HEIGHT + 6, short(value), "middle")]
-    parts.append(text(x.stop, bottom + 2 * TEXT_HEIGHT + 10, x_name, "end", "axis"))
-    for i, bar in enumerate(bars):
-        middle = top + row * (i + 1) - 17
-        parts.append(text(0, middle + (4 if beside else -15), bar.name, css="name halo"))
-        start = end = x(0)
-        if bar.value is not None:
-            start, end = sorted((x(0), x(bar.value)))
-            parts.append(f'<g class="{bar.css}"><rect class="bar" x="{start:.1f}" y="{middle - 10:.1f}" '
-                         f'width="{end - start:.1f}" height="20"><title>{escape(f"{bar.name}: {bar.shown}")}</title>'
-                         "</rect></g>")
-        if bar.interval:
-            low, high = map(x, bar.interval)
-            parts.append(whisker(low, middle, high, middle))
-            start, end = min(start, low), max(end, high)
-        negative = bar.value is not None and bar.value < 0
-        parts.append(text(start - 7 if negative else end + 7, middle + 4, bar.shown, "end" if negative else "start",
-                          "value"))
-    return svg(width, bottom + 40, label, parts)
-
-
-def histogram(groups: Sequence[tuple[str, str, Sequence[float]]], label: str, x_name: str, y_name: str,
-              limits: tuple[float, float], bins: int = 36, width: int = 380, height: int = 250) -> str:
+def histogram(label: str, groups: Sequence[tuple[str, str, Sequence[Number]]], unit: str) -> str:
     """Overlaid outlines of groups (name, css, values) as shares of each group, a dashed line at each median.
 
-    Values outside `limits` are counted in the outermost bins.
-    """
-    lo, hi = limits
+    Half a percent of far outliers on either side do not squeeze the rest: the outermost bins count them."""
+    ordered = sorted(value for _, _, values in groups for value in values)
+    low, high, count = ordered[len(ordered) // 200], ordered[-1 - len(ordered) // 200], MOST_BINS
+    outside = sum(not low <= value <= high for value in ordered)
+    if all(value == int(value) for value in ordered):
+        # Bins of whole numbers have whole widths: else some would hold more numbers than their neighbours.
+        width = math.ceil((high + 1 - low) / MOST_BINS)
+        count = math.ceil((high + 1 - low) / width)
+        high = low + count * width
+    high = high if high > low else low + 1
     shares = []
     for _, _, values in groups:
-        counts = [0] * bins
-        for value in values:
-            counts[min(bins - 1, max(0, math.floor((value - lo) / (hi - lo) * bins)))] += 1
-        shares.append([count / len(values) for count in counts])
-    _, top, y_ticks = nice_range([0.0, max(map(max, shares))], 4)
-    y = Scale(0, top, height - 38, 26)
-    x = Scale(lo, hi, 46, width - 14)
-    x_ticks = [t for t in nice_range([lo, hi], 5)[2] if lo <= t <= hi]
-    parts = frame(x, y, x_ticks, y_ticks, x_name, y_name, lambda share: f"{100 * share:.3g} %")
+        bins = [min(count - 1, max(0, math.floor((value - low) / (high - low) * count))) for value in values]
+        shares.append([100 * bins.count(i) / len(bins) for i in range(count)])
+    x, y = axis(unit, [low, high]), axis("% of rows", [0, max(map(max, shares))], 4, upright=True)
+    areas, medians = "", ""
     for (name, css, values), heights in zip(groups, shares):
-        edges = [x(lo + (hi - lo) * i / bins) for i in range(bins + 1)]
-        steps = "".join(f"L{edges[i]:.1f},{y(h):.1f}L{edges[i + 1]:.1f},{y(h):.1f}" for i, h in enumerate(heights))
-        middle = min(hi, max(lo, median(values)))
-        outline = f"M{edges[0]:.1f},{y(0):.1f}{steps}L{edges[-1]:.1f},{y(0):.1f}Z"
-        parts.append(f'<g class="{css}"><path class="area" d="{outline}">'
-                     f"<title>{escape(f'{name}: median {short(median(values))}, n = {len(values)}')}</title></path>"
-                     f"{line('median', x(middle), y(0), x(middle), y(top))}</g>")
-    return svg(width, height, label, parts)
+        steps = "".join(f"L{100 * i / count:.2f},{y(h)}H{100 * (i + 1) / count:.2f}" for i, h in enumerate(heights))
+        said = escape(f"{name}: median {short(median(values))}, n = {len(values)}")
+        areas += f'<path class="area {css}" d="M0,100{steps}V100Z"><title>{said}</title></path>'
+        middle = f"{x(min(high, max(low, median(values))))}%"
+        medians += _straight(f"median {css}", middle, "0%", middle, "100%")
+    note = f'<p class="note">The outermost bins also count {outside} values further out.</p>' if outside else ""
+    return _plot(label, [group[:2] for group in groups], areas, medians, x, y) + note

@@ -1,386 +1,342 @@
-"""One self-contained HTML page about a run: headline, curves, controls, health, examples, all numbers.
+"""One self-contained HTML page about a run: headline, examples, a chart of every probe, training, settings.
 
-`render(data)` needs nothing but its argument and asks nothing of the network. Every value may be missing, None or not
-finite: it is shown as "–", and a chart without data gives way to a sentence that says so.
+`render(report)` asks nothing of the network. It draws whatever probes and metrics it is given; it knows by name only
+those of the headline and of the warnings, and the panels that several metrics share.
 """
 
+import base64
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from typing import Any
 
-from .charts import (
-    Bar,
-    Series,
-    bar_chart,
-    histogram,
-    items,
-    line_chart,
-    number,
-    numbers,
-    responsive,
-    short,
-)
-from .style import CSS
+from .charts import Interval, Line, Number, axis, bar_chart, histogram, known, line_chart, short, with_running_mean
+from .style import CSS, SCRIPT
 
 MISSING = "–"
-CONTEXT_CHARACTERS = 300
-AFTER_CHARACTERS = 120
-OPEN_EXAMPLES = 3
-
-FVE_IN_A_SENTENCE = (
+HEADLINES = {"fve_rl": "Held-out FVE after RL", "fve_warm": "Held-out FVE after the warm start"}
+CONTROLS = ("fve_shuffled", "fve_empty", "fve_no_injection")  # these should score far below the headline
+HIGHEST = {"FVE": 1.0, "cosine": 1.0, "share": 1.0}  # bars of these units show how far they are from the best
+COLOURS = {"gold": "gold", "warm": "warm", "rl": "rl", "shuffled": "control", "empty": "control", "no": "control"}
+PALETTE = ("rl", "warm", "third", "gold", "control")
+TEXTS = {"labels": ("Label", "gold"), "warm": ("AV before RL", "warm"), "rl": ("AV after RL", "rl")}
+TAGS = {"fve_warm": ("FVE before RL", "warm"), "fve_rl": ("FVE after RL", "rl"), "cos_rl": ("cosine", "")}
+FVE_IN_WORDS = (
     "FVE, the fraction of variance explained, says how much of what distinguishes one activation from another can be "
-    "rebuilt from its written explanation alone: 1 is a perfect reconstruction, 0 is what guessing the mean activation "
-    "every time would score, and a negative value is worse than that guess.")
-
-# key, name, how it is written. A key of the summary that is not listed here still gets its row.
-FIGURES = (
-    ("fve_rl", "FVE after RL", "score"), ("fve_rl_ci95", "FVE after RL, 95 % interval", "interval"),
-    ("fve_rl_median", "FVE after RL, median row", "score"), ("fve_warm", "FVE after the warm start", "score"),
-    ("fve_rl_meannorm", "FVE after RL, mean re-normalised (reads higher)", "score"),
-    ("cos_rl", "Cosine after RL", "score"), ("fve_gold_text", "FVE of the gold label text", "score"),
-    ("fve_no_injection", "FVE without injection", "score"), ("fve_empty", "FVE of the empty text", "score"),
-    ("fve_shuffled", "FVE of shuffled pairs", "score"), ("extraction_rate", "Explanations extracted", "percent"),
-    ("extraction_rate_warm", "Explanations extracted before RL", "percent"),
-    ("fve_warm_ci95", "FVE after the warm start, 95 % interval", "interval"),
-    ("fve_rl_temperature_1", "FVE after RL, sampled at temperature 1", "score"),
-    ("fve_gold_text_warm", "FVE of the gold label text, warm AR", "score"),
-    ("mean_length", "Mean explanation length, tokens", "number"),
-    ("injection_scale", "Length at which activations are injected", "number"),
-    ("skipped_steps", "RL steps skipped for NaN", "count"),
-    ("logprob_gap_max", "Largest sampler–trainer log-prob gap", "number"),
-    ("subject_loss", "Subject loss, nats per token", "number"), ("bigram_loss", "Bigram loss, same tokens", "number"),
-    ("unigram_loss", "Unigram loss, same tokens", "number"), ("heldout_documents", "Held-out documents", "count"),
-    ("heldout_rows", "Held-out rows", "count"))
+    "rebuilt from its written explanation alone. 1 is a perfect reconstruction, 0 the error of the mean activation. No "
+    "text scores 0 by saying nothing: a reconstruction is normalised to the length of an activation, and the mean is "
+    "shorter. The best constant reconstruction scores about −0.5, the text of another activation less."
+)
+PANELS = (  # title, unit and lines of metrics; any other metric has a panel of its own
+    ("Reward", "", {"reward": "reward"}),
+    ("KL to the warm start", "nats per token", {"kl": "KL"}),
+    ("Entropy", "nats per token", {"entropy": "entropy"}),
+    ("Length of the whole response, with tags and end", "tokens", {"length": "length"}),
+    ("Responses", "share", {"extraction_rate": "hold an explanation", "truncated": "are cut at the limit"}),
+    ("Alike in their group", "share", {"identical_texts": "texts", "groups_without_advantage": "all rewards"}),
+    ("Sampler–trainer log-prob gap", "nats", {f"logprob_gap_{name}": name for name in ("max", "p99", "mean")}),
+    ("Gradient norms", "", {"av_grad_norm": "AV", "ar_grad_norm": "AR"}),
+    ("Update norms", "", {"av_update_norm": "AV", "ar_update_norm": "AR"}),
+    ("Learning rates", "", {"av_lr": "AV", "ar_lr": "AR"}),
+    ("Seconds per phase", "seconds", {f"seconds_{name}": name for name in ("rollout", "host", "train")}),
+    ("Throughput", "samples per second", {"samples_per_second": "throughput"}),
+)
+ELSEWHERE = {"step", "fve", "heldout_fve", "mse", "skipped", "av_skipped", "ar_skipped"}  # metrics without a panel
 
 
-# --- numbers and pieces of text ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows. A number that is None or not finite is written as "–" and not drawn."""
 
-def decimals(value: float, places: int = 3) -> str:
-    return f"{value:.{places}f}".replace("-", "−")
+    title: str
+    subject: str
+    layer: int
+    created: str
+    command: str
+    run: Mapping[str, Any]  # seed, versions, devices
+    config: str  # every setting
+    figures: Mapping[str, Any]  # those that are no scores; of them heldout_rows and heldout_documents
+    seconds: Mapping[str, Number]  # of each stage
+    probes: Sequence[Mapping]  # what `probes.probe.figures` gives
+    examples: Sequence[Mapping]  # document, context, token, after; the TEXTS; of the TAGS those that were measured
+    history: Sequence[Mapping]  # of each RL step: `step`, from 1, and its metrics
+
+    @property
+    def scores(self) -> dict[str, Mapping]:
+        """Scores by name, with their unit; not those of curves, which are named by their place."""
+        drawn = [probe for probe in self.probes if probe["chart"] != "curve"]
+        return {score["name"]: {**score, "unit": probe["unit"]} for probe in drawn for score in probe["scores"]}
+
+    def mean(self, name: str) -> Number:
+        """The mean of a score; NaN where it was not measured."""
+        value = self.scores[name]["mean"] if name in self.scores else None
+        return value if known(value) else math.nan
 
 
-def score(value: object) -> str:
-    """An FVE or a cosine, to three decimals."""
-    value = number(value)
-    return MISSING if value is None else decimals(value)
-
-
-def interval(value: object) -> str:
-    """Two ends, rounded outwards: rounding must not make the interval look narrower than it is."""
-    ends = interval_ends(value)
-    if ends is None:
+def written(value: Any, unit: str = "") -> str:
+    """A figure or a fact. A share is cut, not rounded, to a tenth of a percent: only all of them are 100 %."""
+    if isinstance(value, str | int) and not unit:
+        return str(value)
+    if not known(value):
         return MISSING
-    low, high = (round(1000 * end, 6) for end in ends)
-    return f"{decimals(math.floor(low) / 1000)} to {decimals(math.ceil(high) / 1000)}"
+    text = f"{math.floor(round(1000 * value, 6)) / 10:.1f} %" if unit == "share" else f"{value:.{_places(value)}f}"
+    return text.replace("-", "−")
 
 
-def interval_ends(value: object) -> tuple[float, float] | None:
-    ends = numbers(value)
-    return (ends[0], ends[1]) if len(ends) == 2 else None
+def interval(ends: Interval, unit: str = "") -> str:
+    """Two ends, rounded outwards: rounding must not make the interval look narrower than it is."""
+    if not all(map(known, ends)):
+        return MISSING
+    scale, places, sign = (100, 1, " %") if unit == "share" else (1, _places(*ends), "")
+    low, high = (round(end * scale * 10**places, 6) for end in ends)
+    low, high = math.floor(low) / 10**places, math.ceil(high) / 10**places
+    return f"{low:.{places}f} to {high:.{places}f}{sign}".replace("-", "−")
 
 
-def percent(value: object) -> str:
-    """A rate cut, not rounded, to a tenth of a percent: only all of them are 100 %."""
-    value = number(value)
-    return MISSING if value is None else f"{decimals(math.floor(round(1000 * value, 6)) / 10, 1)} %"
+def _places(*values: Number) -> int:
+    """Three decimals from 0.01 to 10; else those, seven at most, that give the largest three significant digits."""
+    size = max(map(abs, values))
+    return 3 if size == 0 or 0.01 <= size < 10 else min(7, max(0, 2 - math.floor(math.log10(size))))
 
 
-def plain(value: object) -> str:
-    value = number(value)
-    return MISSING if value is None else short(value)
+def breakable(name: str) -> str:
+    """A long id, escaped, that may be broken after each separator."""
+    return escape(name).replace("/", "/<wbr>").replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
-def count(value: object) -> str:
-    value = number(value)
-    return MISSING if value is None else f"{value:,.0f}".replace(",", "\u202f")
-
-
-def anything(value: object) -> str:
-    """A value of a kind this page does not know."""
-    return plain(value) if value is None or isinstance(value, float) else str(value)
-
-
-WRITTEN = {"score": score, "interval": interval, "percent": percent, "number": plain, "count": count}
-
-
-def words(value: object) -> str:
-    """Any value as escaped text."""
-    return MISSING if value is None or value == "" else escape(str(value))
-
-
-def mapping(data: Mapping, key: str) -> Mapping:
-    value = data.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def rows_of(data: Mapping, key: str) -> list[Mapping]:
-    return [row for row in items(data.get(key)) if isinstance(row, Mapping)]
-
-
-def missing(sentence: str) -> str:
-    return f'<p class="missing">{escape(sentence)}</p>'
-
-
-def figure(chart: str, caption: str = "", legend: Sequence[tuple[str, str]] = (), title: str = "") -> str:
-    """A chart with its title, a legend of (name, css) and a caption; all but the chart are plain text."""
-    keys = "".join(f'<span class="{css}">{escape(name)}</span>' for name, css in legend)
-    return ("<figure>" + (f"<h3>{escape(title)}</h3>" if title else "")
-            + (f'<div class="legend">{keys}</div>' if keys else "") + chart
-            + (f"<figcaption>{escape(caption)}</figcaption>" if caption else "") + "</figure>")
-
-
-def table(head: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
-    """Two columns; cells are plain text."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text; the first cell of a row is its heading."""
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    cells = [(name, "".join(f"<td>{escape(cell)}</td>" for cell in rest)) for name, *rest in rows]
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th>{rest}</tr>' for name, rest in cells)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def folded_table(head: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
-    """The numbers behind a chart, for those who cannot or would rather not read them off it."""
-    return f"<details><summary>The numbers</summary>{table(head, rows)}</details>"
+def figure(title: str, chart: str, caption: str = "") -> str:
+    """A chart with its title; chart and caption are HTML."""
+    return f"<figure><h3>{escape(title)}</h3>{chart}<figcaption>{caption}</figcaption></figure>"
 
 
-# --- the sections, in the page's order --------------------------------------------------------------------------------
-
-def header(data: Mapping) -> str:
-    summary = mapping(data, "summary")
-    beside = [("Gold label text", "fve_gold_text"), ("Shuffled pairs", "fve_shuffled")]
-    if number(summary.get("fve_rl")) is None:
-        title, headline, under = "Held-out FVE after the warm start", "fve_warm", "RL has not been evaluated"
-    else:
-        title, headline = "Held-out FVE after RL", "fve_rl"
-        under = f"95 % interval {interval(summary.get('fve_rl_ci95'))}"
-        beside.insert(0, ("Warm start", "fve_warm"))
-    meta = (f"Subject {words(data.get('subject'))} · residual stream after block {words(data.get('layer'))} · "
-            f"{words(data.get('created'))}")
-    small = "".join(f"<div><dt>{name}</dt><dd>{score(summary.get(key))}</dd></div>" for name, key in beside)
-    return (f'<header><h1>{words(data.get("title"))}</h1><p class="meta">{meta}</p>'
-            f'<dl class="headline"><div class="main"><dt>{title}</dt><dd>{score(summary.get(headline))}'
-            f'<div class="interval">{under}</div></dd></div>{small}</dl><p>{FVE_IN_A_SENTENCE}</p>'
-            f'<p class="meta">Measured on {count(summary.get("heldout_rows"))} activations from '
-            f'{count(summary.get("heldout_documents"))} held-out documents.</p></header>')
+def warnings(report: Report) -> str:
+    """What makes the figures of a run worth little, said above them."""
+    rate, lead, steps = report.mean("extraction_rate"), report.mean("fve_rl"), len(report.history)
+    controls = [report.mean(name) for name in CONTROLS if name in report.scores]
+    skipped = sum(bool(row.get("skipped")) for row in report.history)
+    sentences = {
+        f"Only {written(rate, 'share')} of the responses hold an explanation; others are scored as empty.": rate < 0.5,
+        "No control scores lower than the headline: the score does not come from the explanations.": controls
+        and all(value > lead - 0.005 for value in controls),
+        f"{skipped} of {steps} training steps were skipped: they were not finite.": skipped > 0.1 * steps,
+    }
+    said = "".join(f"<p>{sentence}</p>" for sentence, true in sentences.items() if true)
+    return f'<div class="warning" role="alert">{said}</div>' if said else ""
 
 
-def steps_of(data: Mapping) -> list[Mapping]:
-    """The history's rows that have a step, in order."""
-    return sorted((row for row in rows_of(data, "history") if (number(row.get("step")) or 0) > 0),
-                  key=lambda row: float(row["step"]))
+def header(report: Report) -> str:
+    """Title, warnings, the leading score with two that give it a scale, and what FVE means."""
+    scores, numbers = report.scores, ""
+    lead = next((name for name in (*HEADLINES, *scores) if name in scores), "")
+    for name in dict.fromkeys((lead, "fve_warm", "fve_gold_text")):
+        if name in scores:
+            label, unit = scores[name]["label"], scores[name]["unit"]
+            title = HEADLINES.get(name, label) if name == lead else label
+            numbers += f"<div><dt>{escape(title)}</dt><dd>{written(scores[name]['mean'], unit)}</dd>"
+            numbers += f"<dd>95 % interval {interval(scores[name]['ci95'], unit)}</dd></div>"
+    rows, documents = (written(report.figures[name]) for name in ("heldout_rows", "heldout_documents"))
+    return (
+        f'<header><h1>{escape(report.title)}</h1><p class="meta">Subject {breakable(report.subject)} · residual stream '
+        f"after block {report.layer} · {escape(report.created)}</p>{warnings(report)}"
+        f'<div class="columns"><div><dl>{numbers}</dl><p class="meta">Measured on {rows} activations from {documents} '
+        f"held-out documents.</p></div><p>{FVE_IN_WORDS if lead in HEADLINES else ''}</p></div></header>"
+    )
 
 
-def column(history: Sequence[Mapping], key: str) -> list[tuple[float, float | None]]:
-    return [(float(row["step"]), number(row.get(key))) for row in history]
+def measurements(report: Report) -> str:
+    """A figure for each probe; probes of one title, kind and unit share it."""
+    groups: dict[tuple, list[Mapping]] = {}
+    for probe in report.probes:
+        groups.setdefault(tuple(probe[key] for key in ("title", "chart", "unit", "axis")), []).append(probe)
+    return f'<div class="cards">{"".join(map(measurement, groups.values()))}</div>'
 
 
-def learning_curve(data: Mapping) -> str:
-    history, summary = steps_of(data), mapping(data, "summary")
-    batch = column(history, "fve")
-    heldout = [point for point in column(history, "heldout_fve") if point[1] is not None]
-    if not heldout and not numbers(y for _, y in batch):
-        return missing("No RL steps are recorded, so there is no curve to draw.")
-    warm, ends, gold = (number(summary.get("fve_warm")), interval_ends(summary.get("fve_rl_ci95")),
-                        number(summary.get("fve_gold_text")))
-    start = [(0.0, warm)] if warm is not None else []
-    series = [Series("Training batch", "control faint", [(0.0, None), *batch]),
-              Series("Held-out", "rl", start + heldout, dots=True),
-              Series("Warm start, held-out", "warm", start, dots=True)]
-    last = batch[-1][0]
-
-    def draw(width: int) -> str:
-        return line_chart(
-            [s for s in series if s.points], width, 360 if width > 500 else 300, "FVE against RL steps", "RL step",
-            "FVE", include=(0.0,), log_x=True,
-            rules=[(f"gold label text {score(gold)}", gold)] if gold is not None else (),
-            interval=(f"Final evaluation, 95 % interval {interval(ends)}", last, *ends) if ends else None)
-
-    caption = ("Each point of the line is one training batch, unsmoothed. The step axis is logarithmic, log(1 + step), "
-               "so that equal distances are equal ratios of training; the warm start stands at step 0. Training texts are "
-               "drawn at the training temperature, held-out texts as in the evaluation, but of fewer activations.")
-    if ends:
-        caption += (" The vertical bar at the last step is the 95 % interval of the final evaluation, which has more of them: "
-                    "the last dot may lie outside.")
-    rows = [(short(at), score(value)) for at, value in start + heldout]
-    legend = [("training batch", "control"), ("held-out", "rl"), ("warm start", "warm")]
-    return (figure(responsive(draw), caption, legend)
-            + folded_table(("RL step", "Held-out FVE"), rows))
+def measurement(probes: Sequence[Mapping]) -> str:
+    """The chart of some probes, what the probes say of themselves, and the numbers."""
+    unit, about, rows = probes[0]["unit"], "", []
+    for probe in probes:
+        names = ", ".join(score["label"] for score in probe["scores"]) if len(probes) > 1 else ""
+        about += f"<p><b>{escape(names)}</b> {escape(probe['about'])}</p>"
+        for s in probe["scores"]:
+            rows.append((s["label"], written(s["mean"], unit), interval(s["ci95"], unit), written(s["median"], unit)))
+    numbers = table((probes[0]["axis"] or "score", "mean", "95 % interval", "median"), rows)
+    about += f"<details><summary>The numbers</summary>{numbers}</details>"
+    return figure(probes[0]["title"], drawing(probes), about)
 
 
-def controls(data: Mapping) -> str:
-    summary = mapping(data, "summary")
-    ends = interval_ends(summary.get("fve_rl_ci95"))
-    listed = (("Gold label text", "gold", "fve_gold_text"), ("AV after RL", "rl", "fve_rl"),
-              ("AV warm start", "warm", "fve_warm"), ("No injection", "control", "fve_no_injection"),
-              ("Empty text", "control", "fve_empty"), ("Shuffled pairs", "control", "fve_shuffled"))
-    bars = [Bar(name, css, number(summary.get(key)), score(summary.get(key)), ends if key == "fve_rl" else None)
-            for name, css, key in listed]
-    if all(bar.value is None for bar in bars):
-        return missing("None of the controls has been measured.")
-    return figure(
-        responsive(lambda width: bar_chart(bars, width, "Held-out FVE of the controls", "held-out FVE", (1.0,))),
-        "What the reconstructor reads: the label the warm start learned from; the verbalizer’s text after RL (with its "
-        "95 % interval) and before; its text when no activation is injected; nothing at all; the text of another "
-        "activation. The last three should not be far above zero, else the score comes from something other than the "
-        f"activation. “{MISSING}” is a control that was not measured.")
+def drawing(probes: Sequence[Mapping]) -> str:
+    """The chart of some probes that share their kind and unit. A curve has a line for each probe."""
+    chart, unit = probes[0]["chart"], probes[0]["unit"]
+    label, scores = f"{probes[0]['title']}, {unit}", [s for p in probes for s in p["scores"] if known(s["mean"])]
+    reach = [end for s in scores for end in (s["mean"], *s["ci95"]) if known(end)]
+    if not scores:
+        return '<p class="missing">Nothing was measured.</p>'
+    if chart == "bars":
+        texts = [f"{written(s['mean'], unit)} ({interval(s['ci95'], unit)})" for s in scores]
+        bars = [(s["label"], colour(s["name"], 0), s["mean"], s["ci95"], text) for s, text in zip(scores, texts)]
+        return bar_chart(label, bars, axis(unit, [0.0, HIGHEST.get(unit, 0.0), *reach]))
+    if chart == "histogram":
+        return histogram(label, [(s["label"], colour(s["name"], i), s["rows"]) for i, s in enumerate(scores)], unit)
+    lines = []
+    for i, probe in enumerate(probes):
+        ordered = sorted(probe["scores"], key=lambda s: float(s["name"]))
+        points, band = [(float(s["name"]), s["mean"]) for s in ordered], [s["ci95"] for s in ordered]
+        lines.append(Line(probe["name"].replace("_", " "), PALETTE[i % len(PALETTE)], points, True, band))
+    places = [float(s["name"]) for s in scores]
+    x = axis(probes[0]["axis"], places, last=max(places))
+    return line_chart(label, lines, x, axis(unit, reach, upright=True))
 
 
-def distributions(data: Mapping) -> str:
-    row_fve = mapping(data, "row_fve")
-    groups = [(name, css, values) for name, css, values in (
-        ("shuffled pairs", "control", numbers(row_fve.get("shuffled"))),
-        ("warm start", "warm", numbers(row_fve.get("warm"))), ("after RL", "rl", numbers(row_fve.get("rl")))) if values]
-    lengths = numbers(data.get("lengths"))
-    parts = []
-    if groups:
-        values = sorted(x for _, _, group in groups for x in group)
-        low = values[len(values) // 200]  # half a percent of far outliers may not squeeze the rest into one bin
-        limits = (low, values[-1] if values[-1] > low else low + 1)
-        outside = sum(x < low for x in values)
-        caption = "Dashed lines are medians." + (
-            f" {count(outside)} of {count(len(values))} values lie below {short(low)} and are counted in the first bin."
-            if outside else "")
-        parts.append(figure(histogram(groups, "Score of single rows", "1 − mse of the row / variance", "share of rows",
-                                      limits), caption, [(name, css) for name, css, _ in groups],
-                            "Score per activation"))
-    else:
-        parts.append(missing("No scores of single rows are recorded."))
-    if lengths:
-        low, span = min(lengths), max(lengths) + 1 - min(lengths)
-        width = math.ceil(span / 36)  # whole tokens: else some bins would hold more lengths than their neighbours
-        bins = math.ceil(span / width)
-        parts.append(figure(histogram([("after RL", "rl", lengths)], "Explanation length", "tokens",
-                                      "share of explanations", (low, low + bins * width), bins),
-                            f"{count(len(lengths))} explanations, {width} token{'s' if width > 1 else ''} per bin. "
-                            "The dashed line is the median.", [("after RL", "rl")], "Explanation length"))
-    else:
-        parts.append(missing("No explanation lengths are recorded."))
-    return f'<div class="pair">{"".join(parts)}</div>'
+def colour(name: str, position: int) -> str:
+    """The CSS class of a score: by the condition that its name holds, else by its position."""
+    parts = name.split("_")
+    return next((css for part, css in COLOURS.items() if part in parts), PALETTE[position % len(PALETTE)])
 
 
-def prefix_curve(data: Mapping) -> str:
-    curve = mapping(data, "prefix_curve")
-    pairs = zip(map(number, items(curve.get("tokens"))), map(number, items(curve.get("fve"))))
-    points = sorted((at, value) for at, value in pairs if at is not None and value is not None)
-    if not points:
-        return missing("The score by prefix length has not been measured.")
-    series = [Series("Prefix", "rl", points, dots=True)]
-    chart = responsive(lambda width: line_chart(series, width, 280, "FVE by explanation prefix length",
-                                                "tokens of the explanation", "FVE", include=(0.0,)))
-    return (figure(chart, "The reconstructor reads only the first tokens of each explanation after RL. A curve that "
-                          "still rises at its end says that the last words carry information too.")
-            + folded_table(("Tokens", "FVE"), [(short(at), score(value)) for at, value in points]))
-
-
-# title, unit, (key, name, css) of its lines, values that the axis must reach
-HEALTH = (
-    ("Reward", "", (("reward", "reward", "rl"),), ()),
-    ("KL to the warm start", "nats", (("kl", "KL", "rl"),), (0.0,)),
-    ("Entropy", "nats per token", (("entropy", "entropy", "rl"),), (0.0,)),
-    ("Explanation length", "tokens", (("length", "length", "rl"),), (0.0,)),
-    ("Extraction rate", "share", (("extraction_rate", "extraction rate", "rl"),), (0.0, 1.0)),
-    ("Sampler–trainer log-prob gap", "nats", (("logprob_gap_max", "max", "warm"), ("logprob_gap_mean", "mean", "rl")),
-     (0.0,)),
-    ("Gradient norms", "", (("av_grad_norm", "AV", "rl"), ("ar_grad_norm", "AR", "warm")), (0.0,)),
-    ("Seconds per phase", "seconds", (("seconds_rollout", "rollout", "rl"), ("seconds_host", "host", "warm"),
-                                      ("seconds_train", "train", "third")), (0.0,)),
-    ("Throughput", "samples per second", (("samples_per_second", "samples per second", "rl"),), (0.0,)))
-
-
-def health(data: Mapping) -> str:
-    history = steps_of(data)
+def training(report: Report) -> str:
+    """The learning curve, and a panel for every other metric."""
+    history, window = report.history, len(report.history) // 15 | 1
     if not history:
-        return missing("No RL steps are recorded, so there is nothing to check.")
-    panels = []
-    for title, unit, lines, include in HEALTH:
-        series = [Series(name, css, column(history, key)) for key, name, css in lines]
-        series = [s for s in series if numbers(y for _, y in s.points)]
-        if not series:
-            panels.append(f"<figure><h3>{escape(title)}</h3>{missing('Not recorded.')}</figure>")
-            continue
-        gaps = sum(y is None for s in series for _, y in s.points)
-        chart = line_chart(series, 280, 170, f"{title} against RL steps", "step", unit, include)
-        panels.append(figure(chart, f"{count(gaps)} values missing or not finite." if gaps else "",
-                             [(s.name, s.css) for s in series] if len(lines) > 1 else (), title))
-    skipped = sum(numbers(row.get("skipped") for row in history))
-    return (f"<p>{count(len(history))} steps, {count(skipped)} updates skipped. All axes but the reward’s include "
-            f'zero.</p><div class="panels">{"".join(panels)}</div>')
+        return '<p class="missing">No RL steps are recorded.</p>'
+    placed = ELSEWHERE.union(*(lines for _, _, lines in PANELS))
+    others = dict.fromkeys(key for row in history for key in row if key not in placed)
+    panels = "".join(panel(history, window, *facts) for facts in (*PANELS, *((key, "", {key: key}) for key in others)))
+    said = f"<p>Faint lines are single steps, strong ones running means over {window} steps.</p>" if window > 1 else ""
+    return f'{said}{learning_curve(report, window)}<div class="panels">{panels}</div>'
 
 
-def visible(token: str) -> str:
-    """The token with its white space made visible, for a place where it stands alone."""
-    return token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+def column(history: Sequence[Mapping], key: str) -> list[tuple[int, Number | None]]:
+    """A metric with its steps."""
+    return [(row["step"], row.get(key)) for row in history]
 
 
-def example(index: int, row: Mapping, is_open: bool) -> str:
-    context, token, after = (str(row.get(key) or "") for key in ("context", "token", "after"))
-    if len(context) > CONTEXT_CHARACTERS:
-        context = "…" + context[-CONTEXT_CHARACTERS:]
-    if len(after) > AFTER_CHARACTERS:
-        after = after[:AFTER_CHARACTERS] + "…"
-    marked = token if token.strip() else visible(token) + "\n" * token.count("\n")
-    tags = (f'<span class="warm">warm start <b>{score(row.get("fve_warm"))}</b></span>'
-            f'<span class="rl">after RL <b>{score(row.get("fve_rl"))}</b></span>'
-            f'<span>cosine {score(row.get("cos_rl"))}</span>')
-    texts = "".join(f'<div class="{css}"><h3>{name}</h3><p>{words(row.get(key))}</p></div>' for name, css, key in (
-        ("Label", "label", "label"), ("AV before RL", "warm", "warm"), ("AV after RL", "rl", "rl")))
-    return (f'<details class="example"{" open" if is_open else ""}><summary><span class="number">{index}</span>'
-            f'{words(row.get("document"))} <mark>{words(visible(token))}</mark>'
-            f'<span class="tags">{tags}</span></summary>'
-            f'<div><div class="context">{escape(context)}<mark>{escape(marked)}</mark>'
-            f'<span class="after">{escape(after)}</span></div><div class="texts">{texts}</div></div></details>')
+def learning_curve(report: Report, window: int) -> str:
+    """FVE against steps. The axis is linear, as time is: a logarithmic one gives half its width to the first steps."""
+    start, gold, last = [(0, report.mean("fve_warm"))], report.mean("fve_gold_text"), report.history[-1]["step"]
+    ends = report.scores["fve_rl"]["ci95"] if "fve_rl" in report.scores else ()
+    heldout = start + [point for point in column(report.history, "heldout_fve") if known(point[1])]
+    lines = [
+        *with_running_mean(Line("training batch", "control", column(report.history, "fve")), window),
+        Line("gold label text", "gold dashed", [(0, gold), (last, gold)]),
+        Line("held-out", "rl", heldout, True),
+        Line("warm start, held-out", "warm", start, True),
+        Line("final evaluation, 95 % interval", "third", [(1.05 * last, report.mean("fve_rl"))], True, [ends]),
+    ]
+    reach = [0, *filter(known, (*(value for line in lines for _, value in line.points), *ends))]
+    title, x, y = "FVE against RL steps", axis("RL step", [0, 1.05 * last], last=last), axis("FVE", reach, upright=True)
+    caption = "Training texts are sampled at the training temperature. The final evaluation, at the right, has more "
+    caption += "activations than the held-out points before it."
+    return figure(title, line_chart(title, lines, x, y), caption)
 
 
-def examples(data: Mapping) -> str:
-    rows = rows_of(data, "examples")
-    if not rows:
-        return missing("No examples are recorded.")
-    return (f"<p>{count(len(rows))} held-out activations in the order the evaluation gave them. The marked token is "
-            "where the activation was read; the grey text after it was not yet visible to the subject. Scores are "
-            "those of the single row.</p>"
-            + "".join(example(i, row, i <= OPEN_EXAMPLES) for i, row in enumerate(rows, 1)))
+def panel(history: Sequence[Mapping], window: int, title: str, unit: str, names: Mapping[str, str]) -> str:
+    """A small chart of metrics against steps. Durations far above the others, of steps that compile, are left out."""
+    columns, last = [column(history, key) for key in names], history[-1]["step"]
+    values = sorted(value for points in columns for _, value in points if known(value))
+    if not values:
+        return figure(title, '<p class="missing">Not recorded.</p>')
+    highest = 2 * values[len(values) * 9 // 10] if unit == "seconds" else values[-1]
+    lines, kept = [], [value for value in values if value <= highest]
+    for css, name, points in zip(PALETTE, names.values(), columns):
+        points = [(step, value if known(value) and value <= highest else None) for step, value in points]
+        lines += with_running_mean(Line(name, css, points), window)
+    gaps, longer = len(names) * len(history) - len(values), len(values) - len(kept)
+    caption = f"{gaps} values are missing or not finite. " if gaps else ""
+    caption += f"Not drawn: {longer} values of up to {short(values[-1])}. First steps compile." if longer else ""
+    x = axis("step", [0, last], last=last)
+    y = axis(unit, kept if kept[0] < 0 else [0, *kept], 3, upright=True)
+    return figure(title, line_chart(f"{title} against RL steps", lines, x, y), caption)
 
 
-def all_figures(data: Mapping) -> str:
-    summary, seconds = mapping(data, "summary"), mapping(mapping(data, "summary"), "seconds_by_stage")
-    rows = [(name, WRITTEN[kind](summary.get(key))) for key, name, kind in FIGURES]
-    known = {key for key, _, _ in FIGURES} | {"seconds_by_stage"}
-    rows += [(str(key), anything(value)) for key, value in summary.items() if key not in known]
-    parts = [table(("Figure", "Value"), rows)]
-    if seconds:
-        parts.append(table(("Stage", "Seconds"), [(str(stage), plain(value)) for stage, value in seconds.items()]
-                           + [("total", plain(sum(numbers(seconds.values()))))]))
-    else:
-        parts.append(missing("No stage was timed."))
-    return f'<div class="figures">{"".join(parts)}</div>'
+def score_of(row: Mapping) -> Number:
+    """What an example is ranked by: its FVE after RL, else before; far below all others where it has none."""
+    value = row.get("fve_rl", row.get("fve_warm"))
+    return value if known(value) else -1e9
 
 
-def the_run(data: Mapping) -> str:
-    """What made the figures: the command, versions and devices, and every setting."""
-    facts = [(str(name), anything(value)) for name, value in mapping(data, "run").items()]
-    made = table(("Made with", ""), facts) if facts else missing("Versions and devices were not recorded.")
-    config = f'<details><summary>Every setting</summary><pre>{words(data["config"])}</pre></details>' if data.get("config") else ""
-    return f'<pre>{words(data.get("command"))}</pre>{made}{config}'
+def picks(report: Report) -> str:
+    """The three best examples beside the three worst."""
+    ranked = sorted(enumerate(report.examples, 1), key=lambda numbered: -score_of(numbered[1]))
+    if not ranked or score_of(ranked[0][1]) == -1e9:
+        return '<p class="missing">No example has a score.</p>'
+    columns = ""
+    for title, rows in (("Highest FVE", ranked[:3]), ("Lowest FVE", ranked[3:][:-4:-1])):
+        columns += f"<div><h3>{title}</h3>{''.join(example(i, row, 'open') for i, row in rows)}</div>"
+    return f'<p>Chosen by their score among the {len(ranked)} below.</p><div class="columns picks">{columns}</div>'
 
 
-SECTIONS: tuple[tuple[str, Callable[[Mapping], str]], ...] = (
-    ("FVE against RL steps", learning_curve), ("Controls", controls), ("Distributions", distributions),
-    ("FVE by length of the explanation’s prefix", prefix_curve), ("Training health", health), ("Examples", examples),
-    ("All figures", all_figures), ("The run", the_run))
+def example(i: int, row: Mapping, state: str = "") -> str:
+    """One example: a line that opens to the passage around its token, and its texts."""
+    tags, texts, context, token, after = "", "", row["context"], row["token"], row["after"]
+    for key, (name, css) in TAGS.items():
+        tags += f'<span class="{css}">{name} <b>{written(row[key])}</b></span>' if key in row else ""
+    for key, (name, css) in TEXTS.items():
+        texts += f'<div class="{css}"><h4>{name}</h4><p>{escape(row[key]) or MISSING}</p></div>'
+    visible = token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+    marked = token if token.strip() else visible + "\n" * token.count("\n")
+    context = "…" + context[-300:] if len(context) > 300 else context
+    after = after[:120] + "…" if len(after) > 120 else after
+    return (
+        f'<details class="example" data-score="{score_of(row)}" {state}><summary title="{escape(row["document"])}">'
+        f"<span>{i}</span><span>{breakable(row['document'])} <mark>{escape(visible)}</mark></span><span "
+        f'class="tags">{tags}</span></summary><div class="context">{escape(context)}<mark>{escape(marked)}</mark><span '
+        f'class="after">{escape(after)}</span></div><div class="texts">{texts}</div></details>'
+    )
 
 
-def render(data: Mapping) -> str:
-    """The whole page as a string. Every key is optional:
+def examples(report: Report) -> str:
+    """All examples. The script sorts and filters them; without it they stand in the order of the evaluation."""
+    return (
+        "<p>One held-out activation from each of some documents, chosen without a look at any score. The marked token "
+        "is where the activation was read; the grey text after it was not yet visible to the subject.</p>"
+        '<form class="controls" hidden><label>Order <select><option value="0">as evaluated</option><option value="-1">'
+        'best first</option><option value="1">worst first</option></select></label><label>Filter <input type="search" '
+        'placeholder="text, token, document"></label><output></output></form><div class="examples">'
+        f"{''.join(example(i, row) for i, row in enumerate(report.examples, 1))}</div>"
+    )
 
-    title, subject, layer, created, command: shown as they are.
-    run: names and values of versions, devices, seed; config: every setting, as text.
-    summary: the figures named in FIGURES, and `seconds_by_stage`, stage → seconds.
-    history: one mapping per RL step with `step` (from 1), `fve`, at some steps `heldout_fve`, and the keys in HEALTH.
-    prefix_curve: lists `tokens` and `fve` of equal length.
-    row_fve: lists `warm`, `rl` and `shuffled` of per-row scores, 1 - mse of the row / variance.
-    lengths: tokens of each explanation after RL.
-    examples: mappings with document, context, token, after, label, warm, rl (texts), fve_warm, fve_rl, cos_rl.
-    """
-    body = "".join(f"<section><h2>{title}</h2>{section(data)}</section>" for title, section in SECTIONS)
-    return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{words(data.get('title'))}</title><style>{CSS}</style></head>"
-            f"<body><main>{header(data)}{body}</main></body></html>\n")
+
+def the_run(report: Report) -> str:
+    """What made the figures: the command, versions and devices, time, and every setting."""
+    figures = {name.replace("_", " "): value for name, value in report.figures.items()}
+    seconds = {**report.seconds, "total": sum(report.seconds.values())}
+    facts = {"Made with": report.run, "Figures": figures, "Seconds": seconds}
+    tables = "".join(table((title, ""), [(k, written(v)) for k, v in rows.items()]) for title, rows in facts.items())
+    return (
+        f'<pre>{escape(report.command)}</pre><div class="tables">{tables}</div>'
+        f"<details><summary>Every setting</summary><pre>{escape(report.config)}</pre></details>"
+    )
+
+
+def render(report: Report) -> str:
+    """The whole page. Its security policy forbids every script but ours, and every request."""
+    sections = (
+        ("Good and bad examples", picks(report)),
+        ("Measurements", measurements(report)),
+        ("Training", training(report)),
+        ("All examples", examples(report)),
+        ("The run", the_run(report)),
+    )
+    links, body = "", ""
+    for i, (title, content) in enumerate(sections, 1):
+        links += f'<li><a href="#section-{i}">{title}</a></li>'
+        body += f'<section id="section-{i}"><h2>{title}</h2>{content}</section>'
+    ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{ours}'"
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{escape(report.title)}</title><style>{CSS}</style></head><body>"
+        f'<nav aria-label="Contents"><ol>{links}</ol></nav>'
+        f"<main>{header(report)}{body}</main><script>{SCRIPT}</script></body></html>\n"
+    )

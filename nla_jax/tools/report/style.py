@@ -1,98 +1,77 @@
-"""The page's style sheet: light and dark, desk and phone. No fonts are loaded; the reader's own are used."""
+"""The page's style sheet and script. Nothing is loaded: the reader's own fonts are used, the script asks nobody."""
 
+# Light and dark; a phone, and from 70rem on a desktop with the contents at the side.
 CSS = """
-:root { color-scheme: light dark;
-  --paper: #fdfdfb; --panel: #f5f4f0; --ink: #1c1e21; --soft: #5a5e65; --hair: #dfddd6; --mark: #fbe7b0;
-  --rl: #1f5fa8; --warm: #b0670c; --control: #868a92; --gold: #4a7d4f; --third: #8a4a86;
-  --serif: Charter, "Bitstream Charter", "Iowan Old Style", "Source Serif 4", Cambria, Georgia, serif;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #15171a; --panel: #1d2024; --ink: #e6e5e1; --soft: #a3a7ae; --hair: #34383e; --mark: #5c4a12;
-  --rl: #6fa8ea; --warm: #e0a04e; --control: #8f949c; --gold: #82bd88; --third: #c78bc3; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.55 var(--serif); }
-main { max-width: 56rem; margin: 0 auto; padding: 3rem 1rem 5rem; }
-h1, h2 { font-weight: 600; line-height: 1.2; text-wrap: balance; overflow-wrap: anywhere; }
-h1 { font-size: 2rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
-h2 { font-size: 1.3rem; margin: 2.8rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--hair); }
-p { max-width: 42rem; margin: .5rem 0 1rem; }
-code, pre { font-family: var(--mono); font-size: .8em; }
-pre { margin: .5rem 0; padding: .8rem 1rem; background: var(--panel); white-space: pre-wrap; overflow-wrap: anywhere; }
-.meta, figcaption, .legend, th, td, dt, summary, .missing, h3, .tags { font-family: var(--sans); }
-.meta, figcaption, .missing { color: var(--soft); font-size: .82rem; line-height: 1.5; }
-.meta { overflow-wrap: anywhere; }
-.missing { padding: .8rem 1rem; background: var(--panel); }
-
-.headline { display: flex; flex-wrap: wrap; gap: 1.2rem 3rem; align-items: flex-end; margin: 2rem 0 1rem; }
-.headline dl, .headline div { margin: 0; }
-.headline dt { color: var(--soft); font-size: .82rem; line-height: 1.4; }
-.headline dd { margin: 0; font-variant-numeric: tabular-nums lining-nums; font-size: 1.5rem; line-height: 1.25; }
-.headline .main dd { font-size: 4.2rem; line-height: 1; letter-spacing: -.02em; color: var(--rl); }
-.headline .main .interval { font: .95rem var(--sans); letter-spacing: 0; color: var(--ink); padding-top: .5rem; }
-
-figure { margin: 1rem 0 1.5rem; min-width: 0; }
-figcaption { max-width: 42rem; margin-top: .4rem; }
-svg { display: block; height: auto; overflow: visible; }
-.narrow { display: none; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 0 2rem;
-  align-items: start; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1.5rem 2rem; }
-.panels figure { margin: 0; display: flex; flex-direction: column; } .panels svg { margin-top: auto; }
-h3 { margin: 0 0 .2rem; font-size: .88rem; font-weight: 600; }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: 0 0 .3rem; font-size: .8rem; color: var(--soft); }
-.legend span::before { content: ""; display: inline-block; width: .9em; height: .22em; margin-right: .4em;
-  vertical-align: .25em; background: var(--c); }
+:root { color-scheme: light dark; --paper: #fdfdfb; --panel: #f5f4f0; --ink: #1c1e21; --soft: #5a5e65; --hair: #dfddd6;
+  --mark: #fbe7b0; --alert: #a3261b; --sans: system-ui, sans-serif; --mono: ui-monospace, Menlo, Consolas, monospace;
+  --rl: #1f5fa8; --warm: #b0670c; --control: #767a82; --gold: #3f7443; --third: #8a4a86; }
+@media (prefers-color-scheme: dark) { :root { --paper: #15171a; --panel: #1d2024; --ink: #e6e5e1; --soft: #a3a7ae;
+  --hair: #34383e; --mark: #5c4a12; --alert: #f08a7e; --rl: #6fa8ea; --warm: #e0a04e; --control: #8f949c;
+  --gold: #82bd88; --third: #c78bc3; } }
 .rl { --c: var(--rl); } .warm { --c: var(--warm); } .control { --c: var(--control); } .gold { --c: var(--gold); }
-.third { --c: var(--third); }
-svg text { font: 12px var(--sans); fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg .name, svg .value { fill: var(--ink); font-size: 13px; }
-svg .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
-svg .grid { stroke: var(--hair); } svg .zero { stroke: var(--control); }
-svg .rule { stroke: var(--gold); stroke-dasharray: 5 4; }
-svg .line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
-svg .faint .line { opacity: .5; stroke-width: 1.2; }
-svg .dot { fill: var(--c); stroke: var(--paper); stroke-width: 1.5; }
-svg .hover { fill: transparent; } svg .hover:hover { fill: var(--c); }
-svg .bar { fill: var(--c); }
-svg .area { fill: var(--c); fill-opacity: .14; stroke: var(--c); stroke-width: 1.4; }
-svg .median { stroke: var(--c); stroke-dasharray: 3 3; }
-svg .whisker line { stroke: var(--ink); stroke-width: 1.4; filter: drop-shadow(0 0 1px var(--paper)); }
+.third { --c: var(--third); } * { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 Charter, Cambria, Georgia, serif;
+  overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+main { padding: 1.5rem 1rem 4rem; min-width: 0; } h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--hair); }
+h3, h4 { font: 600 .9rem/1.4 var(--sans); margin: 0 0 .3rem; } h4 { color: var(--c); }
+p { max-width: 44rem; margin: .4rem 0 1rem; } a { color: var(--rl); } mark { background: var(--mark); color: inherit; }
+pre, .context { font: .8rem/1.6 var(--mono); white-space: pre-wrap; background: var(--panel); padding: .8rem 1rem;
+  margin: .5rem 0 1rem; }
+nav, .meta, figcaption, table, dl, summary, .missing, .note, .legend, .bars, form { font-family: var(--sans); }
+.meta, figcaption, .missing, .note, .legend { color: var(--soft); font-size: .82rem; }
+figcaption p, .note { margin: .2rem 0; } .missing { padding: .8rem 1rem; background: var(--panel); }
+.warning { border-left: 5px solid var(--alert); background: var(--panel); padding: .1rem 1rem; font-weight: 600; }
+nav ol { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; margin: 0; padding: .8rem 1rem; }
+.columns, .cards, .panels { display: grid; gap: 1.6rem 2.5rem; --least: 26rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
+.panels { --least: 17rem; margin-top: 2rem; }
+dl { display: flex; flex-wrap: wrap; gap: 1rem 2rem; margin: 1.2rem 0; } dd { margin: 0; }
+dt, dd:last-child { color: var(--soft); font-size: .82rem; } dd:nth-child(2) { font-size: 1.5rem; }
+dl div:first-child { flex-basis: 100%; }
+dl div:first-child dd:nth-child(2) { font-size: 4rem; line-height: 1.1; color: var(--rl); }
+figure { margin: 0; min-width: 0; } .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+.legend span::before { content: ""; display: inline-block; width: .9em; height: .22em; margin: 0 .4em .25em 0;
+  background: var(--c); }
+.plot { padding: 26px 20px 40px 0; } .plot > svg { height: 320px; } .cards .plot > svg { height: 220px; }
+.panels .plot > svg { height: 120px; } .bars svg { height: 26px; } .bars svg:last-child { height: 34px; }
+svg { display: block; width: 100%; overflow: visible; font: 12px var(--sans); } svg text { fill: var(--soft); }
+.end { text-anchor: end; } .middle { text-anchor: middle; } circle, .bar { fill: var(--c); stroke: var(--paper); }
+path, line { vector-effect: non-scaling-stroke; fill: none; stroke: var(--c); stroke-linejoin: round; }
+.grid { stroke: var(--hair); } .zero { stroke: var(--control); } .whisker { stroke: var(--ink); stroke-width: 2; }
+.line { stroke-width: 1.8; stroke-linecap: round; } .faint .line { opacity: .35; stroke-width: 1; }
+.median { stroke-dasharray: 3 3; } .dashed .line { stroke-dasharray: 5 4; }
+.area, .band { fill: var(--c); fill-opacity: .14; } .band { stroke-opacity: .6; stroke-width: 2; }
+.bars { font-size: .84rem; } .bars b { font-weight: 400; white-space: nowrap; }
+.bars p { display: flex; gap: 1rem; justify-content: space-between; max-width: none; margin: .3rem 0 0; }
+.scroll { overflow-x: auto; } .tables { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: flex-start; }
+table { border-collapse: collapse; margin: .5rem 0 1rem; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 0 .3rem 1.2rem; border-bottom: 1px solid var(--hair); text-align: right; font-weight: 400; }
+th:first-child { text-align: left; padding-left: 0; } thead th { font-weight: 600; }
+summary { cursor: pointer; font-size: .86rem; } :focus-visible { outline: 2px solid var(--rl); outline-offset: 2px; }
+form:not([hidden]) { display: flex; flex-wrap: wrap; gap: .6rem 1.5rem; } select, input { font: inherit; }
+.example summary { display: grid; grid-template-columns: 3.2em 1fr; padding: .6rem 0; }
+.example { border-bottom: 1px solid var(--hair); } .example summary > :first-child::before { content: "▸ "; }
+.example[open] summary > :first-child::before { content: "▾ "; }
+.tags { grid-column: 2; display: flex; flex-wrap: wrap; gap: 0 1rem; } .tags, .after { color: var(--soft); }
+.tags b { color: var(--c); } summary mark { font-family: var(--mono); white-space: pre-wrap; }
+.texts { display: grid; gap: .6rem 1.8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr)); }
+.texts p { white-space: pre-wrap; } .picks .gold { display: none; }
+@media (min-width: 70rem) { body { display: grid; grid-template-columns: 12rem minmax(0, 72rem); }
+  nav ol { flex-direction: column; position: sticky; top: 2.5rem; } main { padding: 2.5rem 2rem 5rem; } }
+"""
 
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: .5rem 0 1rem; font-size: .86rem; }
-th, td { padding: .32rem 1.2rem .32rem 0; border-bottom: 1px solid var(--hair); text-align: left; vertical-align: top;
-  font-weight: 400; }
-thead th { color: var(--soft); font-size: .8rem; } thead th:last-child { text-align: right; }
-th:last-child, td { padding-right: 0; }
-td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.figures { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: flex-start; }
-summary { cursor: pointer; font-size: .86rem; }
-figure details { margin-top: .4rem; color: var(--soft); }
-
-.example { border-bottom: 1px solid var(--hair); }
-.example > summary { padding: .7rem 0; line-height: 1.7; overflow-wrap: anywhere; }
-.example > div { padding: 0 0 1.6rem; }
-.number { display: inline-block; min-width: 1.7em; color: var(--soft); font-variant-numeric: tabular-nums; }
-.tags { display: inline-flex; flex-wrap: wrap; gap: .3rem .9rem; font-size: .78rem; color: var(--soft);
-  font-variant-numeric: tabular-nums; margin-left: .8em; }
-.tags b { color: var(--c); font-weight: 600; }
-mark { background: var(--mark); color: inherit; padding: .08em .12em; border-radius: 2px; }
-summary mark { font-family: var(--mono); font-size: .92em; white-space: pre-wrap; }
-.context { white-space: pre-wrap; overflow-wrap: anywhere; font: .8rem/1.6 var(--mono); margin: 0 0 1.2rem;
-  padding: .9rem 1rem; background: var(--panel); }
-.context .after { color: var(--soft); }
-.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: 1rem 1.8rem; }
-.texts p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .92rem; line-height: 1.5; }
-.texts h3 { color: var(--c); }
-.texts .label { --c: var(--gold); }
-
-@media (max-width: 40rem) {
-  body { font-size: 16px; } main { padding-top: 1.5rem; }
-  .wide { display: none; } .narrow { display: block; } figure svg { max-width: 30rem; }
-  .headline { gap: 1rem 2rem; } .headline .main { flex-basis: 100%; }
-  .tags { display: flex; margin-left: 2.1em; }
-}
-@media print { .wide { display: block; } .narrow { display: none; } .example { break-inside: avoid; } }
+# Sorts and filters the examples. The controls stay hidden where scripts are off.
+SCRIPT = """
+const form = document.querySelector("form"), list = document.querySelector(".examples"), rows = [...list.children];
+const [order, wanted, said] = form.elements, score = (row) => Number(row.dataset.score);
+const draw = () => {
+  list.append(...[...rows].sort((a, b) => Number(order.value) * (score(a) - score(b))));
+  rows.forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes(wanted.value.toLowerCase()); });
+  said.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
+};
+form.addEventListener("input", draw);
+form.addEventListener("submit", (event) => event.preventDefault());
+form.hidden = false;
+draw();
 """
