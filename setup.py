@@ -22,7 +22,7 @@ setup(
         "orbax-checkpoint>=0.11.36",
         "etils[epath]>=1.12.0",
         "fsspec>=2026.1.0",
-        "transformers>=5.4.0",
+        "transformers>=5.20.0",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.5.2",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "array_record>=0.8.3",

@@ -62,7 +62,7 @@ def torch_config(name: str, **changes):
 def torch_model(name: str, seed: int = 0, **changes):
     """A random model of `MODELS`; every parameter, norms and biases too, differs from its initial value."""
     torch.manual_seed(seed)
-    made = transformers.AutoModelForCausalLM.from_config(torch_config(name, **changes)).eval()
+    made = transformers.AutoModelForCausalLM.from_config(torch_config(name, **changes), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -138,7 +138,7 @@ def test_shuffled_texts_are_no_better_than_the_mean(pair):
     state, train = step.init(pair.reconstructor_params), jax.jit(step)
     for _ in range(80):
         state, _ = train(state, TextBatch(tokens, lengths, golds), None)
-    reader = dataclasses.replace(pair, reconstructor_params=state.params)
+    reader = dataclasses.replace(pair, reconstructor_params=state.models["reconstructor"].params)
     assert fve(reader.reconstruct(texts), golds) > 0.7
     shuffled = derangement([words[i] for i in which], seed=0)
     assert np.all(which[shuffled] != which)

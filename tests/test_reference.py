@@ -326,12 +326,13 @@ def workdir(tmp_path, small_batches):
     for split, i in itertools.product(DOCUMENTS, range(2)):
         ids = [f"{split}/{i}{j}" for j in range(3)]
         activations = Activations(
-            rng.normal(0, 50, (3, D)).astype(np.float32), ["."] * 3, ["Text “…”"] * 3, [""] * 3, np.arange(3) + 50, ids
+            rng.normal(0, 50, (3, D)).astype(np.float32), ["."] * 3, ["Text “…”"] * 3, [""] * 3, np.arange(3) + 50, ids,
+            token_ids=[[5] * (51 + i) for i in range(3)], roles=["user"] * 3,
         )
         facts = SUBJECT.extraction("web", 24, 3)
         table, name = activation_table(activations, LAYER), f"{split}-{i:05d}-of-00002.parquet"
         if split == "heldout":
-            table = table.drop_columns(["detokenized_text_truncated", "token", "following"])
+            table = table.drop_columns(["detokenized_text_truncated", "token", "following", "token_ids", "role"])
         write_table(
             table, tmp_path / "activations" / name, sidecar_content(split, "base", 3, facts, base_hash="c0ffee")
         )

@@ -72,7 +72,7 @@ def test_free_settings_are_those_that_do_not_change_a_result():
     assert not free & {"rl.lr", "seed", "rl.group", "compute.dtype", "rl.kl_coefficient", "prompts.max_new_tokens"}
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 1)])
 def test_what_is_planned_is_what_is_executed(mesh, config, finished, tmp_path, monkeypatch):
     """Shapes, dtypes and shardings of the arguments of the joint step, in a plan from shapes and in a run."""
     workdir, seen = copy_before(finished, tmp_path, "rl"), []
