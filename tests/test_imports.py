@@ -9,12 +9,14 @@ import nla_jax
 
 ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
-    ["runtime.errors", "runtime.environment", "tools.hlo", "models.attention", "models.rope"],
-    ["runtime.distributed", "io.files", "models.sharding"],
-    ["models.kernels", "models.transformer"],
+    ["runtime.errors", "runtime.environment", "tools.hlo", "models.cpu_forms", "models.rope"],
+    ["runtime.distributed", "models.attention", "models.sharding"],
+    ["io.files", "io.safetensors", "models.kernels", "models.layers"],
+    ["models.transformer"],
     ["models.families"],
-    ["io.pretrained"],
-    ["models.lora"],
+    ["io.folders", "models.lora"],
+    ["io.adapters"],
+    ["io.hub"],
     ["autoencoder", "fve"],
     ["tools.flops", "losses", "objective", "sampling"],
     ["joint_step"],
@@ -29,10 +31,10 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
 ]
 ALONE = {
     "runtime.errors": set(),
-    "models.attention": set(),
+    "models.attention": {"models.cpu_forms"},
     "models.sharding": {"runtime.errors"},
     "runtime.distributed": {"runtime.errors", "runtime.environment"},
-    "io.files": {"runtime.errors"},
+    "io.files": {"runtime.errors", "runtime.distributed"},
 }  # what these import of ours at most
 CONFIG_READERS = {"runtime.run", "stages.supervised", "stages.train", "stages.pretrain", "cli"}  # may know ml_collections
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from nla_jax.autoencoder import add_norm_matched
 from nla_jax.cli import main
-from nla_jax.io.pretrained import read_config, save_model
+from nla_jax.io.adapters import CONFIG, WEIGHTS, load_adapter
+from nla_jax.io.folders import read_config, save_model
 from nla_jax.joint_step import (
     Frozen,
     JointStep,
@@ -24,7 +25,7 @@ from nla_jax.joint_step import (
     reconstructor_loss,
     verbalizer_loss,
 )
-from nla_jax.models.lora import CONFIG, WEIGHTS, Lora, load_adapter
+from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import DECODE, TRAIN, make_mesh, relayout
 from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.pair import Pair, load_pair, new_pair

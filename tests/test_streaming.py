@@ -22,14 +22,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nla_jax.io.pretrained import (
-    _hf_shape,
-    _rows,
-    load_params,
-    read_config,
-    save_model,
-    save_tensors,
-)
+from nla_jax.io.folders import _hf_shape, _rows, load_params, read_config, save_model
+from nla_jax.io.safetensors import NewTensor, save_tensors
 from nla_jax.models.families import to_hf
 from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.models.transformer import TransformerConfig, abstract_params
@@ -50,8 +44,8 @@ def generate(folder: Path) -> None:
     def tensors():
         for name, tensor, layer in _rows(CONFIG):
             whole = functools.reduce(dict.get, tensor.path, shapes).shape
-            shape = _hf_shape(tensor, whole[layer is not None :])
-            yield name, shape, ml_dtypes.bfloat16, functools.partial(np.resize, noise, shape)
+            shape = _hf_shape(tensor, CONFIG, whole[layer is not None :])
+            yield NewTensor(name, shape, ml_dtypes.bfloat16, functools.partial(np.resize, noise, shape))
 
     save_tensors(folder, tensors())
     (folder / "config.json").write_text(json.dumps(to_hf(CONFIG)))

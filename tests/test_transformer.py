@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY, close
 
-from nla_jax.models import attention
+from nla_jax.models import cpu_forms
 from nla_jax.models.attention import Segment, attend
 from nla_jax.models.transformer import Transformer, empty_cache, layers_apart, truncate
 
@@ -32,10 +32,10 @@ def naive_attention(q, segments, scale):
     return jnp.einsum("bmts,bsmh->btmh", weights, v)
 
 
-@pytest.mark.parametrize("cache", [attention.CACHE, 1])
+@pytest.mark.parametrize("cache", [cpu_forms.CACHE, 1])
 def test_attention_equals_naive_softmax(monkeypatch, cache):
     """With a cache of one byte a CPU computes as few rows at a time as segments allow: of six rows, three."""
-    monkeypatch.setattr(attention, "CACHE", cache)
+    monkeypatch.setattr(cpu_forms, "CACHE", cache)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     B, T, M, N, H = 6, 4, 4, 2, 8

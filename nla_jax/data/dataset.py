@@ -27,7 +27,8 @@ from nla_jax.data.interchange import (
     sidecar_content,
 )
 from nla_jax.io.files import AnyPath
-from nla_jax.io.pretrained import fingerprint, load_tokenizer, locate, read_config
+from nla_jax.io.folders import load_tokenizer, read_config
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.sharding import host_mesh
 from nla_jax.runtime.distributed import barrier, share
 from nla_jax.runtime.errors import InputError

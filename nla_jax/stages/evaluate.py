@@ -14,7 +14,7 @@ from nla_jax.data.corpus import document_of
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.data.extraction import read_table, write_table
 from nla_jax.fve import clustered_interval, fve, row_fve
-from nla_jax.io.pretrained import fingerprint
+from nla_jax.io.hub import fingerprint
 from nla_jax.pair import Pair, cosine, load_pair
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.metrics import Progress, read_metrics, write_atomically

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step
 from nla_jax.data.dataset import load_rows, spread
 from nla_jax.fve import fve, normalised
-from nla_jax.io.pretrained import fingerprint, load_tokenizer, locate, read_config
+from nla_jax.io.folders import load_tokenizer, read_config
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import (
     Frozen,
     JointBatch,
