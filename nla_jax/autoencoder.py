@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from nla_jax.models.lora import Lora
-from nla_jax.models.transformer import Past, Transformer, abstract_params, truncate
+from nla_jax.models.transformer import KeyValues, Transformer, abstract_params, truncate
 
 
 def normalise(x: Float[Array, "*B D"], scale: float | None = None) -> Float[Array, "*B D"]:
@@ -116,7 +116,7 @@ class Verbalizer:
     def embed(self, params: dict, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self.model.apply({"params": params}, tokens, method="embed")
 
-    def read_prompt(self, params: dict, vectors: Float[Array, "A *n D"]) -> tuple[list[Past], Float[Array, "A D"]]:
+    def read_prompt(self, params: dict, vectors: Float[Array, "A *n D"]) -> tuple[list[KeyValues], Float[Array, "A D"]]:
         """Runs the prompt: the constant prefix once, markers and suffix once per activation.
 
         Returns the two segments that responses attend to, and the state that predicts a response's first token."""

@@ -430,13 +430,14 @@ def test_a_killed_save_keeps_what_was_there(tmp_path):
     code = """if True:
         import os, signal, sys
         from pathlib import Path
+        import jax
         import numpy as np
         from nla_jax.io.files import new_folder
-        from nla_jax.io.safetensors import NewTensor, save_tensors
+        from nla_jax.io.safetensors import save_tensors
         with new_folder(Path(sys.argv[1])) as scratch:
             kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-            one = NewTensor("a", (2,), np.float32, lambda: np.zeros(2, np.float32))
-            save_tensors(scratch, [one, NewTensor("b", (2,), np.float32, kill)])
+            form = jax.ShapeDtypeStruct((2,), np.float32)
+            save_tensors(scratch, [("a", form, lambda: np.zeros(2, np.float32)), ("b", form, kill)])
     """
     for old in (False, True):
         if old:

@@ -42,8 +42,8 @@ def test_attention_equals_naive_softmax(monkeypatch, cache):
     shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T)), (6, 3 * T, (1, 1))]
     # Of the last segment there are more keys than queries, as when decoding.
     segments = [Segment(draw(b, N, S, H), draw(b, N, S, H), rng.random((*m, S)) < 0.6) for b, S, m in shapes]
-    hidden = dataclasses.replace(segments[2], mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
-    causal = dataclasses.replace(segments[3], mask=np.tril(np.ones((1, T, T), bool)))
+    hidden = segments[2]._replace(mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
+    causal = segments[3]._replace(mask=np.tril(np.ones((1, T, T), bool)))
     segments, q = [segments[0], segments[1], hidden, causal, segments[4]], draw(B, T, M, H)
 
     @functools.partial(jax.jit, static_argnums=0)

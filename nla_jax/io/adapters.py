@@ -1,5 +1,6 @@
 """LoRA adapters in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors` in a folder."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -54,10 +55,8 @@ def save_adapter(folder: Path, adapter: dict, lora: Lora, config: TransformerCon
 
 
 def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:
-    """The settings and parameters (float32) of the adapter in a folder. `config`: the base model's.
-
-    Raises `InputError` naming the setting that is not supported, or the tensor that is missing, unexpected, misshapen or
-    not finite."""
+    """The settings and parameters (float32) of the adapter in a folder. `config`: the base model's. Raises `InputError`
+    naming the setting that is not supported, or the tensor that is missing, unexpected, misshapen or not finite."""
     settings, file = read_settings(folder), folder / CONFIG
     if settings.get("peft_type") != "LORA":
         raise InputError(f"{file}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'.")
@@ -79,18 +78,19 @@ def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:
 
     lora = Lora(rank, alpha, bool(settings.get("use_rslora")), present)
     tree = jax.tree.map(lambda s: np.empty(s.shape, np.float32), nn.unbox(lora.abstract_params(config)))
-    for name in present:
-        for layer in range(config.layers):
-            for leaf, letter in (("lora_a", "A"), ("lora_b", "B")):
-                key, slot = _key(name, layer, letter), tree["blocks"][name][leaf][layer]
-                if key not in stored:
-                    raise InputError(f"{folder / WEIGHTS}: tensor {key!r} is missing.")
-                value = stored.pop(key).read().T.astype(np.float32)
-                if value.size != slot.size or rank not in value.shape:
-                    raise InputError(f"{folder / WEIGHTS}: tensor {key!r} does not fit rank {rank} and its base.")
-                if not np.isfinite(value).all():
-                    raise InputError(f"{folder / WEIGHTS}: tensor {key!r} holds NaN or infinite values.")
-                slot[...] = value.reshape(slot.shape)
+    slots = {
+        _key(name, layer, letter): tree["blocks"][name][f"lora_{letter.lower()}"][layer]
+        for name, layer, letter in itertools.product(present, range(config.layers), "AB")
+    }
+    for key, slot in slots.items():
+        if key not in stored:
+            raise InputError(f"{folder / WEIGHTS}: tensor {key!r} is missing.")
+        value = stored.pop(key).read().T.astype(np.float32)
+        if value.size != slot.size or rank not in value.shape:
+            raise InputError(f"{folder / WEIGHTS}: tensor {key!r} does not fit rank {rank} and its base.")
+        if not np.isfinite(value).all():
+            raise InputError(f"{folder / WEIGHTS}: tensor {key!r} holds NaN or infinite values.")
+        slot[...] = value.reshape(slot.shape)
     if stored:
         raise InputError(f"{folder / WEIGHTS}: tensor {min(stored)!r} is unexpected for its base model.")
     return lora, tree
@@ -99,7 +99,6 @@ def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:
 def read_settings(folder: Path) -> dict:
     """`adapter_config.json`. Raises `InputError` if it is not a JSON object."""
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return dict(settings.items())
+        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / CONFIG} is missing or is not a JSON object ({error}).") from None

@@ -1,8 +1,8 @@
 """Files on local disks and on buckets (`gs://bucket/folder`, through `etils.epath`).
 
 New files and folders appear under their names once they are complete. Local ones are written next to their place and
-renamed. Objects on a bucket cannot be appended to, mapped into memory, or renamed as a folder: they are made on the local
-disk and uploaded whole; libraries that open files themselves get a copy in the cache.
+renamed. Objects on a bucket cannot be appended to, mapped into memory, or renamed as a folder: they are made on the
+local disk and uploaded whole; libraries that open files themselves get a copy in the cache.
 """
 
 import contextlib
@@ -20,13 +20,11 @@ from etils import epath
 from nla_jax.runtime.distributed import barrier, is_writer
 from nla_jax.runtime.errors import InputError, first_line
 
-AnyPath = Path | epath.Path
+AnyName, AnyPath = str | os.PathLike, Path | epath.Path
 
 
-def path_to(name: str | os.PathLike) -> AnyPath:
-    """The path of that name: a `Path`, or for `gs://` one of `epath`.
-
-    Raises `InputError` for another kind of address, and if the package for buckets is not installed."""
+def path_to(name: AnyName) -> AnyPath:
+    """A `Path`, or for `gs://` one of `epath`. Raises `InputError` for other addresses, or if gcsfs is missing."""
     scheme, separator, rest = os.fspath(name).partition("://")
     if not separator:
         return Path(name)
@@ -41,7 +39,7 @@ def path_to(name: str | os.PathLike) -> AnyPath:
     return epath.Path(os.fspath(name))
 
 
-def stand_in(name: str | os.PathLike) -> Path:
+def stand_in(name: AnyName) -> Path:
     """A local path for files that are never uploaded: the path itself, or for a place on a bucket one in the cache."""
     if isinstance(path := path_to(name), Path):
         return path
@@ -49,9 +47,9 @@ def stand_in(name: str | os.PathLike) -> Path:
     return cache / str(path).removeprefix("gs://")
 
 
-def local(name: str | os.PathLike) -> Path:
-    """The path itself if it is local; else that of a copy in the cache of the file or folder on the bucket, which is fetched
-    again only if it has changed. If there is nothing on the bucket, there is no copy either."""
+def local(name: AnyName) -> Path:
+    """The path itself if it is local; else that of a copy in the cache of the file or folder on the bucket, which is
+    fetched again only if it has changed. If there is nothing on the bucket, there is no copy either."""
     if isinstance(path := path_to(name), Path):
         return path
     with reaching(path):
@@ -96,11 +94,11 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def new_folder(folder: AnyName) -> Iterator[Path]:
     """A scratch folder that takes the place of `folder` when the block ends without an error.
 
-    Several hosts must all call this, and share one scratch folder. On a bucket each host uploads from a scratch folder of
-    its own; if it is killed meanwhile, a part of the new folder stays there."""
+    Several hosts must all call this, and share one scratch folder. On a bucket each host uploads from a scratch folder
+    of its own; if it is killed meanwhile, a part of the new folder stays there."""
     if not isinstance(folder := path_to(folder), Path):
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
@@ -136,10 +134,8 @@ def reaching(path: AnyPath) -> Iterator[None]:
     except Exception as error:  # network, authorisation and gcsfs have no common class of errors
         if isinstance(path, Path) or isinstance(error, InputError):
             raise
-        raise InputError(
-            f"{path} cannot be read or written ({first_line(error)}); see that the bucket exists, that you may use it, and "
-            f"that the local disk has room for copies."
-        ) from None
+        advice = "see that the bucket exists, that you may use it, and that the local disk has room for copies"
+        raise InputError(f"{path} cannot be read or written ({first_line(error)}); {advice}.") from None
 
 
 def _bucket() -> fsspec.AbstractFileSystem:

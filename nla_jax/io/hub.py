@@ -1,11 +1,10 @@
 """Finding a model folder (here, on a bucket, on the Hugging Face hub) and recording which one it was."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from nla_jax.io.adapters import CONFIG, WEIGHTS
-from nla_jax.io.files import local, path_to
+from nla_jax.io.files import AnyName, local, path_to
 from nla_jax.io.safetensors import stored_tensors
 from nla_jax.runtime.distributed import from_writer
 from nla_jax.runtime.errors import InputError, first_line
@@ -13,7 +12,7 @@ from nla_jax.runtime.errors import InputError, first_line
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.yaml"]  # files that are fetched from the hub
 
 
-def locate(name: str | os.PathLike) -> Path:
+def locate(name: AnyName) -> Path:
     """The local folder of a model: a folder as given, a copy of one on a bucket, or a hub id (`org/name`,
     `org/name@revision`) fetched once. Raises `InputError` if there is no such model."""
     if path_to(name).is_dir():
@@ -29,10 +28,9 @@ def locate(name: str | os.PathLike) -> Path:
         raise InputError(f"{name} is neither a folder nor a model that the hub gives ({first_line(error)}).") from None
 
 
-def fingerprint(folder: str | os.PathLike) -> str:
-    """A hash of the weights and config of a checkpoint (or a PEFT adapter), to record what a run was based on.
-
-    Of several hosts, which must all call this, only the first one reads the files."""
+def fingerprint(folder: AnyName) -> str:
+    """A hash of the weights and config of a checkpoint (or a PEFT adapter), to record what a run was based on. Of
+    several hosts, which must all call this, only the first one reads the files."""
     return from_writer(lambda: _hash(local(folder)))
 
 

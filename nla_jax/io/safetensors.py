@@ -1,7 +1,6 @@
 """Checkpoints in safetensors files, one tensor at a time: where each tensor is stored, reading it, writing many.
 
-No host ever holds more than its own share of a model and one tensor. (The library's own functions want whole files in
-memory, when writing twice.)
+No host ever holds more than its own share of a model and one tensor (the library's own functions hold whole files).
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from nla_jax.runtime.errors import InputError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SHARD_BYTES = 2 << 30  # of a saved file, at most
+NewTensor = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # to be saved: name, form, `read()` to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,37 +57,26 @@ class Stored:
         return data[:, *index[1:]]
 
 
-@dataclasses.dataclass(frozen=True)
-class NewTensor:
-    """A tensor to write; `read()` brings it to the host."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[], np.ndarray]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
 def read_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of one file by name, each to be `read()`. Raises `InputError` if it is damaged."""
     return {tensor.name: tensor.typed() for tensor in _header(file)}
 
 
 def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder by name, from the headers of its files (nothing else is read).
-
-    Raises `InputError` naming the file that is missing or damaged, an index that does not fit its files, or a tensor that
-    occurs twice."""
+    """Every tensor of a checkpoint folder by name, from the headers of its files alone. Raises `InputError` naming the
+    file that is missing or damaged, an index that does not fit its files, or a tensor that occurs twice."""
     folder = Path(folder)
-    index, single = folder / INDEX, folder / SINGLE
-    listed = None
+    index, listed = folder / INDEX, None
     if index.is_file():
-        listed = _read_index(index)
-        files = sorted(set(listed.values()))
-    elif single.is_file():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(listed.values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise InputError(f"{index} is not a valid checkpoint index ({error}).") from None
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise InputError(f"{index} names {file!r}, which is not a safetensors file of the same folder.")
+    elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
         shards = sorted(folder.glob("*.safetensors"))
@@ -106,19 +96,6 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
     return found
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, by an index. Raises `InputError` if it is damaged or names a file of another folder."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(listed.values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise InputError(f"{index} is not a valid checkpoint index ({error}).") from None
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"{index} names {file!r}, which is not a safetensors file of the same folder.")
-    return listed
-
-
 def _header(file: Path) -> Iterator[Stored]:
     try:
         with safe_open(file, framework="np"):  # checks the header against the file's length
@@ -134,43 +111,40 @@ def _header(file: Path) -> Iterator[Stored]:
 
 
 def save_tensors(folder: Path, tensors: Iterable[NewTensor]) -> None:
-    """Writes tensors as `model.safetensors`, or as files of at most `SHARD_BYTES` with an index.
-
-    Of several hosts all must call this: all take part in reading each tensor, and each file is written by one of them.
-    Raises `InputError` if a file cannot be written."""
+    """Writes `model.safetensors`, or files of at most `SHARD_BYTES` with an index. Raises `InputError` if it cannot. Of
+    several hosts all must call this: all take part in reading each tensor, and each file is written by one of them."""
     files: list[list[NewTensor]] = [[]]
-    room = SHARD_BYTES
+    room, total = SHARD_BYTES, 0
     for tensor in tensors:
-        if tensor.bytes > room and files[-1]:
+        size = tensor[1].size * tensor[1].dtype.itemsize
+        if size > room and files[-1]:
             files.append([])
             room = SHARD_BYTES
         files[-1].append(tensor)
-        room -= tensor.bytes
+        room, total = room - size, total + size
     many = len(files)
     names = [SINGLE] if many == 1 else [f"model-{i + 1:05d}-of-{many:05d}.safetensors" for i in range(many)]
-    for i, (name, content) in enumerate(zip(names, files)):
+    for i, (file, content) in enumerate(zip(names, files)):
         try:
-            _write_file(folder / name if i in share(range(many)) else Path(os.devnull), content)
+            _write_file(folder / file if i in share(range(many)) else Path(os.devnull), content)
         except OSError as error:
-            raise InputError(f"{folder / name} cannot be written ({error}).") from None
+            raise InputError(f"{folder / file} cannot be written ({error}).") from None
     if many > 1 and is_writer():
-        where = {tensor.name: name for name, content in zip(names, files) for tensor in content}
-        total = sum(tensor.bytes for content in files for tensor in content)
+        where = {name: file for file, content in zip(names, files) for name, *_ in content}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _write_file(file: Path, tensors: list[NewTensor]) -> None:
     """One file: the header's length, the header, the tensors' bytes."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.bytes
-        stored = next(key for key, value in DTYPES.items() if value == tensor.dtype)
-        header[tensor.name] = {"dtype": stored, "shape": tensor.shape, "data_offsets": [start, end]}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, form, _ in tensors:
+        start, end = end, end + form.size * form.dtype.itemsize
+        stored = next(key for key, value in DTYPES.items() if value == form.dtype)
+        header[name] = {"dtype": stored, "shape": form.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            stream.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
+        for *_, read in tensors:
+            stream.write(np.ascontiguousarray(read()).reshape(-1).view(np.uint8))

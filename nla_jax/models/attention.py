@@ -2,32 +2,30 @@
 
 The past of a query is a list of *segments*, each computed once at its own batch size: the constant part of a prompt at
 batch 1, a prompt at batch A, the responses at batch A·G. A segment of batch b serves B = b·r query rows: row i of the
-queries reads row i // r of the segment. The r repeats join the query axis of the matrix product, so that nothing is stored
-or computed twice. Each segment gives a partial softmax (maximum, sum, weighted values); the partial results are merged
-exactly, as flash attention merges its blocks.
+queries reads row i // r of the segment. The r repeats join the query axis of the matrix product, so that nothing is
+stored or computed twice. Each segment gives a partial softmax (maximum, sum, weighted values); the partial results are
+merged exactly, as flash attention merges its blocks.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Shaped
 
-from nla_jax.models.cpu_forms import by_platform, few_rows_at_a_time, product_of_matrices
+from nla_jax.models.cpu_forms import by_platform, few_rows_at_a_time, product_of_matrices, scores_of_matrices
 
 MASKED = -1e30  # a finite stand-in for -inf: a segment without visible keys gets weight exp(-1e30 - max) = 0, not NaN
-SAVED = "attention"  # the name under which a remat policy can keep what the backward pass of `attend` needs
+SAVED = "attention"  # the name under which a remat policy can save what the backward pass of `attend` needs
+Queries = Float[Array, "B T M H"]
 
 
-@struct.dataclass
-class Segment:
-    """Keys and values of one layer that queries may read. Heads come before positions, so that no read of a cache has to
-    transpose it.
-
-    `mask`: True where query t may read key s; None in a gradient."""
+class Segment(NamedTuple):
+    """Keys and values of one layer that queries may read. Heads come before positions, so that no read of a cache has
+    to transpose it. `mask`: True where query t may read key s (None in a gradient)."""
 
     k: Float[Array, "b N S H"]
     v: Float[Array, "b N S H"]
@@ -35,7 +33,7 @@ class Segment:
 
 
 def causal_mask(length: int) -> Bool[Array, "1 {length} {length}"]:
-    """True where the key's position is not after the query's."""
+    """True where a key does not come after the query."""
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
@@ -45,14 +43,12 @@ def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def attend(
-    q: Float[Array, "B T M H"], segments: Sequence[Segment], scale: float, cap: float | None = None
-) -> Float[Array, "B T M H"]:
+def attend(q: Queries, segments: Sequence[Segment], scale: float, cap: float | None = None) -> Queries:
     """softmax(scale · q kᵀ) v over the keys of all segments together; scores and softmax in float32.
 
     M query heads share N key/value heads in groups of g = M/N (grouped-query attention). `cap` bounds scores as Gemma 2
-    does (`soft_cap`). The backward pass is that of flash attention: it keeps the result and the log-sum-exp of each row's
-    scores, and computes the scores again."""
+    does (`soft_cap`). The backward pass is that of flash attention: it keeps the result and the log-sum-exp of each
+    row's scores, and computes the scores again."""
     return _attend_forward(q, segments, scale, cap)[0]
 
 
@@ -72,11 +68,15 @@ def _attend_backward(scale, cap, saved, d_out):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(
-    q: Float[Array, "B T M H"], segments: Sequence[Segment], scale: float, cap: float | None
-) -> tuple[Float[Array, "B T M H"], Float[Array, "B T M"]]:
-    """The result, and the log-sum-exp of each row's scores."""
-    parts = [_partial(q, segment, scale, cap) for segment in segments]
+def _forward(q: Queries, segments: Sequence[Segment], scale: float, cap: float | None) -> tuple[Queries, Array]:
+    """The result, and the log-sum-exp `[B, T, M]` of each row's scores."""
+    parts = []
+    for segment in segments:
+        scores, _ = _scores(_fold(q, segment), segment, scale, cap)
+        top = scores.max(-1)
+        weights = jnp.exp(scores - top[..., None])
+        out = product("bNrTgS,bNSH->bNrTgH", weights.astype(q.dtype), segment.v)
+        parts.append([_unfold(x, q) for x in (top, weights.sum(-1), out)])
     top = functools.reduce(jnp.maximum, [part[0] for part in parts])
     total, out = 0.0, 0.0
     for part_top, part_total, part_out in parts:
@@ -87,14 +87,8 @@ def _forward(
 
 
 def _backward(
-    q: Float[Array, "B T M H"],
-    d_out: Float[Array, "B T M H"],
-    out: Float[Array, "B T M H"],
-    log_total: Float[Array, "B T M"],
-    segments: Sequence[Segment],
-    scale: float,
-    cap: float | None,
-) -> tuple[Float[Array, "B T M H"], list[Segment]]:
+    q: Queries, d_out: Queries, out: Queries, log_total: Float[Array, "B T M"], segments: Sequence[Segment], scale, cap
+) -> tuple[Queries, list[Segment]]:
     """With P = exp(scores - log_total): dv = Pᵀ do, d(scores) = P · (do vᵀ - Σ do · o)."""
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
     d_q, d_segments = 0.0, []
@@ -105,45 +99,30 @@ def _backward(
         d_scores = weights * (product("bNrTgH,bNSH->bNrTgS", d_o, segment.v) - mean[..., None]) * slope
         weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
         d_q += _unfold(product("bNrTgS,bNSH->bNrTgH", d_scores, segment.k), q)
-        # Transposed (HS, not SH): a CPU reads the first operand by columns, slowly, and that of width H is the smaller one.
+        # HS, then transposed: CPUs read the first operand by columns, slowly, and that of width H is the smaller one.
         d_k = product("bNrTgH,bNrTgS->bNHS", queries, d_scores).swapaxes(2, 3)
         d_v = product("bNrTgH,bNrTgS->bNHS", d_o, weights).swapaxes(2, 3)
         d_segments.append(Segment(d_k.astype(segment.k.dtype), d_v.astype(segment.v.dtype), None))
     return d_q.astype(q.dtype), d_segments
 
 
-def _partial(
-    q: Float[Array, "B T M H"], segment: Segment, scale: float, cap: float | None
-) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"], Float[Array, "B T M H"]]:
-    """Of one segment: the maximum score of each row, the sum of exponentials, and the values weighted by these."""
-    scores, _ = _scores(_fold(q, segment), segment, scale, cap)
-    top = scores.max(-1)
-    weights = jnp.exp(scores - top[..., None])
-    out = product("bNrTgS,bNSH->bNrTgH", weights.astype(q.dtype), segment.v)
-    return tuple(_unfold(x, q) for x in (top, weights.sum(-1), out))
-
-
-def _scores(
-    queries: Float[Array, "b N r T g H"], segment: Segment, scale: float, cap: float | None
-) -> tuple[Float[Array, "b N r T g S"], Float[Array, "b N r T g S"] | float]:
-    """Masked scores, and the derivative of each by its dot product q·k."""
-    scores, slope = scale * product("bNrTgH,bNSH->bNrTgS", queries, segment.k), scale
+def _scores(queries: Float[Array, "b N r T g H"], segment: Segment, scale: float, cap: float | None) -> tuple:
+    """Masked scores `[b, N, r, T, g, S]`, and the derivative of each by its dot product q·k."""
+    scores, slope = scale * product("bNrTgH,bNSH->bNrTgS", queries, segment.k, scores_of_matrices), scale
     if cap is not None:
         scores = soft_cap(scores, cap)
         slope = scale * (1 - (scores / cap) ** 2)
     return jnp.where(segment.mask[:, None, None, :, None], scores, MASKED), slope
 
 
-def product(letters: str, x: Float[Array, "b N ..."], y: Float[Array, "b N ..."]) -> Float[Array, "b N ..."]:
-    """The einsum of x and y for each b and N, accumulated in float32. The letters are those of the shapes in this file."""
+def product(letters: str, x: Array, y: Array, cpu: Callable = product_of_matrices) -> Float[Array, "b N ..."]:
+    """The einsum of x and y for each b and N, summed in float32. `cpu`: the form of it that CPUs compute."""
     left, right, _ = letters.replace("->", ",").split(",")
     summed = [letter for letter in left[2:] if letter in right]
     # Not `jnp.einsum`: it sums in alphabetical order (T, g, r), for which XLA would transpose the operands.
-    axes = [left.index(letter) for letter in summed], [right.index(letter) for letter in summed]
-    plain = functools.partial(
-        jax.lax.dot_general, dimension_numbers=(axes, ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    )
-    return by_platform(plain, cpu=functools.partial(product_of_matrices, letters))(x, y)
+    axes = tuple([operand.index(letter) for letter in summed] for operand in (left, right)), ((0, 1), (0, 1))
+    plain = lambda x, y: jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+    return by_platform(plain, functools.partial(cpu, letters))(x, y)
 
 
 def _fold(x: Shaped[Array, "B T M *rest"], segment: Segment) -> Shaped[Array, "b N r T g *rest"]:
@@ -153,6 +132,6 @@ def _fold(x: Shaped[Array, "B T M *rest"], segment: Segment) -> Shaped[Array, "b
     return jnp.moveaxis(x.reshape(b, B // b, T, N, M // N, *rest), 3, 1)
 
 
-def _unfold(x: Shaped[Array, "b N r T g *rest"], q: Float[Array, "B T M H"]) -> Shaped[Array, "B T M *rest"]:
+def _unfold(x: Shaped[Array, "b N r T g *rest"], q: Queries) -> Shaped[Array, "B T M *rest"]:
     """The inverse of `_fold`, for rows and heads as in q."""
     return jnp.moveaxis(x, 1, 3).reshape(*q.shape[:3], *x.shape[5:])

@@ -1,12 +1,12 @@
-"""Faster forms of some computations for CPUs. All other platforms compute the plain forms in attention.py and layers.py.
+"""Faster forms of some computations for CPUs. All other platforms compute the plain forms in attention.py and
+layers.py.
 
-XLA's CPU backend is slow where rows of a matrix product are spread over several axes (it first writes a transposed copy),
-where it reads the larger operand by columns, and where scores of attention outgrow the cache. Each operation chooses its
-form once, with `by_platform`; both forms give the same result up to rounding.
+XLA's CPU backend is slow where the rows of a matrix product are spread over several axes (it first writes a transposed
+copy), where it reads the larger operand by columns, and where the scores of attention outgrow the cache. Each operation
+chooses between its forms once, with `by_platform`; they give the same result up to rounding.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,27 @@ CACHE = 4 * 2**20  # bytes of attention scores that a CPU computes at a time, if
 
 
 def by_platform(plain: Callable, cpu: Callable) -> Callable:
-    """A function that computes `cpu` on a CPU and `plain` elsewhere. Both take and return the same arrays.
-
-    On a mesh it is always `plain`: CPU forms merge axes, and the mesh may cut those."""
+    """A function that computes `cpu` on a CPU and `plain` elsewhere. Both take and return the same arrays. On a mesh it
+    is always `plain`: CPU forms merge axes, and the mesh may cut those."""
     if jax.sharding.get_abstract_mesh().size > 1:
         return plain
     return lambda *operands: jax.lax.platform_dependent(*operands, cpu=cpu, default=plain)
 
 
-def product_of_matrices(letters: str, x: Float[Array, "b N ..."], y: Float[Array, "b N ..."]) -> Float[Array, "b N ..."]:
+def product_of_matrices(letters: str, x: Array, y: Array) -> Float[Array, "b N ..."]:
     """`attention.product` with all queries of a row and head (axes r, T, g) in one axis q."""
     left, right, result = letters.replace("->", ",").split(",")
     sizes = dict(zip(left + right, x.shape + y.shape))
     x, y = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))
-    letters = letters.replace("rTg", "q")
-    if letters == "bNqH,bNSH->bNqS" and x.shape[2] < y.shape[2]:
-        # A CPU reads the second operand of x·yᵀ by columns, slowly. When decoding, let that be the few queries.
-        out = jnp.einsum("bNSH,bNqH->bNSq", y, x, preferred_element_type=jnp.float32).swapaxes(2, 3)
-    else:
-        out = jnp.einsum(letters, x, y, preferred_element_type=jnp.float32)
+    out = jnp.einsum(letters.replace("rTg", "q"), x, y, preferred_element_type=jnp.float32)
     return out.reshape([sizes[letter] for letter in result])
+
+
+def scores_of_matrices(letters: str, queries: Float[Array, "b N r T g H"], keys: Float[Array, "b N S H"]) -> Array:
+    """`product_of_matrices` with the smaller operand (in decoding the queries) second: a CPU reads it by columns."""
+    if np.prod(queries.shape[2:5]) >= keys.shape[2]:
+        return product_of_matrices(letters, queries, keys)
+    return jnp.moveaxis(product_of_matrices("bNSH,bNrTgH->bNSrTg", keys, queries), 2, -1)
 
 
 def product_over_rows(x: Float[Array, "..."], y: Float[Array, "..."], rows: int) -> Float[Array, "..."]:
@@ -45,24 +46,20 @@ def product_over_rows(x: Float[Array, "..."], y: Float[Array, "..."], rows: int)
     return jnp.tensordot(a, b, (0, 0)).reshape(x.shape[rows:] + y.shape[rows:])
 
 
-def few_rows_at_a_time(function: Callable, rows: tuple[Float[Array, "B T M ..."], ...], segments: Any) -> tuple:
-    """`function(rows, segments)`; on a CPU for so few rows at a time that their attention scores stay in its cache.
+def few_rows_at_a_time(function: Callable, rows: tuple[Float[Array, "B T M ..."], ...], segments: Sequence) -> tuple:
+    """`function(rows, segments)`; on a CPU for so few of the B rows at a time that their scores stay in its cache.
 
-    `segments` are an `attention.Segment` each, of which row i of B reads row i // r of b = B / r. The function returns a
-    tree of arrays `[B, ...]`, and for each segment a tree of arrays `[b, ...]` (or None instead of all of these). Results
-    of a segment of b = 1, which every row reads, are added up."""
+    Row i reads row i // r of each `attention.Segment` (b = B / r). The function returns a tree of arrays `[B, ...]`,
+    and for each segment a tree of arrays `[b, ...]`, added up if b = 1 (or None for all segments)."""
     B, T, M = rows[0].shape[:3]
-    shared = [len(s.k) == 1 for s in segments]
-    fits = lambda c: B % c == 0 and all(one or c * len(s.k) % B == 0 for s, one in zip(segments, shared))
+    fits = lambda c: B % c == 0 and all(c * len(s.k) % B == 0 for s in segments if len(s.k) > 1)
     row_bytes = 4 * T * M * sum(s.k.shape[2] for s in segments)
     counts = [c for c in range(1, B + 1) if fits(c)]
     count = max((c for c in counts if c * row_bytes <= CACHE), default=min(counts))
     if count == B or B * row_bytes <= 8 * CACHE:  # little more than the cache holds gains nothing
         return function(rows, segments)
-
     cut = lambda x: x.reshape(B // count, -1, *x.shape[1:])
     joined = lambda x: x.reshape(-1, *x.shape[2:])
-    added = lambda x: jnp.sum(x, 0)
 
     def by_parts(rows, segments):
         leaves, tree = jax.tree.flatten(segments)
@@ -74,7 +71,9 @@ def few_rows_at_a_time(function: Callable, rows: tuple[Float[Array, "B T M ..."]
 
         results, of_segments = jax.lax.map(one_part, jax.tree.map(cut, (rows, own)))
         if of_segments is not None:
-            of_segments = [jax.tree.map(added if one else joined, r) for r, one in zip(of_segments, shared)]
+            added = lambda x: jnp.sum(x, 0)
+            joins = [added if len(s.k) == 1 else joined for s in segments]
+            of_segments = [jax.tree.map(join, result) for join, result in zip(joins, of_segments)]
         return jax.tree.map(joined, results), of_segments
 
-    return by_platform(function, cpu=by_parts)(rows, segments)
+    return by_platform(function, by_parts)(rows, segments)

@@ -1,9 +1,8 @@
 """The layers that a block is made of: norms and linear maps, with their own rules for gradients."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,17 +26,20 @@ class RMSNorm(nn.Module):
     offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, parts: Sequence[Float[Array, "..."]]) -> list[Float[Array, "..."]]:
+        """The norm of each of several arrays over its last axis."""
         start = nn.initializers.constant(1 - self.offset)
-        scale = self.param("scale", nn.with_logical_partitioning(start, (self.axis,)), x.shape[-1:])
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return (y * (self.offset + scale)).astype(x.dtype)
+        scale = self.param("scale", nn.with_logical_partitioning(start, (self.axis,)), parts[0].shape[-1:])
+        results = []
+        for x in parts:
+            y = x.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+            results.append((y * (self.offset + scale)).astype(x.dtype))
+        return results
 
 
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """The shape of a linear map: its kernel is `[*inputs, *outputs]`, with the logical names `axes`; a bias `[*outputs]`."""
+class Projection(NamedTuple):
+    """The shape of a linear map: a kernel `[*inputs, *outputs]`, whose axes have the logical names `axes`."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -46,8 +48,7 @@ class Projection:
 
 
 class Dense(nn.Module):
-    """A linear map of the last axes of its inputs. If the parameters hold a low-rank pair (`lora_a`, `lora_b`, attached by
-    models/lora.py), x · a · b is added."""
+    """A linear map of the last axes. If the parameters hold a low-rank pair (models/lora.py), x · a · b is added."""
 
     projection: Projection
     dtype: Any
@@ -55,7 +56,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, parts: Sequence[Float[Array, "..."]]) -> list[Float[Array, "..."]]:
-        """`[..., *inputs] -> [..., *outputs]` for each of several arrays; the weights are cast and gathered once for all."""
+        """`[..., *inputs] -> [..., *outputs]` for each of several arrays. Weights are cast and gathered once for all."""
         p, n = self.projection, len(self.projection.inputs)
         kernel = self.param("kernel", normal(*p.axes), p.inputs + p.outputs)
         use = (lambda weight, axes: weight) if self.decoding else gathered
@@ -77,13 +78,13 @@ class Dense(nn.Module):
 def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
     """`x [*rows, *inputs]` · `kernel [*inputs, *outputs]`, summed over the `axes` inputs.
 
-    For the gradient of the kernel one operand must be transposed; the rule here takes the smaller one. (JAX always takes the
-    gradient of the result, which in an MLP is the larger one.)"""
+    For the gradient of the kernel one operand must be transposed; the rule here takes the smaller one. (JAX always
+    takes the gradient of the result, which in an MLP is the larger one.)"""
     return jnp.tensordot(x, kernel, axes)
 
 
 def _linear_forward(x, kernel, axes):
-    return jnp.tensordot(x, kernel, axes), (x, kernel)  # not `linear`, inside which a remat policy would see no product
+    return jnp.tensordot(x, kernel, axes), (x, kernel)  # not `linear`: a remat policy would see no product inside it
 
 
 def _linear_backward(axes, saved, d_y):
@@ -103,8 +104,8 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.custom_vjp
 def vocabulary_scores(x: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:
-    """x · head in float32, from operands in the compute dtype. The gradient is cast to that dtype before the products of
-    the backward pass. (JAX would cast the head to float32 for them, and multiply at half the speed.)"""
+    """x · head in float32, from operands in the compute dtype. The gradient is cast to that dtype before the products
+    of the backward pass. (JAX would cast the head to float32 for them, and multiply at half the speed.)"""
     return jnp.dot(x, head, preferred_element_type=jnp.float32)
 
 

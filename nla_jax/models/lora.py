@@ -1,7 +1,7 @@
 """Low-rank adapters to the linear maps of a frozen model. Their files are those of PEFT (io/adapters.py).
 
-An adapter is a tree `{blocks: {projection: {lora_a [L, *inputs, r], lora_b [L, r, *outputs]}}}`; y = x·W + scale · x·A·B
-(Hu et al. 2021, arXiv 2106.09685; rank-stabilised scale: arXiv 2312.03732).
+An adapter is a tree `{blocks: {projection: {lora_a [L, *inputs, r], lora_b [L, r, *outputs]}}}`; y = x·W + scale ·
+x·A·B (Hu et al. 2021, arXiv 2106.09685; rank-stabilised scale: arXiv 2312.03732).
 """
 
 import dataclasses
@@ -19,9 +19,7 @@ from nla_jax.runtime.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Rank, scale and targets of an adapter; `targets` are projections: q, k, v, o, gate, up, down.
-
-    Raises `InputError` for a rank below 1, and for no target or an unknown one."""
+    """Rank, scale and targets (projections) of an adapter. Raises `InputError` for a rank below 1 or a wrong target."""
 
     rank: int
     alpha: float = 16.0
