@@ -71,10 +71,8 @@ def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:
     stored = read_tensors(folder / WEIGHTS)
     present = tuple(name for name in PROJECTIONS if _key(name, 0, "A") in stored)
     if not present:
-        raise InputError(
-            f"{file}: target_modules = {settings.get('target_modules')!r} are not supported "
-            f"(supported: {', '.join(MODULES.values())}, in all layers)."
-        )
+        found, known = settings.get("target_modules"), ", ".join(MODULES.values())
+        raise InputError(f"{file}: target_modules = {found!r} are not supported (supported: {known}).")
 
     lora = Lora(rank, alpha, bool(settings.get("use_rslora")), present)
     tree = jax.tree.map(lambda s: np.empty(s.shape, np.float32), nn.unbox(lora.abstract_params(config)))

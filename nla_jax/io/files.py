@@ -29,9 +29,7 @@ def path_to(name: AnyName) -> AnyPath:
     if not separator:
         return Path(name)
     if scheme != "gs" or not rest.strip("/"):
-        raise InputError(
-            f"{name} is neither a local path nor a place on a bucket of Google Cloud (gs://BUCKET/FOLDER)."
-        )
+        raise InputError(f"{name} is neither a local path nor one on a bucket of Google Cloud (gs://BUCKET/FOLDER).")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{name} is on a bucket, which the package gcsfs reaches; install it: pip install gcsfs.")
     # A listing that this host remembers would hide files that another host has written since.

@@ -40,10 +40,8 @@ class Stored:
     def typed(self) -> "Stored":
         """The tensor with its NumPy dtype. Raises `InputError` for a dtype that weights are not stored in."""
         if self.dtype not in DTYPES:
-            raise InputError(
-                f"{self.file}: tensor {self.name!r} is stored as {self.dtype}, expected one of {', '.join(DTYPES)}; "
-                f"quantised checkpoints are not supported."
-            )
+            found, known = f"tensor {self.name!r} is stored as {self.dtype}", ", ".join(DTYPES)
+            raise InputError(f"{self.file}: {found}, expected one of {known}; quantised checkpoints are not supported.")
         return dataclasses.replace(self, dtype=DTYPES[self.dtype])
 
     def read(self, index: tuple[slice, ...] = ()) -> Float[np.ndarray, "..."]:

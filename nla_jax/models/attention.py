@@ -2,9 +2,8 @@
 
 The past of a query is a list of *segments*, each computed once at its own batch size: the constant part of a prompt at
 batch 1, a prompt at batch A, the responses at batch A·G. A segment of batch b serves B = b·r query rows: row i of the
-queries reads row i // r of the segment. The r repeats join the query axis of the matrix product, so that nothing is
-stored or computed twice. Each segment gives a partial softmax (maximum, sum, weighted values); the partial results are
-merged exactly, as flash attention merges its blocks.
+queries reads row i // r of the segment. The r repeats join the query axis of the product, so that nothing is stored or
+computed twice. The partial softmax of each segment (maximum, sum, weighted values) is merged exactly.
 """
 
 import functools

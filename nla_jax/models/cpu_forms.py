@@ -1,9 +1,7 @@
-"""Faster forms of some computations for CPUs. All other platforms compute the plain forms in attention.py and
-layers.py.
+"""Faster forms of some computations for CPUs. Other platforms compute the plain forms, in attention.py and layers.py.
 
-XLA's CPU backend is slow where the rows of a matrix product are spread over several axes (it first writes a transposed
-copy), where it reads the larger operand by columns, and where the scores of attention outgrow the cache. Each operation
-chooses between its forms once, with `by_platform`; they give the same result up to rounding.
+XLA's CPU backend is slow if the rows of a matrix product are spread over several axes (it writes a transposed copy), if
+it reads the larger operand by columns, and if scores outgrow the cache. Each operation chooses once, by `by_platform`.
 """
 
 from collections.abc import Callable, Sequence

@@ -95,10 +95,11 @@ def _write_gemma(config: TransformerConfig) -> dict:
         "attn_logit_softcapping": config.attention_cap,
         "final_logit_softcapping": config.logit_cap,
         "hidden_activation": "gelu_pytorch_tanh",
-        **(
-            {"rope_local_base_freq": (config.local_rope or config.rope).theta} if config.family == "gemma3_text" else {}
-        ),
     }
+
+
+def _write_gemma3(config: TransformerConfig) -> dict:
+    return _write_gemma(config) | {"rope_local_base_freq": (config.local_rope or config.rope).theta}
 
 
 def _write_qwen(config: TransformerConfig) -> dict:
@@ -114,7 +115,7 @@ FAMILIES = {
         "Qwen3ForCausalLM", _LLAMA + _QK_NORM, lambda c: {"qk_norm": True}, _write_qwen, ("attention_bias",)
     ),
     "gemma2": Family("Gemma2ForCausalLM", _GEMMA, _read_gemma, _write_gemma, _GEMMA_REFUSES),
-    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA + _QK_NORM, _read_gemma, _write_gemma, _GEMMA_REFUSES),
+    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA + _QK_NORM, _read_gemma, _write_gemma3, _GEMMA_REFUSES),
 }
 # A multimodal checkpoint holds a text model among others: its tensors have these prefixes, and the others are ignored.
 TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
@@ -133,17 +134,17 @@ FIELDS = {  # of `TransformerConfig` and of `config.json`, with the same value i
     "max_length": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # likewise
+FUNCTIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # activation functions: our name, theirs
 
 
 def from_hf(c: dict) -> dict:
-    """The fields of `TransformerConfig`, from a config as `transformers` 5 normalises it. Raises `ValueError`."""
+    """`TransformerConfig` fields of a config as `transformers` 5 normalises it. Raises `ValueError` if unsupported."""
     family = FAMILIES[c["model_type"]]
     _refuse(c, *family.refused)
-    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    functions = {theirs: ours for ours, theirs in FUNCTIONS.items()}
     name = c.get("hidden_activation") or c.get("hidden_act")
-    if name not in activations:
-        raise ValueError(f"the activation function {name!r} is not supported (supported: {', '.join(activations)})")
+    if name not in functions:
+        raise ValueError(f"the activation function {name!r} is not supported (supported: {', '.join(functions)})")
     layers, heads, window = c["num_hidden_layers"], c["num_attention_heads"], c.get("sliding_window")
     kinds = c.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
     if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
@@ -166,7 +167,7 @@ def from_hf(c: dict) -> dict:
     full = c | {"num_key_value_heads": kv_heads, "head_dim": head_dim}
     return {ours: full[theirs] for ours, theirs in FIELDS.items()} | {
         "tied_head": bool(c.get("tie_word_embeddings")),
-        "activation": activations[name],
+        "activation": functions[name],
         "rope": rope,
         "window": window if any(local) else None,
         "local": local if any(local) else (),
@@ -185,7 +186,7 @@ def to_hf(config: TransformerConfig) -> dict:
         "rope_theta": rope.theta,
         "rope_scaling": _write_rope(rope),
         "tie_word_embeddings": config.tied_head,
-        "hidden_act": ACTIVATIONS[config.activation],
+        "hidden_act": FUNCTIONS[config.activation],
         "attention_bias": False,
         "sliding_window": config.window,
         **family.write(config),

@@ -31,10 +31,9 @@ def with_kernel(config, name: str, mesh: Mesh | None = None):
     if platform != PLATFORMS.get(name, platform):
         wanted, found = PLATFORMS[name].upper(), platform.upper()
         raise InputError(f"Attention {name!r} runs on a {wanted}, these devices are of kind {found}; choose 'xla'.")
-    if name == "cudnn" and jnp.dtype(config.dtype).itemsize != 2:
-        raise InputError(
-            f"Attention 'cudnn' computes in bfloat16 or float16, not in {jnp.dtype(config.dtype)}; choose 'xla'."
-        )
+    dtype = jnp.dtype(config.dtype)
+    if name == "cudnn" and dtype.itemsize != 2:
+        raise InputError(f"Attention 'cudnn' computes in bfloat16 or float16, not in {dtype}; choose 'xla'.")
     if name == "cudnn" and config.attention_cap is not None:
         raise InputError("Attention 'cudnn' has no soft cap, which this model's attention needs; choose 'xla'.")
     return dataclasses.replace(config, attention=name)
@@ -47,11 +46,8 @@ def attend_by(
     all positions up to its own, or the last `window` of them.
 
     Queries are padded on the left to a square, so that the kernel can skip the upper triangle; this part is dropped."""
-    rows = len(q)
-    k, v = (
-        jnp.concatenate([jnp.repeat(x, rows // len(x), 0) for x in xs], 2)
-        for xs in ([s.k for s in segments], [s.v for s in segments])
-    )
+    join = lambda xs: jnp.concatenate([jnp.repeat(x, len(q) // len(x), 0) for x in xs], 2)
+    k, v = join([s.k for s in segments]), join([s.v for s in segments])
     past = k.shape[2] - q.shape[1]
     q = jnp.pad(q, ((0, 0), (past, 0), (0, 0), (0, 0)))
     return {"cudnn": _cudnn, "splash": _splash}[kernel](q, k, v, window, scale, cap)[:, past:]
@@ -93,7 +89,7 @@ def _splash(q: Queries, k: Keys, v: Keys, window: int | None, scale: float, cap:
     pad = lambda x, axis: jnp.pad(x, [(0, length - T) if i == axis else (0, 0) for i in range(x.ndim)])
     heads = jnp.moveaxis((q * scale).reshape(B, T, N, M // N, H), 1, 3)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
+    if mesh.size > 1:
         rows = PartitionSpec(batch_axes(mesh, B) or None)
         local = jax.shard_map(local, in_specs=(rows,) * 3, out_specs=rows, check_vma=False)
     out = local(pad(heads, 3), pad(k, 2), pad(v, 2))[..., :T, :]

@@ -56,7 +56,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, parts: Sequence[Float[Array, "..."]]) -> list[Float[Array, "..."]]:
-        """`[..., *inputs] -> [..., *outputs]` for each of several arrays. Weights are cast and gathered once for all."""
+        """`[..., *inputs] -> [..., *outputs]` for several arrays. Weights are cast and gathered once for all."""
         p, n = self.projection, len(self.projection.inputs)
         kernel = self.param("kernel", normal(*p.axes), p.inputs + p.outputs)
         use = (lambda weight, axes: weight) if self.decoding else gathered
@@ -76,10 +76,8 @@ class Dense(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
-    """`x [*rows, *inputs]` · `kernel [*inputs, *outputs]`, summed over the `axes` inputs.
-
-    For the gradient of the kernel one operand must be transposed; the rule here takes the smaller one. (JAX always
-    takes the gradient of the result, which in an MLP is the larger one.)"""
+    """`x [*rows, *inputs]` · `kernel [*inputs, *outputs]`, summed over the `axes` inputs. For the kernel's gradient its
+    own rule transposes the smaller operand. (JAX transposes the gradient of the result, in an MLP the larger one.)"""
     return jnp.tensordot(x, kernel, axes)
 
 

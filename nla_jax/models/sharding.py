@@ -3,9 +3,8 @@
 Parameters carry logical axis names; a table maps these to the mesh axes (data, fsdp, tensor). `TRAIN`: every weight is
 cut along its width over fsdp and tensor together, and gathered whole where a layer computes with it; the batch is cut
 over all devices. `DECODE`: weights are cut over tensor along heads, MLP and vocabulary, and stay so; the batch is cut
-over data and fsdp. Parameters are laid out for decoding once per rollout (`relayout`, which also pads a vocabulary that
-tensor does not divide), so that no all-gather is left in the decode loop. So `tensor` sets the size of a device's
-decoding copy, and costs training no all-reduce of activations.
+over data and fsdp. Parameters are laid out for decoding once per rollout (`relayout`); its loop has no all-gather. So
+`tensor` sets the size of a device's decoding copy, and costs training no all-reduce of activations.
 """
 
 import functools
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from nla_jax.runtime.errors import InputError
@@ -51,10 +50,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if not 0 < count <= len(devices):
         raise InputError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
     if idle := {d.process_index for d in devices} - {d.process_index for d in devices[:count]}:
-        raise InputError(
-            f"mesh {dict(zip(AXES, sizes))} takes {count} of {len(devices)} devices and none of host {min(idle)}; make "
-            f"one size -1 to use all."
-        )
+        taken = f"mesh {dict(zip(AXES, sizes))} takes {count} of {len(devices)} devices"
+        raise InputError(f"{taken} and none of host {min(idle)}; make one size -1 to use all.")
     return device_mesh(sizes, devices[:count])
 
 
@@ -70,7 +67,7 @@ def host_mesh(mesh: Mesh, host: int | None = None) -> Mesh:
     return device_mesh((1, len(own), 1), own)
 
 
-def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def ways(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """The number of parts into which these mesh axes cut an axis of an array."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
@@ -104,7 +101,7 @@ def padded_vocabulary(mesh: Mesh, abstract: Any, rules=DECODE) -> Any:
     return jax.tree.map(padded, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def batch_axes(mesh: Mesh, size: int, rules=TRAIN) -> tuple[str, ...]:
+def batch_axes(mesh: Mesh | AbstractMesh, size: int, rules=TRAIN) -> tuple[str, ...]:
     """The mesh axes that cut a batch of `size`: as many of those in the rules, from the first on, as divide it."""
     axes = dict(rules)["batch"]
     while axes and size % ways(mesh, axes):
@@ -137,7 +134,7 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a batch (cut along the first axis alone) on this host's devices: their numbers `[n]`, and `[n, ...]`."""
+    """The rows of a batch (cut along its first axis alone) on this host's devices: numbers `[n]`, rows `[n, ...]`."""
     pieces = sorted({shard.index[0].start or 0: shard.data for shard in x.addressable_shards}.items())
     numbers = [start + np.arange(len(piece)) for start, piece in pieces]
     return np.concatenate(numbers), np.concatenate([np.asarray(piece) for _, piece in pieces])
@@ -156,7 +153,7 @@ def place_local(sharding: NamedSharding, rows: np.ndarray, values: np.ndarray, c
 
 def working_dtypes(params: Any, dtype: Any) -> Any:
     """The dtype of each parameter in a working copy: `dtype` for matrices, which the model casts anyway. Norm scales
-    and adapters stay float32, as the model uses them: rounded, they would sample from another policy than is trained."""
+    and adapters stay float32, as the model uses them: rounded, they would be another policy than the trained one."""
     of_leaf = lambda path, _: jnp.dtype(jnp.float32 if path[-1].key in FLOAT32 else dtype)
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
@@ -232,7 +229,7 @@ def constrained(x: Shaped[Array, "..."], names: tuple[str | None, ...], rules=TR
     return _laid_out(x, lambda mesh: nn.logical_to_mesh_axes(names, rules))
 
 
-def _laid_out(x: Shaped[Array, "..."], spec: Callable[[Any], Sequence]) -> Shaped[Array, "..."]:
+def _laid_out(x: Shaped[Array, "..."], spec: Callable[[AbstractMesh], Sequence]) -> Shaped[Array, "..."]:
     """x with the layout `spec(mesh)`; x itself on one device or without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec(mesh))) if mesh.size > 1 else x

@@ -89,7 +89,7 @@ def projections(c: TransformerConfig) -> dict[str, Projection]:
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of a stretch of text: of one layer, of all layers stacked, or of all in tuples, `layers_apart`."""
+    """Keys and values of a stretch of text: of one layer, of all layers stacked, or in tuples (`layers_apart`)."""
 
     k: Float[Array, "*L b N S H"] | tuple[Float[Array, "b N S H"], ...]
     v: Float[Array, "*L b N S H"] | tuple[Float[Array, "b N S H"], ...]
