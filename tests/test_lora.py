@@ -250,6 +250,14 @@ def edit_tensors(change):
     return damage
 
 
+def other_targets(folder):
+    """An adapter to the head alone, which PEFT can make."""
+    edit_settings(target_modules=["lm_head"])(folder)
+    shapes = {"A": (4, TINY.width), "B": (TINY.vocab_size, 4)}
+    tensors = {f"base_model.model.lm_head.lora_{x}.weight": np.ones(shape, np.float32) for x, shape in shapes.items()}
+    save_file(tensors, folder / WEIGHTS)
+
+
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 DAMAGE = {
     "no json": (lambda f: (f / CONFIG).write_text("{"), "not a JSON object"),
@@ -257,6 +265,8 @@ DAMAGE = {
     "dora": (edit_settings(use_dora=True), "use_dora = True is not supported"),
     "rank": (edit_settings(r=7), "does not fit rank 7"),
     "no rank": (edit_settings(r=None), "r or lora_alpha"),
+    "rank 0": (edit_settings(r=0), r"adapter_config\.json: r = 0 is no rank"),
+    "targets": (other_targets, r"adapter_config\.json: target_modules = \['lm_head'\] are not supported .*q_proj"),
     "missing": (edit_tensors(lambda t: t.pop(KEY)), "layers.1.self_attn.q_proj.lora_A.weight' is missing"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=t[KEY])), "'extra' is unexpected"),
     "shape": (edit_tensors(lambda t: t.update({KEY: t[KEY][:, :-1].copy()})), "does not fit"),

@@ -117,6 +117,27 @@ def test_decoding_equals_full_forward(verbalizer, params, vectors, responses, ap
     close(decoded(params, vectors[:2]), expected, 1e-5)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_decoding_without_a_past_passes_through_all_layers(model, params, responses, apart):
+    """A text that is decoded from its first token on, with nothing before it, equals its full forward pass."""
+
+    @jax.jit
+    def decoded(params):
+        length = responses.shape[1]
+        cache = empty_cache(TINY, len(responses), length)
+        own, past, cache = layers_apart(params, [], cache) if apart else (params, [], cache)
+
+        def step(cache, t):
+            x = own["embedding"][jax.lax.dynamic_slice_in_dim(responses, t, 1, 1)]
+            hidden, cache = model.apply({"params": own}, x, past, cache, 0, t, method="decode")
+            return cache, hidden[:, 0]
+
+        return jax.lax.scan(step, cache, jnp.arange(length))[1].transpose(1, 0, 2)
+
+    (expected,), _ = jax.jit(lambda params: model.apply({"params": params}, [params["embedding"][responses]]))(params)
+    close(decoded(params), expected, 1e-5)
+
+
 def test_truncation_is_the_residual_stream(model, params, responses):
     """The first block's output, sent through the other blocks, is the whole model's."""
     rest = {"embedding": params["embedding"], "blocks": jax.tree.map(lambda x: x[1:], params["blocks"])}
