@@ -40,7 +40,7 @@ def read_config(folder: AnyName, dtype: Any = jnp.float32) -> TransformerConfig:
     return model_config(architecture, str(file), dtype)
 
 
-def model_config(c: dict, source: str, dtype: Any = jnp.float32) -> TransformerConfig:
+def model_config(c: Any, source: str, dtype: Any = jnp.float32) -> TransformerConfig:
     """The content of a `config.json` (if multimodal: its text model) as a `TransformerConfig`; `source` names it in
     messages. Raises `InputError` for an unknown family, an unsupported feature, a missing or malformed field."""
     try:
