@@ -19,9 +19,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from nla_jax.fve import normalise
-from nla_jax.models.attention import Segment
 from nla_jax.models.lora import Lora
-from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
+from nla_jax.models.transformer import KeyValues, Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.runtime.errors import InputError
 
 
@@ -136,7 +135,7 @@ class Verbalizer:
         """The input embeddings of token ids."""
         return self.model.apply({"params": params}, tokens, method="embed")
 
-    def read_prompt(self, params: dict, vectors: Float[Array, "A *n D"]) -> tuple[list[Segment], Float[Array, "A D"]]:
+    def read_prompt(self, params: dict, vectors: Float[Array, "A *n D"]) -> tuple[list[KeyValues], Float[Array, "A D"]]:
         """Runs the prompt: the constant prefix once, markers and suffix once per activation.
 
         Returns the two segments that responses attend to, and the state that predicts a response's first token."""

@@ -16,20 +16,12 @@ from safetensors.numpy import save_file
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
 from nla_jax.data.batches import pad_tokens
 from nla_jax.fve import cosine, mse
-from nla_jax.io.files import AnyPath, path_to
-from nla_jax.io.pretrained import (
-    load_params,
-    load_tokenizer,
-    locate,
-    new_folder,
-    read_config,
-    read_tensors,
-    save_model,
-    save_tokenizer,
-)
+from nla_jax.io.files import AnyPath, new_folder, path_to
+from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model, save_tokenizer
+from nla_jax.io.hub import locate
+from nla_jax.io.safetensors import read_tensors
 from nla_jax.models.kernels import with_kernel
-from nla_jax.models.lora import CONFIG as ADAPTER
-from nla_jax.models.lora import Lora, load_adapter, read_settings, save_adapter
+from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import TRAIN, place_batch, shardings
 from nla_jax.models.transformer import (
     Transformer,

@@ -15,13 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
 from nla_jax.data.batches import pad_tokens
-from nla_jax.io.pretrained import (
-    fingerprint,
-    load_params,
-    load_tokenizer,
-    locate,
-    read_config,
-)
+from nla_jax.io.folders import load_params, load_tokenizer, read_config
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.sharding import place_batch, shardings
 from nla_jax.models.transformer import Transformer, abstract_params

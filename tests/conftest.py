@@ -49,7 +49,7 @@ from safetensors.numpy import load_file
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.cli import main
-from nla_jax.io.pretrained import save_model
+from nla_jax.io.folders import save_model
 from nla_jax.joint_step import JointBatch
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.pair import Pair, new_pair

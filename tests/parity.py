@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from nla_jax.io.pretrained import load_params, read_config
+from nla_jax.io.folders import load_params, read_config
 from nla_jax.models.transformer import Transformer, truncate
 
 torch.set_num_threads(1)  # the tests' eight devices share few cores

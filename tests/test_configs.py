@@ -10,7 +10,7 @@ import pytest
 from conftest import random_params
 
 from nla_jax.cli import load_config, main
-from nla_jax.io.pretrained import model_config, save_model
+from nla_jax.io.folders import model_config, save_model
 from nla_jax.models.sharding import AXES, device_mesh
 from nla_jax.models.transformer import abstract_params
 from nla_jax.runtime.errors import InputError

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nla_jax.quickstart import python_docs
 from nla_jax.data.corpus import Document, load_corpus, split_of
+from nla_jax.quickstart import python_docs
 from nla_jax.runtime.errors import InputError
 
 TEXTS = ["The first text.", "The second text.", "The third text."]

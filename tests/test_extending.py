@@ -12,7 +12,7 @@ from conftest import CONFIG, TINY, copy_before, history, nla_main, one_line, ran
 
 from nla_jax.cli import main
 from nla_jax.data.rows import load_rows
-from nla_jax.io.pretrained import save_model
+from nla_jax.io.folders import save_model
 
 MINE = '''
 import re

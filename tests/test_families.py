@@ -10,7 +10,7 @@ import pytest
 from conftest import close
 
 from nla_jax.autoencoder import Reconstructor
-from nla_jax.io.pretrained import load_params, read_config
+from nla_jax.io.folders import load_params, read_config
 from nla_jax.models.transformer import Transformer, empty_cache
 
 PREFIX, SUFFIX, RESPONSE = 5, 4, 9  # tokens; windows of 6 end inside each of the three

@@ -19,7 +19,8 @@ from conftest import TINY, close, random_params, talkative
 from safetensors.numpy import load_file
 
 from nla_jax.cli import main
-from nla_jax.io.pretrained import fingerprint, save_model
+from nla_jax.io.folders import save_model
+from nla_jax.io.hub import fingerprint
 from nla_jax.models.sharding import (
     RowsOf,
     batch_sharding,
@@ -179,7 +180,7 @@ def test_rows_of_a_batch_go_to_the_host_and_back(sizes):
 HASHING = """
 import sys
 from nla_jax.runtime import distributed
-from nla_jax.io.pretrained import fingerprint
+from nla_jax.io.hub import fingerprint
 address, index, folder = sys.argv[1:]
 distributed.join(address, 2, int(index))
 print(fingerprint(folder))

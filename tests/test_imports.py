@@ -11,11 +11,13 @@ ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
     ["runtime.errors", "runtime.environment"],
     ["runtime.distributed", "runtime.user_code", "runtime.compiler", "config", "fve", "tools.hlo", "tools.report"],
-    ["io.files", "models.sharding", "models.attention", "models.rope"],
-    ["io.parquet", "models.kernels", "models.transformer"],
+    ["io.files", "models.sharding", "models.cpu_forms", "models.rope"],
+    ["io.parquet", "io.safetensors", "models.attention"],
+    ["models.kernels", "models.layers"],
+    ["models.transformer"],
     ["models.families"],
+    ["io.folders", "models"],
     ["io"],
-    ["models"],
     ["autoencoder", "objective", "data.batches", "data.corpus", "quickstart"],
     ["losses", "sampling", "tools.flops"],
     ["joint_step", "prompts", "runtime.metrics", "runtime.checkpoint"],
@@ -28,10 +30,10 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
 ]
 ALONE = {
     "runtime.errors": set(),
-    "models.attention": set(),
+    "models.attention": {"models.cpu_forms"},
     "models.sharding": {"runtime.errors"},
     "runtime.distributed": {"runtime.errors", "runtime.environment"},
-    "io.files": {"runtime.errors"},
+    "io.files": {"runtime.errors", "runtime.distributed"},
     "fve": {"runtime.errors"},
     "config": {"runtime.errors"},
 }  # what these import of ours at most

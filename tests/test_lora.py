@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 from nla_jax.autoencoder import add_norm_matched
 from nla_jax.cli import main
 from nla_jax.data.batches import TextBatch
-from nla_jax.io.pretrained import read_config, save_model
+from nla_jax.io.adapters import CONFIG, WEIGHTS, load_adapter
+from nla_jax.io.folders import read_config, save_model
 from nla_jax.joint_step import Frozen, JointStep, SupervisedStep
 from nla_jax.losses import reconstructor_loss, verbalizer_loss
-from nla_jax.models.lora import CONFIG, WEIGHTS, Lora, load_adapter
+from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import DECODE, TRAIN, make_mesh, relayout
 from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.pair import Pair, load_pair, new_pair
@@ -245,6 +246,14 @@ def edit_tensors(change):
     return damage
 
 
+def other_targets(folder):
+    """An adapter to the head alone, which PEFT can make."""
+    edit_settings(target_modules=["lm_head"])(folder)
+    shapes = {"A": (4, TINY.width), "B": (TINY.vocab_size, 4)}
+    tensors = {f"base_model.model.lm_head.lora_{x}.weight": np.ones(shape, np.float32) for x, shape in shapes.items()}
+    save_file(tensors, folder / WEIGHTS)
+
+
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 DAMAGE = {
     "no json": (lambda f: (f / CONFIG).write_text("{"), "not a JSON object"),
@@ -252,6 +261,8 @@ DAMAGE = {
     "dora": (edit_settings(use_dora=True), "use_dora = True is not supported"),
     "rank": (edit_settings(r=7), "does not fit rank 7"),
     "no rank": (edit_settings(r=None), "r or lora_alpha"),
+    "rank 0": (edit_settings(r=0), r"adapter_config\.json: r = 0 is no rank"),
+    "targets": (other_targets, r"adapter_config\.json: target_modules = \['lm_head'\] are not supported .*q_proj"),
     "missing": (edit_tensors(lambda t: t.pop(KEY)), "layers.1.self_attn.q_proj.lora_A.weight' is missing"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=t[KEY])), "'extra' is unexpected"),
     "shape": (edit_tensors(lambda t: t.update({KEY: t[KEY][:, :-1].copy()})), "does not fit"),

@@ -17,17 +17,10 @@ from conftest import TINY, close, one_sentence
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nla_jax.io.pretrained import (
-    INDEX,
-    SINGLE,
-    fingerprint,
-    load_params,
-    load_tokenizer,
-    locate,
-    new_folder,
-    read_config,
-    save_model,
-)
+from nla_jax.io.files import new_folder
+from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model
+from nla_jax.io.hub import fingerprint, locate
+from nla_jax.io.safetensors import INDEX, SINGLE
 from nla_jax.models.sharding import DECODE, TRAIN, make_mesh, shardings
 from nla_jax.models.transformer import abstract_params, truncate
 from nla_jax.runtime.errors import InputError
@@ -203,7 +196,7 @@ def test_several_files_read_the_same(copy, params):
 
 
 def test_several_files_are_written(params, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("nla_jax.io.pretrained.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("nla_jax.io.safetensors.SHARD_BYTES", 50_000)
     save_model(tmp_path / "m", params, TINY, tokenizer)
     files = sorted(tmp_path.glob("m/*.safetensors"))
     listed = json.loads((tmp_path / "m" / INDEX).read_text())["weight_map"]
@@ -437,12 +430,14 @@ def test_a_killed_save_keeps_what_was_there(tmp_path):
     code = """if True:
         import os, signal, sys
         from pathlib import Path
+        import jax
         import numpy as np
-        from nla_jax.io.pretrained import new_folder, save_tensors
+        from nla_jax.io.files import new_folder
+        from nla_jax.io.safetensors import save_tensors
         with new_folder(Path(sys.argv[1])) as scratch:
             kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-            one = ("a", (2,), np.float32, lambda: np.zeros(2, np.float32))
-            save_tensors(scratch, [one, ("b", (2,), np.float32, kill)])
+            form = jax.ShapeDtypeStruct((2,), np.float32)
+            save_tensors(scratch, [("a", form, lambda: np.zeros(2, np.float32)), ("b", form, kill)])
     """
     for old in (False, True):
         if old:

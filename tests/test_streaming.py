@@ -22,15 +22,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nla_jax.io.pretrained import (
-    _hf_shape,
-    _rows,
-    load_params,
-    read_config,
-    save_model,
-    save_tensors,
-)
-from nla_jax.models.families import to_hf
+from nla_jax.io.folders import _hf_shape, load_params, read_config, save_model
+from nla_jax.io.safetensors import save_tensors
+from nla_jax.models.families import tensors_of, to_hf
 from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.models.transformer import TransformerConfig, abstract_params
 from nla_jax.quickstart.tokenizer import train_tokenizer
@@ -48,10 +42,11 @@ def generate(folder: Path) -> None:
     noise = np.random.default_rng(0).normal(size=1 << 20).astype(ml_dtypes.bfloat16)
 
     def tensors():
-        for name, tensor, layer in _rows(CONFIG):
+        for name, tensor, layer in tensors_of(CONFIG):
             whole = functools.reduce(dict.get, tensor.path, shapes).shape
-            shape = _hf_shape(tensor, whole[layer is not None :])
-            yield name, shape, ml_dtypes.bfloat16, functools.partial(np.resize, noise, shape)
+            shape = _hf_shape(tensor, CONFIG, whole[layer is not None :])
+            form = jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16)
+            yield name, form, functools.partial(np.resize, noise, shape)
 
     save_tensors(folder, tensors())
     (folder / "config.json").write_text(json.dumps(to_hf(CONFIG)))

@@ -9,7 +9,7 @@ from conftest import CONFIG, LOOP, copy_before
 
 from nla_jax.cli import load_config
 from nla_jax.config import Config, is_free, settings
-from nla_jax.io.pretrained import load_tokenizer, read_config
+from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.run import Run
 from nla_jax.stages.table import STAGES

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import TINY, close
 
-from nla_jax.models import attention
-from nla_jax.models.attention import Segment, attend
+from nla_jax.models import cpu_forms
+from nla_jax.models.attention import attend
 from nla_jax.models.transformer import Transformer, empty_cache, layers_apart, truncate
 
 G = 3
@@ -32,18 +32,18 @@ def naive_attention(q, segments, scale):
     return jnp.einsum("bmts,bsmh->btmh", weights, v)
 
 
-@pytest.mark.parametrize("cache", [attention.CACHE, 1])
+@pytest.mark.parametrize("cache", [cpu_forms.CACHE, 1])
 def test_attention_equals_naive_softmax(monkeypatch, cache):
     """With a cache of one byte a CPU computes as few rows at a time as segments allow: of six rows, three."""
-    monkeypatch.setattr(attention, "CACHE", cache)
+    monkeypatch.setattr(cpu_forms, "CACHE", cache)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     B, T, M, N, H = 6, 4, 4, 2, 8
     shapes = [(1, 5, (1, 1)), (2, 3, (2, T)), (2, 2, (1, 1)), (6, T, (1, T)), (6, 3 * T, (1, 1))]
     # Of the last segment there are more keys than queries, as when decoding.
     segments = [Segment(draw(b, N, S, H), draw(b, N, S, H), rng.random((*m, S)) < 0.6) for b, S, m in shapes]
-    hidden = dataclasses.replace(segments[2], mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
-    causal = dataclasses.replace(segments[3], mask=np.tril(np.ones((1, T, T), bool)))
+    hidden = segments[2]._replace(mask=np.zeros((1, 1, 2), bool))  # no key of it is visible
+    causal = segments[3]._replace(mask=np.tril(np.ones((1, T, T), bool)))
     segments, q = [segments[0], segments[1], hidden, causal, segments[4]], draw(B, T, M, H)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -115,6 +115,27 @@ def test_decoding_equals_full_forward(verbalizer, params, vectors, responses, ap
 
     expected = jax.jit(functools.partial(full_states, verbalizer))(params, vectors[:2], responses)
     close(decoded(params, vectors[:2]), expected, 1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_decoding_without_a_past_passes_through_all_layers(model, params, responses, apart):
+    """A text that is decoded from its first token on, with nothing before it, equals its full forward pass."""
+
+    @jax.jit
+    def decoded(params):
+        length = responses.shape[1]
+        cache = empty_cache(TINY, len(responses), length)
+        own, past, cache = layers_apart(params, [], cache) if apart else (params, [], cache)
+
+        def step(cache, t):
+            x = own["embedding"][jax.lax.dynamic_slice_in_dim(responses, t, 1, 1)]
+            hidden, cache = model.apply({"params": own}, x, past, cache, 0, t, method="decode")
+            return cache, hidden[:, 0]
+
+        return jax.lax.scan(step, cache, jnp.arange(length))[1].transpose(1, 0, 2)
+
+    (expected,), _ = jax.jit(lambda params: model.apply({"params": params}, [params["embedding"][responses]]))(params)
+    close(decoded(params), expected, 1e-5)
 
 
 def test_truncation_is_the_residual_stream(model, params, responses):

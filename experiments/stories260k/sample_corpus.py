@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.autoencoder import Injection, Verbalizer, keep
-from nla_jax.io.pretrained import load_params, load_tokenizer, locate, read_config
+from nla_jax.io.folders import load_params, load_tokenizer, read_config
+from nla_jax.io.hub import locate
 from nla_jax.models.transformer import Transformer
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.sampling import rollout

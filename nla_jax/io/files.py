@@ -1,14 +1,15 @@
 """Files on local disks and on buckets (`gs://bucket/folder`, through `etils.epath`).
 
-A local file is used where it lies, and a new one is written beside its place and renamed. Objects on a bucket cannot be
-appended to, mapped or renamed as a folder: they are made on the local disk and uploaded whole, and what libraries open
-themselves is read from a copy in the cache.
+New files and folders appear under their names once they are complete. Local ones are written next to their place and
+renamed. Objects on a bucket cannot be appended to, mapped into memory, or renamed as a folder: they are made on the
+local disk and uploaded whole; libraries that open files themselves get a copy in the cache.
 """
 
 import contextlib
 import hashlib
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,40 +17,37 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
+from nla_jax.runtime.distributed import barrier, is_writer
 from nla_jax.runtime.errors import InputError, first_line
 
-AnyPath = Path | epath.Path
+AnyName, AnyPath = str | os.PathLike, Path | epath.Path
 
 
-def path_to(name: str | os.PathLike) -> AnyPath:
-    """The path of that name: a `Path`, or one of `epath` for `gs://`.
-
-    Raises `InputError` for another kind of address, and where the package that reaches buckets is not installed."""
+def path_to(name: AnyName) -> AnyPath:
+    """A `Path`, or for `gs://` one of `epath`. Raises `InputError` for other addresses, or if gcsfs is missing."""
     scheme, separator, rest = os.fspath(name).partition("://")
     if not separator:
         return Path(name)
     if scheme != "gs" or not rest.strip("/"):
-        raise InputError(
-            f"{name} is neither a local path nor a place on a bucket of Google Cloud (gs://BUCKET/FOLDER)."
-        )
+        raise InputError(f"{name} is neither a local path nor one on a bucket of Google Cloud (gs://BUCKET/FOLDER).")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{name} is on a bucket, which the package gcsfs reaches; install it: pip install gcsfs.")
-    # Listings that one host remembers would hide what another has written since.
+    # A listing that this host remembers would hide files that another host has written since.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return epath.Path(os.fspath(name))
 
 
-def stand_in(name: str | os.PathLike) -> Path:
-    """A local path that stands for this one, never uploaded: itself, or for a place on a bucket one in the cache."""
+def stand_in(name: AnyName) -> Path:
+    """A local path for files that are never uploaded: the path itself, or for a place on a bucket one in the cache."""
     if isinstance(path := path_to(name), Path):
         return path
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "buckets"
     return cache / str(path).removeprefix("gs://")
 
 
-def local(name: str | os.PathLike) -> Path:
-    """The path itself where it is local; else a copy of the file or folder in the cache, as it now stands on the bucket (what
-    is there already is not fetched again). Where there is none, neither is the copy."""
+def local(name: AnyName) -> Path:
+    """The path itself if it is local; else that of a copy in the cache of the file or folder on the bucket, which is
+    fetched again only if it has changed. If there is nothing on the bucket, there is no copy either."""
     if isinstance(path := path_to(name), Path):
         return path
     with reaching(path):
@@ -68,7 +66,7 @@ def local(name: str | os.PathLike) -> Path:
                 try:
                     os.rename(f"{scratch}/copy", copy.parent)
                 except OSError:
-                    if not copy.exists():  # it does where another process of this machine was first
+                    if not copy.exists():  # it does if another process of this machine was first
                         raise
     return copy
 
@@ -94,17 +92,48 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def new_folder(folder: AnyName) -> Iterator[Path]:
+    """A scratch folder that takes the place of `folder` when the block ends without an error.
+
+    Several hosts must all call this, and share one scratch folder. On a bucket each host uploads from a scratch folder
+    of its own; if it is killed meanwhile, a part of the new folder stays there."""
+    if not isinstance(folder := path_to(folder), Path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            if is_writer() and folder.exists():
+                with reaching(folder):
+                    folder.rmtree()
+            barrier(f"a new {folder.name}")
+            upload(Path(scratch), folder)
+        barrier(f"{folder.name} in place")
+        return
+    scratch = folder.with_name(folder.name + ".incomplete")
+    if is_writer():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    barrier(f"a new {folder.name}")
+    yield scratch
+    barrier(f"the end of {folder.name}")
+    if is_writer():
+        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)  # at every moment one of the two exists and is whole
+        scratch.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    barrier(f"{folder.name} in place")
+
+
+@contextlib.contextmanager
 def reaching(path: AnyPath) -> Iterator[None]:
-    """Raises `InputError` where the block cannot do what it does with `path` on a bucket."""
+    """Turns errors of the block about `path`, a place on a bucket, into an `InputError`."""
     try:
         yield
-    except Exception as error:  # of the network, of authorisation and of gcsfs, without a common class
+    except Exception as error:  # network, authorisation and gcsfs have no common class of errors
         if isinstance(path, Path) or isinstance(error, InputError):
             raise
-        raise InputError(
-            f"{path} cannot be read or written ({first_line(error)}); see that the bucket exists, that you may use it, and that "
-            f"the local disk has room for copies."
-        ) from None
+        advice = "see that the bucket exists, that you may use it, and that the local disk has room for copies"
+        raise InputError(f"{path} cannot be read or written ({first_line(error)}); {advice}.") from None
 
 
 def _bucket() -> fsspec.AbstractFileSystem:

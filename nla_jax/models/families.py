@@ -1,13 +1,12 @@
-"""The model families: how each one's `config.json` reads and writes, and where each of its tensors belongs.
+"""The model families: how the `config.json` of each one reads and writes, and where each of its tensors belongs.
 
-To add a family, add an entry to `FAMILIES`: the class that `transformers` builds for it, a function from its config to the
-fields of `TransformerConfig` that only it sets, the inverse, and its table of tensors. What no field expresses yet is a new
-field and a few lines in models/transformer.py. Then add it to `tests/parity.py`.
+To add a family, add an entry to `FAMILIES` (`Family` says what it holds). What no field of `TransformerConfig`
+expresses yet is a new field and a few lines in models/transformer.py. Then add the family to `tests/parity.py`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from nla_jax.models.rope import Rope
 from nla_jax.models.transformer import TransformerConfig
@@ -15,8 +14,8 @@ from nla_jax.models.transformer import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: its HF name (`{layer}` where there is one a layer) and its path in our tree. Matrices
-    marked `linear` are stored `[out, in]` there and `[in…, out…]` here."""
+    """One tensor of a checkpoint: its HF name (with `{layer}` if every layer has one) and its path in our tree.
+    Matrices marked `linear` are stored `[out, in]` there and `[*inputs, *outputs]` here."""
 
     hf: str
     path: tuple[str, ...]
@@ -25,12 +24,15 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One `model_type`. `read(hf config) -> fields`, `write(config) -> hf fields`: what differs from the common ones."""
+    """One `model_type`: the class that `transformers` builds for it, and its tensors. `read(hf config)`: the fields of
+    `TransformerConfig` that only it sets. `write(config)`: the fields of `config.json` besides those that all families
+    have. `refused`: fields of `config.json` that must not be set."""
 
     architecture: str
     tensors: tuple[Tensor, ...]
     read: Callable[[dict], dict] = lambda c: {}
     write: Callable[[TransformerConfig], dict] = lambda config: {}
+    refused: tuple[str, ...] = ()
 
 
 _BLOCK = "model.layers.{layer}."
@@ -57,15 +59,10 @@ _GEMMA = (
 )
 
 
-def _refused(c: dict, *fields: str) -> None:
+def _refuse(c: dict, *fields: str) -> None:
     for field in fields:
         if c.get(field):
             raise ValueError(f"{field} = {c[field]!r} is not supported")
-
-
-def _read_llama(c: dict) -> dict:
-    _refused(c, "attention_bias", "mlp_bias")
-    return {}
 
 
 def _read_mistral(c: dict) -> dict:
@@ -74,17 +71,7 @@ def _read_mistral(c: dict) -> dict:
     return {}
 
 
-def _read_qwen2(c: dict) -> dict:
-    return {"qkv_bias": True}
-
-
-def _read_qwen3(c: dict) -> dict:
-    _refused(c, "attention_bias")
-    return {"qk_norm": True}
-
-
 def _read_gemma(c: dict) -> dict:
-    _refused(c, "attention_bias", "use_bidirectional_attention")
     return {
         "post_norms": True,
         "norm_offset": 1.0,
@@ -103,7 +90,7 @@ def _layer_types(config: TransformerConfig) -> list[str]:
 def _write_gemma(config: TransformerConfig) -> dict:
     return {
         "layer_types": _layer_types(config),
-        "sliding_window": config.window or config.max_length,  # transformers wants one even where no layer is local
+        "sliding_window": config.window or config.max_length,  # transformers wants one even if no layer is local
         "query_pre_attn_scalar": round(config.attention_scale**-2),
         "attn_logit_softcapping": config.attention_cap,
         "final_logit_softcapping": config.logit_cap,
@@ -119,27 +106,45 @@ def _write_qwen(config: TransformerConfig) -> dict:
     return {"use_sliding_window": config.window is not None, "layer_types": _layer_types(config)}
 
 
+_GEMMA_REFUSES = ("attention_bias", "use_bidirectional_attention")
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _LLAMA, _read_llama),
+    "llama": Family("LlamaForCausalLM", _LLAMA, refused=("attention_bias", "mlp_bias")),
     "mistral": Family("MistralForCausalLM", _LLAMA, _read_mistral),
-    "qwen2": Family("Qwen2ForCausalLM", _LLAMA + _QKV_BIAS, _read_qwen2, _write_qwen),
-    "qwen3": Family("Qwen3ForCausalLM", _LLAMA + _QK_NORM, _read_qwen3, _write_qwen),
-    "gemma2": Family("Gemma2ForCausalLM", _GEMMA, _read_gemma, _write_gemma),
-    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA + _QK_NORM, _read_gemma, _write_gemma3),
+    "qwen2": Family("Qwen2ForCausalLM", _LLAMA + _QKV_BIAS, lambda c: {"qkv_bias": True}, _write_qwen),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", _LLAMA + _QK_NORM, lambda c: {"qk_norm": True}, _write_qwen, ("attention_bias",)
+    ),
+    "gemma2": Family("Gemma2ForCausalLM", _GEMMA, _read_gemma, _write_gemma, _GEMMA_REFUSES),
+    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA + _QK_NORM, _read_gemma, _write_gemma3, _GEMMA_REFUSES),
 }
-# Multimodal checkpoints hold a text model among others: its tensors under these prefixes, the others ignored.
+# A multimodal checkpoint holds a text model among others: its tensors have these prefixes, and the others are ignored.
 TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
 OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-CONSTANTS = ("rotary_emb.inv_freq",)  # which some checkpoints carry
+CONSTANTS = ("rotary_emb.inv_freq",)  # some checkpoints hold these
+
+FIELDS = {  # of `TransformerConfig` and of `config.json`, with the same value in both
+    "family": "model_type",
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+FUNCTIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # activation functions: our name, theirs
 
 
 def from_hf(c: dict) -> dict:
-    """The fields of `TransformerConfig` from a config as `transformers` 5 normalises it. Raises `ValueError` saying what is
-    not supported."""
-    activation = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    """`TransformerConfig` fields of a config as `transformers` 5 normalises it. Raises `ValueError` if unsupported."""
+    family = FAMILIES[c["model_type"]]
+    _refuse(c, *family.refused)
+    functions = {theirs: ours for ours, theirs in FUNCTIONS.items()}
     name = c.get("hidden_activation") or c.get("hidden_act")
-    if name not in activation:
-        raise ValueError(f"the activation function {name!r} is not supported (supported: {', '.join(activation)})")
+    if name not in functions:
+        raise ValueError(f"the activation function {name!r} is not supported (supported: {', '.join(functions)})")
     layers, heads, window = c["num_hidden_layers"], c["num_attention_heads"], c.get("sliding_window")
     kinds = c.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
     if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
@@ -152,64 +157,49 @@ def from_hf(c: dict) -> dict:
     )
     if by_kind and local_rope.kind != "default":
         raise ValueError("rope scaling of the local layers is not supported")
-    kv_heads, head_dim = c.get("num_key_value_heads") or heads, c.get("head_dim") or c["hidden_size"] // heads
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         if c[field] < 1:
             raise ValueError(f"{field} = {c[field]} is not positive")
+    kv_heads, head_dim = c.get("num_key_value_heads") or heads, c.get("head_dim") or c["hidden_size"] // heads
     if heads % kv_heads or head_dim % 2:
-        raise ValueError(
-            f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {kv_heads}, head_dim = {head_dim} of 2"
-        )
-    return {
-        "vocab_size": c["vocab_size"],
-        "width": c["hidden_size"],
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "mlp_width": c["intermediate_size"],
-        "family": c["model_type"],
-        "max_length": c["max_position_embeddings"],
-        "norm_eps": c["rms_norm_eps"],
+        wrong = f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {kv_heads}"
+        raise ValueError(f"{wrong}, head_dim = {head_dim} of 2")
+    full = c | {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+    return {ours: full[theirs] for ours, theirs in FIELDS.items()} | {
         "tied_head": bool(c.get("tie_word_embeddings")),
-        "activation": activation[name],
+        "activation": functions[name],
         "rope": rope,
         "window": window if any(local) else None,
         "local": local if any(local) else (),
         "local_rope": local_rope if local_rope != rope else None,
-        **FAMILIES[c["model_type"]].read(c),
+        **family.read(c),
     }
 
 
 def to_hf(config: TransformerConfig) -> dict:
     """`config.json` fields in the form that `transformers` 4 and 5 both read."""
     family, rope = FAMILIES[config.family], config.rope
-    fields = {
+    same = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    return {
         "architectures": [family.architecture],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_eps,
+        **same,
         "rope_theta": rope.theta,
         "rope_scaling": _write_rope(rope),
         "tie_word_embeddings": config.tied_head,
-        "hidden_act": {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
+        "hidden_act": FUNCTIONS[config.activation],
         "attention_bias": False,
         "sliding_window": config.window,
+        **family.write(config),
     }
-    return fields | family.write(config)
 
 
-def tensors_of(config: TransformerConfig, truncated: bool = False) -> list[Tensor]:
-    """The tensors that a checkpoint of this config holds (`truncated`: without final norm and head)."""
+def tensors_of(config: TransformerConfig, truncated: bool = False) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Name, table entry and layer (or None) of each tensor of a checkpoint (`truncated`: no final norm and head)."""
     absent = {"final_norm", "head"} if truncated else {"head"} if config.tied_head else set()
-    return [tensor for tensor in FAMILIES[config.family].tensors if tensor.path[0] not in absent]
+    for tensor in FAMILIES[config.family].tensors:
+        if tensor.path[0] not in absent:
+            for layer in range(config.layers) if "{layer}" in tensor.hf else [None]:
+                yield tensor.hf.format(layer=layer), tensor, layer
 
 
 def _read_rope(r: dict, c: dict) -> Rope:
@@ -225,7 +215,7 @@ def _read_rope(r: dict, c: dict) -> Rope:
     if kind == "llama3":
         return Rope(theta, kind, factor, original, float(r["low_freq_factor"]), float(r["high_freq_factor"]))
     if kind == "yarn":
-        _refused(r, "mscale", "mscale_all_dim")
+        _refuse(r, "mscale", "mscale_all_dim")
         if not r.get("truncate", True):
             raise ValueError("yarn with truncate = False is not supported")
         magnitude = r.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)

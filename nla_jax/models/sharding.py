@@ -1,11 +1,10 @@
-"""The device mesh and where every array lives on it.
+"""The device mesh, and where every array lies on it.
 
-Parameters carry logical axis names; two tables map them to the mesh axes (data, fsdp, tensor). `TRAIN`: every weight is cut
-along its width over fsdp and tensor together, and gathered whole where a layer computes with it; the batch is cut over all
-devices. `DECODE`: weights are cut over tensor along heads, MLP and vocabulary and stay so; the batch is cut over data and
-fsdp. No all-gather stands inside the decode loop: the parameters are re-laid out once per rollout (`relayout`), which is also
-where a vocabulary that tensor does not divide is padded. So `tensor` says how small a device's decoding copy is, and costs
-training no all-reduce of activations.
+Parameters carry logical axis names; a table maps these to the mesh axes (data, fsdp, tensor). `TRAIN`: every weight is
+cut along its width over fsdp and tensor together, and gathered whole where a layer computes with it; the batch is cut
+over all devices. `DECODE`: weights are cut over tensor along heads, MLP and vocabulary, and stay so; the batch is cut
+over data and fsdp. Parameters are laid out for decoding once per rollout (`relayout`); its loop has no all-gather. So
+`tensor` sets the size of a device's decoding copy, and costs training no all-reduce of activations.
 """
 
 import functools
@@ -18,26 +17,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from nla_jax.runtime.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-TRAIN = (
-    ("batch", AXES), ("layers", None), ("embed", ("fsdp", "tensor")), ("embed_out", None), ("vocab", None),
-    ("heads", None), ("kv_heads", None), ("head_dim", None), ("mlp", None), ("lora_rank", None),
-)  # fmt: skip
-DECODE = (
-    ("batch", ("data", "fsdp")), ("layers", None), ("embed", None), ("embed_out", None), ("vocab", "tensor"),
-    ("heads", "tensor"), ("kv_heads", "tensor"), ("head_dim", None), ("mlp", "tensor"), ("lora_rank", None),
-)  # fmt: skip
-FLOAT32 = ("scale", "lora_a", "lora_b")  # parameters (norms, adapters) whose working copies keep float32
+_TABLE = {  # logical axis: mesh axes in training, in decoding
+    "batch": (AXES, ("data", "fsdp")),
+    "layers": (None, None),
+    "embed": (("fsdp", "tensor"), None),
+    "embed_out": (None, None),
+    "vocab": (None, "tensor"),
+    "heads": (None, "tensor"),
+    "kv_heads": (None, "tensor"),
+    "head_dim": (None, None),
+    "mlp": (None, "tensor"),
+    "lora_rank": (None, None),
+}
+TRAIN, DECODE = (tuple((name, axes[i]) for name, axes in _TABLE.items()) for i in (0, 1))
+FLOAT32 = ("scale", "lora_a", "lora_b")  # parameters (norms, adapters) that stay float32 in working copies
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of the given sizes over the first devices; one size may be -1 (whatever is left).
-
-    Raises InputError where the sizes do not fit the devices there are, or leave out a host's."""
+    """A mesh over the first devices; one size may be -1 (the rest). Raises `InputError` if the sizes do not fit."""
     sizes, devices = [data, fsdp, tensor], jax.devices()
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"mesh sizes {dict(zip(AXES, sizes))} must be positive, and at most one of them -1.")
@@ -47,34 +50,31 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if not 0 < count <= len(devices):
         raise InputError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
     if idle := {d.process_index for d in devices} - {d.process_index for d in devices[:count]}:
-        raise InputError(
-            f"mesh {dict(zip(AXES, sizes))} takes {count} of {len(devices)} devices and none of host {min(idle)}; make one "
-            f"size -1 to use all."
-        )
+        taken = f"mesh {dict(zip(AXES, sizes))} takes {count} of {len(devices)} devices"
+        raise InputError(f"{taken} and none of host {min(idle)}; make one size -1 to use all.")
     return device_mesh(sizes, devices[:count])
 
 
 def device_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
-    """The devices as a mesh whose axes follow the wires between them, where they are known."""
+    """The devices as a mesh whose axes follow the wires between them, if JAX knows these."""
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
 
 
 def host_mesh(mesh: Mesh, host: int | None = None) -> Mesh:
-    """One host's devices of a mesh (default: this host's), over which weights are cut: for work that hosts share out."""
+    """One host's devices of a mesh (default: this host's), to cut weights over: for work that hosts do separately."""
     host = jax.process_index() if host is None else host
     own = [device for device in mesh.devices.flat if device.process_index == host]
     return device_mesh((1, len(own), 1), own)
 
 
-def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Into how many parts these mesh axes cut an array's axis."""
+def ways(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """The number of parts into which these mesh axes cut an axis of an array."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def shardings(mesh: Mesh, abstract: Any, rules=TRAIN) -> Any:
-    """The sharding of each array of a tree of (boxed) shapes; what carries no axis names is replicated.
-
-    Raises InputError naming the parameter and axis whose size the mesh does not divide."""
+    """The sharding of each array of a tree of (boxed) shapes. Arrays without axis names are replicated. Raises
+    `InputError` naming the parameter and the mesh axis that does not divide its size."""
     specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def checked(path, shape, sharding):
@@ -89,7 +89,7 @@ def shardings(mesh: Mesh, abstract: Any, rules=TRAIN) -> Any:
 
 
 def padded_vocabulary(mesh: Mesh, abstract: Any, rules=DECODE) -> Any:
-    """The (boxed) shapes with their vocabulary axes at the next size that the mesh divides."""
+    """The (boxed) shapes with vocabulary axes padded to the next size that the mesh divides."""
     parts = ways(mesh, dict(rules)["vocab"])
 
     def padded(box):
@@ -101,8 +101,8 @@ def padded_vocabulary(mesh: Mesh, abstract: Any, rules=DECODE) -> Any:
     return jax.tree.map(padded, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def batch_axes(mesh: Mesh, size: int, rules=TRAIN) -> tuple[str, ...]:
-    """The mesh axes that cut a batch of `size`: of those of the rules the first ones, as many as divide it."""
+def batch_axes(mesh: Mesh | AbstractMesh, size: int, rules=TRAIN) -> tuple[str, ...]:
+    """The mesh axes that cut a batch of `size`: as many of those in the rules, from the first on, as divide it."""
     axes = dict(rules)["batch"]
     while axes and size % ways(mesh, axes):
         axes = axes[:-1]
@@ -110,12 +110,12 @@ def batch_axes(mesh: Mesh, size: int, rules=TRAIN) -> tuple[str, ...]:
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Of an array whose first axis is a batch, in training."""
+    """The sharding in training of an array whose first axis is a batch."""
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh, shape[0]) or None) if shape else PartitionSpec())
 
 
 class RowsOf:
-    """`array[rows]` as a leaf of a batch: of the array (one mapped from disk, say) a host reads only the rows it places."""
+    """`array[rows]` as a leaf of a batch. Of the array, which may be on disk, a host reads only the rows it places."""
 
     def __init__(self, array: np.ndarray, rows: np.ndarray):
         self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
@@ -125,29 +125,23 @@ class RowsOf:
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays (the same on all hosts, or `RowsOf` such) onto the mesh, each with its `batch_sharding`; a host reads only
-    the rows that its devices hold. An empty mesh leaves them where they are."""
+    """Places host arrays (the same on all hosts, or `RowsOf` them) on the mesh, each with its `batch_sharding`. A host
+    reads only the rows that its devices hold. With an empty mesh the arrays stay where they are."""
     if mesh.empty:
         return tree
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.shape), x.__getitem__), tree
-    )
+    place = lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.shape), x.__getitem__)
+    return jax.tree.map(place, tree)
 
 
 def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a batch that this host's devices hold, `(row numbers, x[rows])`, each row once. `x` is cut along its first
-    axis alone."""
-    pieces = {}
-    for shard in x.addressable_shards:
-        start = shard.index[0].start or 0
-        if start not in pieces:
-            pieces[start] = np.asarray(shard.data)
-    numbers = [start + np.arange(len(pieces[start])) for start in sorted(pieces)]
-    return np.concatenate(numbers), np.concatenate([pieces[start] for start in sorted(pieces)])
+    """The rows of a batch (cut along its first axis alone) on this host's devices: numbers `[n]`, rows `[n, ...]`."""
+    pieces = sorted({shard.index[0].start or 0: shard.data for shard in x.addressable_shards}.items())
+    numbers = [start + np.arange(len(piece)) for start, piece in pieces]
+    return np.concatenate(numbers), np.concatenate([np.asarray(piece) for _, piece in pieces])
 
 
 def place_local(sharding: NamedSharding, rows: np.ndarray, values: np.ndarray, count: int) -> jax.Array:
-    """The opposite of `local_rows`: an array of `count` rows of which this host knows those that its devices hold."""
+    """The inverse of `local_rows`: an array `[count, ...]` from the rows `[n, ...]` of each host."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(count)
@@ -158,15 +152,15 @@ def place_local(sharding: NamedSharding, rows: np.ndarray, values: np.ndarray, c
 
 
 def working_dtypes(params: Any, dtype: Any) -> Any:
-    """The dtype of each parameter in a working copy: `dtype`, which models cast the others to anyway, but float32 for what they
-    compute with before they cast. Rounded here already, the copy would be another policy than the one that is trained."""
+    """The dtype of each parameter in a working copy: `dtype` for matrices, which the model casts anyway. Norm scales
+    and adapters stay float32, as the model uses them: rounded, they would be another policy than the trained one."""
     of_leaf = lambda path, _: jnp.dtype(jnp.float32 if path[-1].key in FLOAT32 else dtype)
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 def relayout(mesh: Mesh, abstract: Any, dtype: Any, rules: Any):
-    """A jitted function that casts parameters to `dtype` (`working_dtypes`) and lays them out by `rules`: frozen weights for
-    training, and once per rollout the verbalizer's for decoding. Stacked layers move one by one, so that no second copy exists."""
+    """A jitted function that casts parameters (`working_dtypes`) and lays them out by `rules`: frozen weights for
+    training; the verbalizer's for decoding, once per rollout. Layers move one by one, so there is no second copy."""
     padded = padded_vocabulary(mesh, abstract, rules)
     layout, before = shardings(mesh, padded, rules), shardings(mesh, abstract, TRAIN)
     stacked = jax.tree.map(lambda spec: tuple(spec)[:1] == ("layers",), nn.get_partition_spec(abstract))
@@ -178,16 +172,14 @@ def relayout(mesh: Mesh, abstract: Any, dtype: Any, rules: Any):
         return jnp.pad(x.astype(dtype), [(0, n - m) for n, m in zip(shape.shape, x.shape)])
 
     shapes = nn.unbox(padded)
-    dtypes = working_dtypes(shapes, dtype)
-    return jax.jit(
-        lambda params: jax.tree.map(move, params, shapes, dtypes, layout, before, stacked), out_shardings=layout
-    )
+    others = shapes, working_dtypes(shapes, dtype), layout, before, stacked
+    return jax.jit(lambda params: jax.tree.map(move, params, *others), out_shardings=layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(weight: Any, names: tuple[str, ...]) -> Any:
-    """A weight with these axis names as a training step computes with it: whole on every device. Its gradient goes straight
-    to where the weight lies; the transpose of a plain constraint would have it all-reduced whole first."""
+    """A weight with these axis names, whole on every device, as a training step computes with it. Its gradient is cut
+    like the weight at once; with a plain constraint it would be all-reduced whole first."""
     return constrained(weight, (None,) * weight.ndim)
 
 
@@ -198,54 +190,49 @@ gathered.defvjp(
 
 
 def on_each_device(function: Callable, weights: Any, *batches: Any) -> Any:
-    """`function(weights, *batches)`, run by each device on the rows of the batches that it holds. All arrays of `batches` and of
-    the result have the same number of rows; the weights are whole. Gradients of the weights are added up over devices once, at
-    the end; left alone, the compiler does it in every turn of a loop in `function`."""
+    """`function(weights, *batches)`, run by each device on the rows of the batches that it holds. All arrays of
+    `batches` and of the result have the same number of rows; the weights are whole. Gradients of the weights are added
+    up over the devices once, at the end; the compiler itself would do that in every turn of a loop in `function`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.size <= 1:
         return function(weights, *batches)
     axes = batch_axes(mesh, len(jax.tree.leaves(batches)[0]))
 
     def local(weights, *batches):
         return function(jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), weights), *batches)
 
-    whole, rows = PartitionSpec(), PartitionSpec(axes)
-    return jax.shard_map(local, in_specs=(whole, *[rows] * len(batches)), out_specs=rows)(weights, *batches)
+    specs = (PartitionSpec(), *[PartitionSpec(axes)] * len(batches))
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(axes))(weights, *batches)
 
 
 def vocabulary_parts(size: int) -> int:
-    """Into how many parts the mesh in use cuts a vocabulary of `size` for decoding."""
+    """The number of parts into which the mesh in use cuts a vocabulary of `size` for decoding."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else mesh.shape["tensor"]
     return 1 if size % parts else parts
 
 
-def cut_batch(x: Any, axis: int = 0, rules=TRAIN) -> Any:
-    """Keeps a batch (`axis` of x) cut as the rules say, and everything else of x whole: left alone, the compiler follows the
-    weights' cut instead, replicates the batch and all-reduces every layer's result."""
+def cut_batch(x: Shaped[Array, "..."], axis: int = 0, rules=TRAIN) -> Shaped[Array, "..."]:
+    """x with its batch (`axis`) cut as the rules say and everything else whole. Without this the compiler follows the
+    cut of the weights instead: it replicates the batch and all-reduces the result of every layer."""
+    return _laid_out(x, lambda mesh: (*[None] * axis, batch_axes(mesh, x.shape[axis], rules) or None))
+
+
+def where_table_lies(x: Shaped[Array, "B *T D"]) -> Shaped[Array, "B *T D"]:
+    """Looked-up embeddings, cut like their table along the width: so the result is communicated, and not the table."""
+    rows = lambda mesh: batch_axes(mesh, len(x), (("batch", ("data",)),)) or None
+    return _laid_out(x, lambda mesh: (rows(mesh), *[None] * (x.ndim - 2), dict(TRAIN)["embed"]))
+
+
+def constrained(x: Shaped[Array, "..."], names: tuple[str | None, ...], rules=TRAIN) -> Shaped[Array, "..."]:
+    """x cut along the axes with these names as the rules say."""
+    return _laid_out(x, lambda mesh: nn.logical_to_mesh_axes(names, rules))
+
+
+def _laid_out(x: Shaped[Array, "..."], spec: Callable[[AbstractMesh], Sequence]) -> Shaped[Array, "..."]:
+    """x with the layout `spec(mesh)`; x itself on one device or without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    axes = batch_axes(mesh, x.shape[axis], rules) or None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, axes))
-
-
-def where_table_lies(x: Any) -> Any:
-    """What was looked up in a table, `[*batch, width]`, cut as its table is along the width, and its first axis over the copies of
-    the table: not the table crosses devices, but what was found."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    rows = batch_axes(mesh, len(x), (("batch", ("data",)),)) or None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *[None] * (x.ndim - 2), dict(TRAIN)["embed"]))
-
-
-def constrained(x: Any, names: tuple[str | None, ...], rules=TRAIN) -> Any:
-    """x, cut along the axes with these names as the rules say; as it is where there is no mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(names, rules))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec(mesh))) if mesh.size > 1 else x
 
 
 # Shapes of what lies on a mesh, for programs that are compiled before any array exists

@@ -12,8 +12,8 @@ import pyarrow as pa
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, TEXT, Rows, load_rows, spread
 from nla_jax.fve import row_fve
+from nla_jax.io.hub import fingerprint
 from nla_jax.io.parquet import read_table, write_table
-from nla_jax.io.pretrained import fingerprint
 from nla_jax.pair import Pair, load_pair
 from nla_jax.probes.probe import NEEDS, figures, load_probes, run_probe
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer

@@ -8,8 +8,9 @@ import numpy as np
 from nla_jax.data.corpus import Document
 from nla_jax.data.interchange import Origin, import_datasets, sidecar_content
 from nla_jax.data.rows import activation_table
+from nla_jax.io.folders import load_tokenizer, read_config
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import row_count, write_table
-from nla_jax.io.pretrained import fingerprint, load_tokenizer, locate, read_config
 from nla_jax.models.sharding import host_mesh
 from nla_jax.runtime.distributed import barrier, share
 from nla_jax.runtime.errors import InputError

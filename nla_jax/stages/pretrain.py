@@ -7,13 +7,8 @@ import jax
 import numpy as np
 
 from nla_jax.data.batches import TextBatch, text_windows
-from nla_jax.io.pretrained import (
-    load_params,
-    load_tokenizer,
-    locate,
-    read_config,
-    save_model,
-)
+from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model
+from nla_jax.io.hub import locate
 from nla_jax.joint_step import SupervisedStep
 from nla_jax.losses import language_model_loss
 from nla_jax.models.transformer import (

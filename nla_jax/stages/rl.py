@@ -9,7 +9,7 @@ import numpy as np
 from nla_jax.data.batches import rows_of_step
 from nla_jax.data.rows import load_rows, spread
 from nla_jax.fve import fve
-from nla_jax.io.pretrained import fingerprint, locate
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import JointBatch, TrainState
 from nla_jax.models.sharding import RowsOf, cut_batch, place_batch
 from nla_jax.pair import Pair, load_pair

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
 from nla_jax.data.rows import LABEL, load_rows
 from nla_jax.fve import normalise
-from nla_jax.io.pretrained import fingerprint, load_tokenizer, locate, read_config
+from nla_jax.io.folders import load_tokenizer, read_config
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import SupervisedStep, TrainState
 from nla_jax.models.sharding import RowsOf, place_batch, shardings
 from nla_jax.pair import Pair, new_pair

@@ -6,13 +6,14 @@ frozen under an adapter only once (input gradients). Norms, softmax and the opti
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.models.lora import Lora
-from nla_jax.models.transformer import TransformerConfig
+from nla_jax.models.transformer import TransformerConfig, projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +37,19 @@ class Flops:
         return 2 * self.frozen + 3 * (self.trained + self.scores)
 
 
-def projections(c: TransformerConfig) -> dict[str, tuple[int, int]]:
+def matrices(c: TransformerConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each matrix of a block."""
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    return {
-        "q": (c.width, q), "k": (c.width, kv), "v": (c.width, kv), "o": (q, c.width), "gate": (c.width, c.mlp_width),
-        "up": (c.width, c.mlp_width), "down": (c.mlp_width, c.width),
-    }  # fmt: skip
+    return {name: (math.prod(p.inputs), math.prod(p.outputs)) for name, p in projections(c).items()}
 
 
 def block_params(c: TransformerConfig) -> int:
     """Weights of the matrices of one block: q, k, v, o, gate, up, down."""
-    return sum(inputs * outputs for inputs, outputs in projections(c).values())
+    return sum(inputs * outputs for inputs, outputs in matrices(c).values())
 
 
 def adapter_params(c: TransformerConfig, lora: Lora | None) -> int:
     """Weights of one block's adapter: rank · (inputs + outputs) of each matrix that it stands beside."""
-    return lora.rank * sum(sum(projections(c)[name]) for name in lora.targets) if lora else 0
+    return lora.rank * sum(sum(matrices(c)[name]) for name in lora.targets) if lora else 0
 
 
 def visible_pairs(length: int, past: int, window: int | None = None) -> int:

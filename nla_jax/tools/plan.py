@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer, residual
-from nla_jax.io.pretrained import locate, model_config, read_config
+from nla_jax.io.folders import model_config, read_config
+from nla_jax.io.hub import locate
 from nla_jax.joint_step import (
     Frozen,
     JointBatch,

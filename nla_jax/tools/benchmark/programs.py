@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
 from nla_jax.data.batches import pad_tokens
-from nla_jax.io.pretrained import load_params, save_model
+from nla_jax.io.folders import load_params, save_model
 from nla_jax.joint_step import (
     Frozen,
     JointBatch,

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
-from nla_jax.io.pretrained import model_config
+from nla_jax.io.folders import model_config
 from nla_jax.models.families import FAMILIES
 from nla_jax.models.kernels import PLATFORMS, with_kernel
 from nla_jax.models.lora import Lora

@@ -1,0 +1,102 @@
+"""LoRA adapters in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors` in a folder."""
+
+import itertools
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from nla_jax.io.safetensors import read_tensors
+from nla_jax.models.families import PROJECTIONS
+from nla_jax.models.lora import Lora
+from nla_jax.models.transformer import TransformerConfig
+from nla_jax.runtime.distributed import is_writer, to_host
+from nla_jax.runtime.errors import InputError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+MODULES = {name: hf.rsplit(".", 1)[1] for name, hf in PROJECTIONS.items()}  # as `target_modules` names them
+
+
+def _key(projection: str, layer: int, letter: str) -> str:
+    """The name of a tensor in the file; `letter`: A or B."""
+    return f"base_model.model.{PROJECTIONS[projection].format(layer=layer)}.lora_{letter}.weight"
+
+
+def save_adapter(folder: Path, adapter: dict, lora: Lora, config: TransformerConfig, base: str) -> None:
+    """Writes the two files. `base`: the name of the base model. Of several hosts all must call this; one writes."""
+    tensors = {}
+    for name, pair in adapter["blocks"].items():
+        a, b = (np.asarray(to_host(pair[x]), np.float32) for x in ("lora_a", "lora_b"))
+        for layer in range(config.layers):
+            tensors[_key(name, layer, "A")] = np.ascontiguousarray(a[layer].reshape(-1, lora.rank).T)
+            tensors[_key(name, layer, "B")] = np.ascontiguousarray(b[layer].reshape(lora.rank, -1).T)
+    if not is_writer():
+        return
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "target_modules": [MODULES[name] for name in lora.targets],
+        "layers_to_transform": list(range(config.layers)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:
+    """The settings and parameters (float32) of the adapter in a folder. `config`: the base model's. Raises `InputError`
+    naming the setting that is not supported, or the tensor that is missing, unexpected, misshapen or not finite."""
+    settings, file = read_settings(folder), folder / CONFIG
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"{file}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'.")
+    if used := [name for name in UNSUPPORTED if settings.get(name)]:
+        raise InputError(f"{file}: {used[0]} = {settings[used[0]]!r} is not supported.")
+    try:
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: r or lora_alpha is missing or no number ({error}).") from None
+    if rank < 1:
+        raise InputError(f"{file}: r = {rank} is no rank; it must be at least 1.")
+    stored = read_tensors(folder / WEIGHTS)
+    present = tuple(name for name in PROJECTIONS if _key(name, 0, "A") in stored)
+    if not present:
+        found, known = settings.get("target_modules"), ", ".join(MODULES.values())
+        raise InputError(f"{file}: target_modules = {found!r} are not supported (supported: {known}).")
+
+    lora = Lora(rank, alpha, bool(settings.get("use_rslora")), present)
+    tree = jax.tree.map(lambda s: np.empty(s.shape, np.float32), nn.unbox(lora.abstract_params(config)))
+    slots = {
+        _key(name, layer, letter): tree["blocks"][name][f"lora_{letter.lower()}"][layer]
+        for name, layer, letter in itertools.product(present, range(config.layers), "AB")
+    }
+    for key, slot in slots.items():
+        if key not in stored:
+            raise InputError(f"{folder / WEIGHTS}: tensor {key!r} is missing.")
+        value = stored.pop(key).read().T.astype(np.float32)
+        if value.size != slot.size or rank not in value.shape:
+            raise InputError(f"{folder / WEIGHTS}: tensor {key!r} does not fit rank {rank} and its base.")
+        if not np.isfinite(value).all():
+            raise InputError(f"{folder / WEIGHTS}: tensor {key!r} holds NaN or infinite values.")
+        slot[...] = value.reshape(slot.shape)
+    if stored:
+        raise InputError(f"{folder / WEIGHTS}: tensor {min(stored)!r} is unexpected for its base model.")
+    return lora, tree
+
+
+def read_settings(folder: Path) -> dict:
+    """`adapter_config.json`. Raises `InputError` if it is not a JSON object."""
+    try:
+        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / CONFIG} is missing or is not a JSON object ({error}).") from None

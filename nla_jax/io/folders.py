@@ -1,0 +1,238 @@
+"""Model folders of Hugging Face in and out: config, weights and tokenizer.
+
+What the tensors of each model family are called is in models/families.py. Only safetensors are read; nothing in a
+folder is executed. No host ever holds more than its own share of a model and one tensor.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Float, Shaped
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+
+from nla_jax.io.files import AnyName, new_folder
+from nla_jax.io.safetensors import NewTensor, Stored, save_tensors, stored_tensors
+from nla_jax.models import families
+from nla_jax.models.transformer import TransformerConfig, abstract_params, projections
+from nla_jax.runtime.distributed import is_writer, to_host
+from nla_jax.runtime.errors import InputError, first_line
+
+
+def read_config(folder: AnyName, dtype: Any = jnp.float32) -> TransformerConfig:
+    """The config in `config.json`, as `model_config` reads it. Raises `InputError` also if there is no such file."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json.")
+    try:
+        architecture = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON ({error}).") from None
+    return model_config(architecture, str(file), dtype)
+
+
+def model_config(c: Any, source: str, dtype: Any = jnp.float32) -> TransformerConfig:
+    """The content of a `config.json` (if multimodal: its text model) as a `TransformerConfig`; `source` names it in
+    messages. Raises `InputError` for an unknown family, an unsupported feature, a missing or malformed field."""
+    try:
+        # A multimodal config may set these two in its outer part only (`transformers` reads the tied head there).
+        outer = {name: c[name] for name in ("model_type", "tie_word_embeddings") if name in c}
+        c = outer | (c.get("text_config") or c)
+        family = str(c.get("model_type"))
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{source} is not valid JSON of a model ({error}).") from None
+    family = {"gemma3": "gemma3_text"}.get(family, family)
+    if family not in families.FAMILIES:
+        raise InputError(
+            f"{source}: model_type {family!r} is not supported (supported: {', '.join(families.FAMILIES)}); "
+            f"a family is added in nla_jax/models/families.py."
+        )
+    if absent := {"hidden_size", "num_hidden_layers", "intermediate_size"} - c.keys():
+        raise InputError(f"{source} lacks the field {min(absent)!r}.")
+    try:
+        # transformers knows each family's defaults, which hub files leave out, and all spellings of rope and layers.
+        full = CONFIG_MAPPING[family](**{k: v for k, v in c.items() if k != "model_type"}).to_dict()
+        return TransformerConfig(**families.from_hf(full), dtype=jnp.dtype(dtype))
+    except Exception as error:  # its validation raises many kinds
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(f"{source} cannot be used: {reason}.") from None
+
+
+def load_params(
+    folder: AnyName, config: TransformerConfig, *, truncated: bool = False, dtype: Any = jnp.float32, layout: Any = None
+) -> dict:
+    """The parameters of a checkpoint in `dtype`, each tensor read straight into its place: `layout` is the tree of
+    their shardings (`sharding.shardings`; None: the default device). Hosts read only what their devices hold.
+
+    `config.layers` may be smaller than the checkpoint's (the first blocks are read); `truncated` leaves out final norm
+    and head. Raises `InputError` naming the unreadable file, or the tensor that is missing, unexpected or unusable."""
+    folder = Path(folder)
+    stored, full = _text_tensors(folder), read_config(folder)
+    if surplus := sorted(stored.keys() - {name for name, *_ in families.tensors_of(full)} - {"lm_head.weight"}):
+        raise InputError(
+            f"{folder}: tensor {stored[surplus[0]].name!r} is unexpected in a {full.family} of {full.layers} blocks."
+        )
+    rows = list(families.tensors_of(config, truncated))
+    if absent := sorted({name for name, *_ in rows} - stored.keys()):
+        raise InputError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} missing in all).")
+
+    shapes = flatten_dict(nn.unbox(abstract_params(config, truncated)))
+    places = flatten_dict(layout) if layout is not None else dict.fromkeys(shapes)
+    arrays, finite, dtype = {}, {}, jnp.dtype(dtype)
+    for name, tensor, layer in rows:
+        path, source = tensor.path, stored[name]
+        shape, sharding = shapes[path].shape, places[path]
+        slot = shape[layer is not None :]
+        if source.shape != (expected := _hf_shape(tensor, config, slot)):
+            raise InputError(f"{source.file}: tensor {source.name!r} has shape {source.shape}, expected {expected}.")
+        if layer is not None and path not in arrays:
+            arrays[path] = _zeros(shape, dtype, sharding)()
+        if isinstance(sharding, NamedSharding):
+            spec = (*sharding.spec, *[None] * len(shape))[layer is not None :]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(slot)]))
+        part = _placed(source, _hf_axes(tensor, config, len(slot)), sharding)
+        value, finite[name] = _converted(slot, tensor.linear, dtype, sharding)(part)
+        arrays[path] = value if layer is None else _insert(arrays[path], value, layer)
+        arrays[path].block_until_ready()  # else the parts of many tensors would be on their way at once
+    for name, good in jax.device_get(finite).items():
+        if not good:
+            raise InputError(f"{stored[name].file}: tensor {stored[name].name!r} holds NaN or infinite values.")
+    return unflatten_dict(arrays)
+
+
+def _text_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of the text model, under the names of a text-only checkpoint."""
+    found = {}
+    for name, tensor in stored_tensors(folder).items():
+        if name.startswith(families.OTHER_TOWERS) or name.endswith(families.CONSTANTS):
+            continue
+        for prefix, plain in families.TEXT_PREFIXES.items():
+            if name.startswith(prefix):
+                name = plain + name.removeprefix(prefix)
+                break
+        if name in found:
+            raise InputError(f"{folder}: tensor {name!r} is duplicate: as {found[name].name!r} and as {tensor.name!r}.")
+        found[name] = tensor.typed()
+    return found
+
+
+def _hf_axes(tensor: families.Tensor, config: TransformerConfig, rank: int) -> list[range]:
+    """For each axis of a stored tensor, which of our `rank` axes (without the layers') it joins."""
+    if tensor.linear:
+        n = len(projections(config)[tensor.path[1]].inputs) if tensor.path[0] == "blocks" else 1
+        return [range(n, rank), range(n)]
+    return [range(rank)] if tensor.path[-1] == "bias" else [range(i, i + 1) for i in range(rank)]
+
+
+def _hf_shape(tensor: families.Tensor, config: TransformerConfig, slot: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored shape of a tensor that has the shape `slot` in our tree."""
+    return tuple(math.prod(slot[i] for i in joined) for joined in _hf_axes(tensor, config, len(slot)))
+
+
+def _placed(source: Stored, axes: list[range], sharding: Sharding | None) -> Shaped[Array, "..."]:
+    """A stored tensor on the devices, each reading only what it will hold under `sharding` in our tree."""
+    if sharding is None:
+        return jax.device_put(source.read())
+    if isinstance(sharding, NamedSharding):
+        # Of several axes that are joined the first may be cut: heads come before head_dim.
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[joined[0]] for joined in axes)))
+    return jax.make_array_from_callback(source.shape, sharding, source.read)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> Callable:
+    """A compiled program that makes an array of zeros."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _converted(slot: tuple[int, ...], linear: bool, dtype: np.dtype, sharding: Sharding | None) -> Callable:
+    """A compiled program: a stored tensor transposed, cast and laid out as in our tree, and whether it is finite."""
+    convert = lambda part: ((part.T if linear else part).astype(dtype).reshape(slot), jnp.isfinite(part).all())
+    return jax.jit(convert, out_shardings=(sharding, None))
+
+
+# A program of its own: fused with the conversion, it makes XLA's CPU backend transpose by element, ten times slower.
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(whole: Array, value: Array, layer: int | Array) -> Array:
+    """`value [*slot]` as one layer of `whole [L, *slot]`, in place."""
+    return jax.lax.dynamic_update_index_in_dim(whole, value, layer, 0)
+
+
+def save_model(
+    folder: AnyName,
+    params: dict,
+    config: TransformerConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    truncated: bool = False,
+    dtype: Any = np.float32,
+    end_ids: tuple[int, ...] = (),
+    extra_files: dict[str, Callable[[Path], None]] | None = None,
+) -> None:
+    """Writes an ordinary HF folder, tensor by tensor; it appears under its name once it is complete.
+
+    `end_ids`: tokens that end a generation, besides the tokenizer's own. `extra_files`: further file names, each with a
+    `callable(path)` that writes it. All hosts must call this; each writes its share of the weights."""
+    with new_folder(folder) as scratch:
+        save_tensors(scratch, _new_tensors(params, config, truncated, jnp.dtype(dtype)))
+        if not is_writer():
+            return
+        ends = [i for i in dict.fromkeys([tokenizer.eos_token_id, *end_ids]) if i is not None]
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+        write = lambda name, content: (scratch / name).write_text(json.dumps(content, indent=1) + "\n")
+        write("config.json", families.to_hf(config) | ids | {"torch_dtype": jnp.dtype(dtype).name})
+        write("generation_config.json", {"_from_model_config": True} | ids)
+        save_tokenizer(tokenizer, scratch)
+        for name, writer in (extra_files or {}).items():
+            writer(scratch / name)
+
+
+def _new_tensors(params: dict, config: TransformerConfig, truncated: bool, dtype: np.dtype) -> Iterator[NewTensor]:
+    """The tensors of a model, to be written in `dtype`."""
+    arrays = flatten_dict(params)
+    for name, tensor, layer in families.tensors_of(config, truncated):
+        whole = arrays[tensor.path]
+        shape = _hf_shape(tensor, config, whole.shape[layer is not None :])
+
+        def read(whole=whole, layer=layer, shape=shape, linear=tensor.linear):
+            return to_host(_export(whole if layer is None else whole[layer], shape, linear, dtype))
+
+        yield name, jax.ShapeDtypeStruct(shape, dtype), read
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _export(value: Float[Array, "..."], shape: tuple[int, ...], linear: bool, dtype: np.dtype) -> Float[Array, "..."]:
+    """An array of our tree as it is stored."""
+    return (value.reshape(shape[::-1]).T if linear else value.reshape(shape)).astype(dtype)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The tokenizer's files, readable by `transformers` 4 too: version 5 writes a class name that 4 does not know."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # say how this process loaded it: not a property of the tokenizer
+        settings.pop(name, None)
+    if isinstance(settings.get("extra_special_tokens"), list):  # version 5's name; version 4 has another
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    file.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_tokenizer(folder: AnyName) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer. Raises `InputError` if the folder has none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # many kinds, by tokenizer class
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from None

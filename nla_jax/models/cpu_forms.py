@@ -1,0 +1,77 @@
+"""Faster forms of some computations for CPUs. Other platforms compute the plain forms, in attention.py and layers.py.
+
+XLA's CPU backend is slow if the rows of a matrix product are spread over several axes (it writes a transposed copy), if
+it reads the larger operand by columns, and if scores outgrow the cache. Each operation chooses once, by `by_platform`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+CACHE = 4 * 2**20  # bytes of attention scores that a CPU computes at a time, if there are many times more
+
+
+def by_platform(plain: Callable, cpu: Callable) -> Callable:
+    """A function that computes `cpu` on a CPU and `plain` elsewhere. Both take and return the same arrays. On a mesh it
+    is always `plain`: CPU forms merge axes, and the mesh may cut those."""
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return plain
+    return lambda *operands: jax.lax.platform_dependent(*operands, cpu=cpu, default=plain)
+
+
+def product_of_matrices(letters: str, x: Array, y: Array) -> Float[Array, "b N ..."]:
+    """`attention.product` with all queries of a row and head (axes r, T, g) in one axis q."""
+    left, right, result = letters.replace("->", ",").split(",")
+    sizes = dict(zip(left + right, x.shape + y.shape))
+    x, y = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))
+    out = jnp.einsum(letters.replace("rTg", "q"), x, y, preferred_element_type=jnp.float32)
+    return out.reshape([sizes[letter] for letter in result])
+
+
+def scores_of_matrices(letters: str, queries: Float[Array, "b N r T g H"], keys: Float[Array, "b N S H"]) -> Array:
+    """`product_of_matrices` with the smaller operand (in decoding the queries) second: a CPU reads it by columns."""
+    if np.prod(queries.shape[2:5]) >= keys.shape[2]:
+        return product_of_matrices(letters, queries, keys)
+    return jnp.moveaxis(product_of_matrices("bNSH,bNrTgH->bNSrTg", keys, queries), 2, -1)
+
+
+def product_over_rows(x: Float[Array, "..."], y: Float[Array, "..."], rows: int) -> Float[Array, "..."]:
+    """xᵀ y, summed over their first `rows` axes, as one product of matrices: a CPU then reads xᵀ without writing it."""
+    a, b = (z.reshape(np.prod(z.shape[:rows], dtype=int), -1) for z in (x, y))
+    return jnp.tensordot(a, b, (0, 0)).reshape(x.shape[rows:] + y.shape[rows:])
+
+
+def few_rows_at_a_time(function: Callable, rows: tuple[Float[Array, "B T M ..."], ...], segments: Sequence) -> tuple:
+    """`function(rows, segments)`; on a CPU for so few of the B rows at a time that their scores stay in its cache.
+
+    Row i reads row i // r of each `attention.Segment` (b = B / r). The function returns a tree of arrays `[B, ...]`,
+    and for each segment a tree of arrays `[b, ...]`, added up if b = 1 (or None for all segments)."""
+    B, T, M = rows[0].shape[:3]
+    fits = lambda c: B % c == 0 and all(c * len(s.k) % B == 0 for s in segments if len(s.k) > 1)
+    row_bytes = 4 * T * M * sum(s.k.shape[2] for s in segments)
+    counts = [c for c in range(1, B + 1) if fits(c)]
+    count = max((c for c in counts if c * row_bytes <= CACHE), default=min(counts))
+    if count == B or B * row_bytes <= 8 * CACHE:  # little more than the cache holds gains nothing
+        return function(rows, segments)
+    cut = lambda x: x.reshape(B // count, -1, *x.shape[1:])
+    joined = lambda x: x.reshape(-1, *x.shape[2:])
+
+    def by_parts(rows, segments):
+        leaves, tree = jax.tree.flatten(segments)
+        own = {i: x for i, x in enumerate(leaves) if len(x) > 1}
+
+        def one_part(part):
+            rows, own = part
+            return function(rows, tree.unflatten([own.get(i, x) for i, x in enumerate(leaves)]))
+
+        results, of_segments = jax.lax.map(one_part, jax.tree.map(cut, (rows, own)))
+        if of_segments is not None:
+            added = lambda x: jnp.sum(x, 0)
+            joins = [added if len(s.k) == 1 else joined for s in segments]
+            of_segments = [jax.tree.map(join, result) for join, result in zip(joins, of_segments)]
+        return jax.tree.map(joined, results), of_segments
+
+    return by_platform(function, by_parts)(rows, segments)

@@ -1,0 +1,113 @@
+"""The layers that a block is made of: norms and linear maps, with their own rules for gradients."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nla_jax.models.cpu_forms import by_platform, product_over_rows
+from nla_jax.models.sharding import gathered
+
+
+def normal(*axes: str):
+    """The initial distribution of matrices, for an array with these logical axis names."""
+    return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, eps inside the square root: x / rms(x) · (offset + scale)."""
+
+    eps: float
+    axis: str
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, parts: Sequence[Float[Array, "..."]]) -> list[Float[Array, "..."]]:
+        """The norm of each of several arrays over its last axis."""
+        start = nn.initializers.constant(1 - self.offset)
+        scale = self.param("scale", nn.with_logical_partitioning(start, (self.axis,)), parts[0].shape[-1:])
+        results = []
+        for x in parts:
+            y = x.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+            results.append((y * (self.offset + scale)).astype(x.dtype))
+        return results
+
+
+class Projection(NamedTuple):
+    """The shape of a linear map: a kernel `[*inputs, *outputs]`, whose axes have the logical names `axes`."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias: bool = False
+
+
+class Dense(nn.Module):
+    """A linear map of the last axes. If the parameters hold a low-rank pair (models/lora.py), x · a · b is added."""
+
+    projection: Projection
+    dtype: Any
+    decoding: bool = False
+
+    @nn.compact
+    def __call__(self, parts: Sequence[Float[Array, "..."]]) -> list[Float[Array, "..."]]:
+        """`[..., *inputs] -> [..., *outputs]` for several arrays. Weights are cast and gathered once for all."""
+        p, n = self.projection, len(self.projection.inputs)
+        kernel = self.param("kernel", normal(*p.axes), p.inputs + p.outputs)
+        use = (lambda weight, axes: weight) if self.decoding else gathered
+        kernel = use(kernel.astype(self.dtype), p.axes)
+        parts = [x.astype(self.dtype) for x in parts]
+        results = [linear(x, kernel, n) for x in parts]
+        if p.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, p.axes[n:])
+            bias = self.param("bias", zeros, p.outputs).astype(self.dtype)
+            results = [y + bias for y in results]
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            a, b = use(a, (*p.axes[:n], "lora_rank")), use(b, ("lora_rank", *p.axes[n:]))
+            results = [y + jnp.tensordot(jnp.tensordot(x, a, n), b, 1) for x, y in zip(parts, results)]
+        return results
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
+    """`x [*rows, *inputs]` · `kernel [*inputs, *outputs]`, summed over the `axes` inputs. For the kernel's gradient its
+    own rule transposes the smaller operand. (JAX transposes the gradient of the result, in an MLP the larger one.)"""
+    return jnp.tensordot(x, kernel, axes)
+
+
+def _linear_forward(x, kernel, axes):
+    return jnp.tensordot(x, kernel, axes), (x, kernel)  # not `linear`: a remat policy would see no product inside it
+
+
+def _linear_backward(axes, saved, d_y):
+    x, kernel = saved
+    outputs, rows = kernel.ndim - axes, x.ndim - axes
+    d_x = jnp.tensordot(d_y, kernel, [list(range(-outputs, 0))] * 2)
+    over_rows = by_platform(
+        lambda x, y: jnp.tensordot(x, y, [list(range(rows))] * 2), cpu=functools.partial(product_over_rows, rows=rows)
+    )
+    if x.size <= d_y.size:
+        return d_x, over_rows(x, d_y)
+    return d_x, jnp.moveaxis(over_rows(d_y, x), range(outputs), range(-outputs, 0))
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def vocabulary_scores(x: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:
+    """x · head in float32, from operands in the compute dtype. The gradient is cast to that dtype before the products
+    of the backward pass. (JAX would cast the head to float32 for them, and multiply at half the speed.)"""
+    return jnp.dot(x, head, preferred_element_type=jnp.float32)
+
+
+vocabulary_scores.defvjp(
+    lambda x, head: (vocabulary_scores(x, head), (x, head)),
+    lambda saved, d_scores: _linear_backward(1, saved, d_scores.astype(saved[0].dtype)),
+)
