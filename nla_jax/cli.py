@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
             return failed(out_of_memory(error, arguments.stage), 1)
         if distributed.host_count() == 1:
             raise
-        if found := distributed.failed_host(3):  # a program that runs on all hosts fails on all where it fails on one
-            return failed(*found)
         traceback.print_exc()
-        return failed(distributed.lost(error) if isinstance(error, RuntimeError) else repr(error), 1)
+        if isinstance(error, RuntimeError):  # as `JaxRuntimeError` is
+            return failed(distributed.lost(f"stopped in what all hosts do together ({first_line(error)})"), 1)
+        return failed(repr(error), 1)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,11 @@ def make_state(seed: int) -> State:
     return State(jnp.int32(seed), jax.random.key(seed), weights, optax.adam(1e-3).init(weights))
 
 
+def shapes(state) -> State:
+    """A state as `restore` wants it: what its arrays are and where they lie, without them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
 def bits(state) -> list:
     """Every array of a state as bytes, PRNG keys included."""
     raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
@@ -55,11 +60,12 @@ def written(tmp_path_factory):
 
 
 def test_newest_checkpoint_returns_bit_for_bit(written, tmp_path):
-    step, state = Checkpoints(written, every=2).restore(make_state(0), 9)
+    step, state = Checkpoints(written, every=2).restore(shapes(make_state(0)), 9)
     assert step == 6 and bits(state) == bits(make_state(6))
     assert isinstance(state, State) and jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key)
-    step, state = Checkpoints(tmp_path, every=2).restore(make_state(1), 9)
-    assert step == 0 and bits(state) == bits(make_state(1))
+    initial = make_state(1)
+    assert Checkpoints(tmp_path, every=2).restore(shapes(initial), 9, discard=initial) is None
+    assert bits(initial) == bits(make_state(1))  # kept, as the loop now starts from it
 
 
 def test_only_the_newest_two_are_kept(written):
@@ -70,7 +76,7 @@ def test_more_are_kept_where_asked_for_and_where_they_are_the_last_good_ones(tmp
     def kept(folder, goods, **settings):
         with Checkpoints(tmp_path / folder, every=1, **settings) as checkpoints:
             for step, good in enumerate(goods, 1):
-                checkpoints.good = good
+                checkpoints.mark_good(good)
                 checkpoints.save(step, {"a": jnp.zeros(2)})
         return sorted(int(path.name) for path in (tmp_path / folder).iterdir())
 
@@ -97,7 +103,7 @@ def test_restored_onto_another_mesh(tmp_path, pair):
     with Checkpoints(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, made)
     for sizes in (8, 1, 1), (2, 2, 2), (1, 1, 1):
-        target = state_on(sizes, False)
+        target = shapes(state_on(sizes, False))
         _, restored = Checkpoints(tmp_path, every=1).restore(target, 1)
         assert bits(restored) == bits(made)
         places = lambda state: [x.sharding for x in jax.tree.leaves(state)]
@@ -113,14 +119,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=f"{tmp_path}/2 cannot be restored") as error:
-        Checkpoints(tmp_path, every=1).restore(make_state(0), 9)
-    assert "\n" not in str(error.value)
+        Checkpoints(tmp_path, every=1).restore(shapes(make_state(0)), 9)
+    one_sentence(error)
+    assert "damaged (move that folder aside" in str(error.value)
+    (tmp_path / "2").rename(tmp_path / "2.damaged")  # as the message says
+    step, state = Checkpoints(tmp_path, every=1).restore(shapes(make_state(0)), 9)
+    assert step == 1 and bits(state) == bits(make_state(1))
 
 
 def test_another_structure_is_refused(written):
-    state = make_state(0)
-    with pytest.raises(InputError, match="cannot be restored"):
+    state = shapes(make_state(0))
+    with pytest.raises(InputError, match="cannot be restored") as error:
         Checkpoints(written, every=2).restore(state.replace(weights={"a": state.weights["a"]}, opt=()), 9)
+    assert "damaged" not in str(error.value)
 
 
 def test_other_settings_are_refused_with_all_that_differ(tmp_path):
@@ -135,10 +146,10 @@ def test_other_settings_are_refused_with_all_that_differ(tmp_path):
     with pytest.raises(
         InputError, match=re.escape("(old -> new): rl.kl = (not there) -> None; rl.lr = 0.1 -> 0.2. Go")
     ) as error:
-        Checkpoints(tmp_path, every=1, settings=new).restore({"a": jnp.ones(2)}, 9)
+        Checkpoints(tmp_path, every=1, settings=new).restore(shapes({"a": jnp.ones(2)}), 9)
     one_sentence(error)
     shutil.rmtree(tmp_path / "1/settings")  # as the message says
-    assert Checkpoints(tmp_path, every=1, settings=new).restore({"a": jnp.ones(2)}, 9)[0] == 1
+    assert Checkpoints(tmp_path, every=1, settings=new).restore(shapes({"a": jnp.ones(2)}), 9)[0] == 1
     del new["rl"]["kl"]
     assert differences(old, new | {"rl": new["rl"] | {"lr": 0.1}}) == ["rl.steps = 5 -> 9"]
 

@@ -1,13 +1,15 @@
 """Files on local disks and on buckets (`gs://bucket/folder`, through `etils.epath`).
 
-A local file is used where it lies, and a new one is written beside its place and renamed. Objects on a bucket cannot be
-appended to, mapped or renamed as a folder: they are made on the local disk and uploaded whole, and what libraries open
-themselves is read from a copy in the cache.
+A local file is used in place, and a new one is written next to it and renamed. Objects on a bucket cannot be appended
+to, mapped, or renamed as a folder: they are written to the local disk and uploaded whole, and libraries that open files
+themselves read a copy in the cache.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,12 +21,14 @@ from etils import epath
 from nla_jax.runtime.errors import InputError, first_line
 
 AnyPath = Path | epath.Path
+REACH_SECONDS = 60  # for the first answer of a bucket, with all the attempts that gcsfs makes
 
 
 def path_to(name: str | os.PathLike) -> AnyPath:
     """The path of that name: a `Path`, or one of `epath` for `gs://`.
 
-    Raises `InputError` for another kind of address, and where the package that reaches buckets is not installed."""
+    Raises `InputError` for another kind of address, if the package that reaches buckets is not installed, and if the
+    bucket does not answer."""
     scheme, separator, rest = os.fspath(name).partition("://")
     if not separator:
         return Path(name)
@@ -34,13 +38,12 @@ def path_to(name: str | os.PathLike) -> AnyPath:
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{name} is on a bucket, which the package gcsfs reaches; install it: pip install gcsfs.")
-    # Listings that one host remembers would hide what another has written since.
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    _reach(rest.partition("/")[0])
     return epath.Path(os.fspath(name))
 
 
 def stand_in(name: str | os.PathLike) -> Path:
-    """A local path that stands for this one, never uploaded: itself, or for a place on a bucket one in the cache."""
+    """A local path that is never uploaded: the path itself, or for a place on a bucket one in the cache."""
     if isinstance(path := path_to(name), Path):
         return path
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "buckets"
@@ -48,8 +51,8 @@ def stand_in(name: str | os.PathLike) -> Path:
 
 
 def local(name: str | os.PathLike) -> Path:
-    """The path itself where it is local; else a copy of the file or folder in the cache, as it now stands on the bucket (what
-    is there already is not fetched again). Where there is none, neither is the copy."""
+    """The path itself if it is local; else a copy of the file or folder in the cache, in the version that is on the
+    bucket (a version is fetched once). If there is nothing on the bucket, the copy does not exist either."""
     if isinstance(path := path_to(name), Path):
         return path
     with reaching(path):
@@ -61,15 +64,12 @@ def local(name: str | os.PathLike) -> Path:
             root = str(path).removeprefix("gs://")
             copy.parent.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=copy.parent.parent) as scratch:
-                targets = [f"{scratch}/copy/{path.name}{object.removeprefix(root)}" for object in found]
+                targets = [Path(f"{scratch}/copy/{path.name}{object.removeprefix(root)}") for object in found]
                 for target in targets:
-                    Path(target).parent.mkdir(parents=True, exist_ok=True)
-                _bucket().get(list(found), targets)
-                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                _bucket().get(list(found), [str(target) for target in targets])
+                with contextlib.suppress(OSError):  # another process of this machine was first
                     os.rename(f"{scratch}/copy", copy.parent)
-                except OSError:
-                    if not copy.exists():  # it does where another process of this machine was first
-                        raise
     return copy
 
 
@@ -95,16 +95,29 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reaching(path: AnyPath) -> Iterator[None]:
-    """Raises `InputError` where the block cannot do what it does with `path` on a bucket."""
+    """Raises `InputError` if the block fails in what it does with `path` on a bucket."""
     try:
         yield
     except Exception as error:  # of the network, of authorisation and of gcsfs, without a common class
         if isinstance(path, Path) or isinstance(error, InputError):
             raise
         raise InputError(
-            f"{path} cannot be read or written ({first_line(error)}); see that the bucket exists, that you may use it, and that "
-            f"the local disk has room for copies."
+            f"{path} cannot be read or written ({first_line(error)}); check that the bucket exists, that you may use "
+            f"it, and that the local disk has room for copies."
         ) from None
+
+
+@functools.cache
+def _reach(bucket: str) -> None:
+    """Prepares the use of a bucket, and asks it for an object that it does not have."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would print traces of what a user gets as a sentence
+    # Listings that one host remembers would hide what another has written since.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    with reaching(epath.Path(f"gs://{bucket}")):
+        try:
+            _bucket().exists(f"{bucket}/nla_jax", timeout=REACH_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {REACH_SECONDS} s") from None
 
 
 def _bucket() -> fsspec.AbstractFileSystem:

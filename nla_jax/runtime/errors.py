@@ -1,4 +1,4 @@
-"""The exceptions that reach a user as a sentence."""
+"""The exceptions that a user reads as one sentence."""
 
 
 class InputError(ValueError):
@@ -11,9 +11,10 @@ def first_line(error: BaseException) -> str:
 
 
 class Stopped(RuntimeError):
-    """A training loop ended before its last step, in good order: the message says why, at which step, and what to do.
+    """A training loop ended in good order before its last step. The message says why, at which step, and what to do.
 
-    `status` is the exit status: 143 (128 + SIGTERM) where the same command continues, 1 where it would not help."""
+    `status` is the exit status: 128 + the signal (SIGTERM: 143, Ctrl-C: 130) if the same command continues, 1 if it
+    would not help."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -21,4 +22,5 @@ class Stopped(RuntimeError):
 
 
 class Terminated(BaseException):
-    """SIGTERM came where no training loop takes it as a request; no `Exception`, which libraries would catch."""
+    """Raised on SIGTERM outside a training loop. A BaseException, so that a library's `except Exception` cannot swallow
+    it."""

@@ -46,7 +46,8 @@ def fit(
     layout = shardings(mesh, jax.eval_shape(step_fn.init, abstract))
     with jax.set_mesh(mesh), checkpoints, Phases(name, watchdog.stall_minutes) as phases:
         init = jax.jit(step_fn.init, out_shardings=layout, donate_argnums=0)
-        start, state = checkpoints.restore(init(jax.device_put(params, layout.params)), steps)
+        found = checkpoints.restore(init.eval_shape(params), steps, discard=params)
+        start, state = found or (0, init(jax.device_put(params, layout.params)))
         train = jit_step(step_fn, mesh)
         log, progress = MetricLog(folder, start), Progress(name, steps, start)
         guard = Watchdog(checkpoints, watchdog.window, records=log.records)

@@ -229,14 +229,13 @@ def rl(run: Run) -> None:
             to_decoding = decoding_layout(mesh, pair.verbalizer, pair.base)
             frozen = Frozen(to_training(pair.verbalizer_params), pair.base)
             init = jax.jit(joint.init, out_shardings=layout, donate_argnums=(1, 2))
-            placed = jax.device_put(
-                (pair.verbalizer_params, pair.reconstructor_params), (layout.verbalizer, layout.reconstructor)
-            )
-            state = init(jax.random.key(run.config.seed), *placed)
             train = jit_step(joint, mesh)
 
-            # Resume where the newest checkpoint stands.
-            start, state = checkpoints.restore(state, c.steps)
+            # Resume where the newest checkpoint stands; build a new state only if there is none.
+            rng, warm = jax.random.key(run.config.seed), (pair.verbalizer_params, pair.reconstructor_params)
+            if (found := checkpoints.restore(init.eval_shape(rng, *warm), c.steps, discard=warm)) is None:
+                found = 0, init(rng, *jax.device_put(warm, (layout.verbalizer, layout.reconstructor)))
+            start, state = found
             log, progress = MetricLog(place, start), Progress("rl", c.steps, start)
             watchdog = Watchdog(checkpoints, run.config.watchdog.window, limits(run), log.records)
 
