@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from nla_jax.io.files import path_to, stand_in
 from nla_jax.runtime import distributed
-from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line
+from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line, silence_unfinished_work
 
 LOOP = ("pretrain", "extract", "label", "sft", "rl", "evaluate", "report")
 STAGES = {
@@ -284,6 +284,7 @@ def run_stages(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
+    silence_unfinished_work()
     from nla_jax.data.dataset import extract, label
     from nla_jax.runtime.checkpoint import flat
     from nla_jax.runtime.run import Run

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ UNTIL_FINISHED = frozenset({"steps"})  # may differ too, as long as the stage ha
 
 # Errors that say that files are missing, cut short or altered: exceptions, and how tensorstore's messages begin.
 DAMAGE = json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError
-DAMAGE_STATUS = "DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE"
+DAMAGE_STATUS = "DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE"
 
 
 def differences(made: dict, now: dict, free: frozenset[str] = FREE) -> list[str]:
@@ -174,7 +173,6 @@ class Checkpoints:
         ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
         signals = (signal.SIGTERM, signal.SIGINT) if ours else ()
         self._handlers = {number: signal.signal(number, self._ask) for number in signals}
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._without_noise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -185,7 +183,6 @@ class Checkpoints:
                 with contextlib.suppress(Exception):  # the first error is the one to tell
                     self.close()
         finally:
-            sys.unraisablehook = self._hook
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
 
@@ -195,11 +192,6 @@ class Checkpoints:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
             os.write(2, b"\nThe step under way will be finished and saved; press Ctrl-C again to stop at once.\n")
-
-    def _without_noise(self, event: Any) -> None:
-        """Drops the traces that Python would print because Orbax, after an error, closes an event loop too early."""
-        if not str(event.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
-            self._hook(event)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

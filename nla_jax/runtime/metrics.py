@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import shutil
 import sys
 import tempfile
@@ -21,15 +22,15 @@ METRICS, TEXTS = "metrics.jsonl", "texts.jsonl"
 
 class MetricLog:
     """The metrics of each step in `{folder}/metrics.jsonl` and a few of its texts in `{folder}/texts.jsonl`, one JSON
-    object a line. TensorBoard's files show both, and so does Weights & Biases if `wandb` gives its settings (project,
-    name, mode), with `config` as a snapshot of the run's. Of several hosts the first one writes; on all of them
-    `records` holds the metrics.
+    object a line. TensorBoard's files show both. So does Weights & Biases if `wandb` gives its settings (project, name,
+    mode), with `config` as a snapshot of the run's. Of several hosts the first one writes; on all of them `records`
+    holds the metrics.
 
     Opening it at `step` drops what was logged after that step: a resumed run continues at its checkpoint, and the files
-    read as if it had never stopped. (Weights & Biases keeps the first record of a repeated step.)
+    read as if it had never stopped. On Weights & Biases it continues the same run.
 
-    Nothing can be appended to a file on a bucket: there the files are written in a scratch folder, and uploaded every
-    `UPLOAD_SECONDS`, at the end and by `flush`.
+    Nothing can be appended to a file on a bucket. There the files are written in a scratch folder, and uploaded every
+    `UPLOAD_SECONDS`, by `flush`, and at the end.
 
     Raises `InputError` if Weights & Biases is asked for but cannot start."""
 
@@ -106,7 +107,7 @@ def _start_wandb(folder: AnyPath, scratch: Path, settings: dict, config: dict | 
         raise InputError("Logging to Weights & Biases needs its package: pip install 'nla_jax[wandb]'.") from None
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
-        write_atomically(id_file, wandb.util.generate_id())
+        write_atomically(id_file, secrets.token_hex(4))
     try:
         return wandb.init(
             **settings,

@@ -74,8 +74,9 @@ class Watchdog:
                 f"lower learning rate, say), or widen the limits under `watchdog` in the config."
             )
         return (
-            f"Checkpoint {folder / str(step)} is from before and is kept; move the later ones elsewhere to continue from "
-            f"there, with other settings (say a lower learning rate) or wider limits under `watchdog` in the config."
+            f"Checkpoint {folder / str(step)} is from before and is kept; move the later ones elsewhere to continue "
+            f"from there, with other settings (a lower learning rate, say) or wider limits under `watchdog` in the "
+            f"config."
         )
 
 
