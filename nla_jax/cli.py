@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nla_jax.config import Config, read, settings
-from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line
+from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line, silence_unfinished_work
 
 DEFAULT_CONFIG = "configs/quickstart.py"
 PACKAGE = Path(__file__).parent
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         parse(argv, arguments)
         if (here := os.getcwd()) not in sys.path:
             sys.path.append(here)  # a config may name functions of the user's, by import path
+        silence_unfinished_work()
         with sigterm_raises():
             importlib.import_module(VERBS[arguments.verb][0]).run(arguments)
         return 0
@@ -77,10 +78,10 @@ def unexpected(error: Exception, arguments: argparse.Namespace) -> int:
         return failed(out_of_memory(error, arguments.stage), 1, arguments.debug)
     if distributed.host_count() == 1:
         raise error
-    if found := distributed.failed_host(3):  # a program that runs on all hosts fails on all where it fails on one
-        return failed(*found, arguments.debug)
     traceback.print_exc()
-    return failed(distributed.lost(error) if isinstance(error, RuntimeError) else repr(error), 1)
+    if isinstance(error, RuntimeError):  # as `JaxRuntimeError` is
+        return failed(distributed.lost(f"stopped in what all hosts do together ({first_line(error)})"), 1)
+    return failed(repr(error), 1)
 
 
 def failed(reason: str, status: int, debug: bool = False) -> int:

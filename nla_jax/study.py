@@ -39,7 +39,6 @@ from nla_jax.models.sharding import (
     placed,
     placed_batch,
     relayout,
-    shardings,
 )
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.runtime.compiler import jit_step
@@ -133,9 +132,13 @@ class Study:
 
     # What an RL step executes
 
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state of RL."""
+        return placed(self.mesh, jax.eval_shape(self.joint.init, *self.boxed))
+
     def init(self, verbalizer: dict, reconstructor: dict) -> TrainState:
         """The state before the first RL step, laid out on the mesh; the parameters are consumed."""
-        layout = shardings(self.mesh, jax.eval_shape(self.joint.init, *self.boxed))
+        layout = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         places = [layout.models[name].params for name in ("verbalizer", "reconstructor")]
         placed = jax.device_put((verbalizer, reconstructor), tuple(places))
         return jax.jit(self.joint.init, out_shardings=layout, donate_argnums=(0, 1))(*placed)
@@ -184,7 +187,7 @@ class Study:
         c, mesh = self.config, self.mesh
         dtype, place = self.verbalizer.model.config.dtype, functools.partial(placed, mesh)
         base = place(abstract_params(self.verbalizer.model.config), dtype=dtype) if self._adapters else None
-        state = place(jax.eval_shape(self.joint.init, *self.boxed))
+        state = self.abstract_state()
         reference = place(self.boxed[0], dtype=dtype) if c.rl.kl_coefficient else None
         frozen = Frozen(reference, base)
         kept = device_bytes((state, frozen))  # through the whole of RL

@@ -1,8 +1,16 @@
 """Checkpoints, metric logs, and a training loop that is interrupted."""
 
+import contextlib
+import gc
 import json
+import logging
+import math
 import re
+import resource
 import shutil
+import signal
+import sys
+import threading
 
 import flax.linen as nn
 import jax
@@ -17,7 +25,7 @@ from ml_collections import ConfigDict
 from nla_jax.joint_step import JointStep, SupervisedStep
 from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.runtime.checkpoint import Checkpoints, differences
-from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.errors import InputError, Stopped, silence_unfinished_work
 from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
 from nla_jax.stages.sft import fit
 
@@ -34,6 +42,11 @@ def make_state(seed: int) -> State:
     draw = lambda *shape: jax.random.normal(jax.random.key(seed), shape)
     weights = {"a": draw(8, 4), "b": draw(3).astype(jnp.bfloat16)}
     return State(jnp.int32(seed), jax.random.key(seed), weights, optax.adam(1e-3).init(weights))
+
+
+def shapes(state) -> State:
+    """A state as `restore` wants it: what its arrays are and where they lie, without them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def bits(state) -> list:
@@ -55,11 +68,12 @@ def written(tmp_path_factory):
 
 
 def test_newest_checkpoint_returns_bit_for_bit(written, tmp_path):
-    step, state = Checkpoints(written, every=2).restore(make_state(0), 9)
+    step, state = Checkpoints(written, every=2).restore(shapes(make_state(0)), 9)
     assert step == 6 and bits(state) == bits(make_state(6))
     assert isinstance(state, State) and jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key)
-    step, state = Checkpoints(tmp_path, every=2).restore(make_state(1), 9)
-    assert step == 0 and bits(state) == bits(make_state(1))
+    initial = make_state(1)
+    assert Checkpoints(tmp_path, every=2).restore(shapes(initial), 9, discard=initial) is None
+    assert bits(initial) == bits(make_state(1))  # kept, as the loop now starts from it
 
 
 def test_only_the_newest_two_are_kept(written):
@@ -70,7 +84,7 @@ def test_more_are_kept_where_asked_for_and_where_they_are_the_last_good_ones(tmp
     def kept(folder, goods, **settings):
         with Checkpoints(tmp_path / folder, every=1, **settings) as checkpoints:
             for step, good in enumerate(goods, 1):
-                checkpoints.good = good
+                checkpoints.mark_good(good)
                 checkpoints.save(step, {"a": jnp.zeros(2)})
         return sorted(int(path.name) for path in (tmp_path / folder).iterdir())
 
@@ -80,7 +94,7 @@ def test_more_are_kept_where_asked_for_and_where_they_are_the_last_good_ones(tmp
 
 
 def test_restored_onto_another_mesh(tmp_path, pair):
-    """The whole training state, written on 1x8x1, comes back equal on every other mesh, each array in its place there."""
+    """The whole training state, written on 1x8x1, comes back equal on every other mesh, each array in its place."""
     step = JointStep(pair.verbalizer, pair.reconstructor, optax.adam(1e-3), optax.adam(1e-3))
 
     def state_on(sizes, fill):
@@ -97,7 +111,7 @@ def test_restored_onto_another_mesh(tmp_path, pair):
     with Checkpoints(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, made)
     for sizes in (8, 1, 1), (2, 2, 2), (1, 1, 1):
-        target = state_on(sizes, False)
+        target = shapes(state_on(sizes, False))
         _, restored = Checkpoints(tmp_path, every=1).restore(target, 1)
         assert bits(restored) == bits(made)
         places = lambda state: [x.sharding for x in jax.tree.leaves(state)]
@@ -113,14 +127,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=f"{tmp_path}/2 cannot be restored") as error:
-        Checkpoints(tmp_path, every=1).restore(make_state(0), 9)
-    assert "\n" not in str(error.value)
+        Checkpoints(tmp_path, every=1).restore(shapes(make_state(0)), 9)
+    one_sentence(error)
+    assert "damaged (move that folder aside" in str(error.value)
+    (tmp_path / "2").rename(tmp_path / "2.damaged")  # as the message says
+    step, state = Checkpoints(tmp_path, every=1).restore(shapes(make_state(0)), 9)
+    assert step == 1 and bits(state) == bits(make_state(1))
 
 
 def test_another_structure_is_refused(written):
-    state = make_state(0)
-    with pytest.raises(InputError, match="cannot be restored"):
+    state = shapes(make_state(0))
+    with pytest.raises(InputError, match="cannot be restored") as error:
         Checkpoints(written, every=2).restore(state.replace(weights={"a": state.weights["a"]}, opt=()), 9)
+    assert "damaged" not in str(error.value)
 
 
 def test_other_settings_are_refused_with_all_that_differ(tmp_path):
@@ -135,12 +154,125 @@ def test_other_settings_are_refused_with_all_that_differ(tmp_path):
     with pytest.raises(
         InputError, match=re.escape("(old -> new): rl.kl = (not there) -> None; rl.lr = 0.1 -> 0.2. Go")
     ) as error:
-        Checkpoints(tmp_path, every=1, settings=new).restore({"a": jnp.ones(2)}, 9)
+        Checkpoints(tmp_path, every=1, settings=new).restore(shapes({"a": jnp.ones(2)}), 9)
     one_sentence(error)
     shutil.rmtree(tmp_path / "1/settings")  # as the message says
-    assert Checkpoints(tmp_path, every=1, settings=new).restore({"a": jnp.ones(2)}, 9)[0] == 1
+    assert Checkpoints(tmp_path, every=1, settings=new).restore(shapes({"a": jnp.ones(2)}), 9)[0] == 1
     del new["rl"]["kl"]
     assert differences(old, new | {"rl": new["rl"] | {"lr": 0.1}}) == ["rl.steps = 5 -> 9"]
+
+
+@contextlib.contextmanager
+def full_disk(room: int):
+    """A limit on the size of files stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_else(tmp_path, monkeypatch):
+    """Of the arrays that are still being written Python would print a trace each."""
+    traces, state = [], {str(i): jnp.asarray(np.random.default_rng(i).normal(size=(64, 64))) for i in range(60)}
+    monkeypatch.setattr(sys, "__unraisablehook__", traces.append)
+    monkeypatch.setattr(sys, "unraisablehook", traces.append)
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.ERROR)
+    silence_unfinished_work()
+    for _ in range(5):
+        checkpoints = Checkpoints(tmp_path, every=1)
+        with pytest.raises(InputError, match="File too large") as error, full_disk(8000), checkpoints:
+            checkpoints.save(1, state)
+        one_sentence(error)
+        assert "the one before it is intact. Make room" in str(error.value)
+    gc.collect()
+    assert not traces and not logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
+
+    class Foreign:
+        def __del__(self):
+            raise ValueError("of somebody else")
+
+    Foreign()
+    assert [str(event.exc_value) for event in traces] == ["of somebody else"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+        MemoryError("Unable to allocate 9 GiB"),
+        ValueError("a bug of a user"),
+        KeyError("settings"),
+    ],
+)
+def test_what_is_no_matter_of_files_keeps_its_own_words(written, tmp_path, monkeypatch, wrong):
+    """In a save (where a failed asynchronous step may be noticed first) and in a restore."""
+
+    def fail(*args, **kwargs):
+        raise wrong
+
+    checkpoints = Checkpoints(tmp_path, every=1)
+    with pytest.raises(type(wrong)) as error:
+        checkpoints.save(1, make_state(1), before=fail)
+    assert error.value is wrong
+    monkeypatch.setattr(checkpoints.manager, "save", fail)
+    with pytest.raises(type(wrong)) as error:
+        checkpoints.save(1, make_state(1))
+    assert error.value is wrong
+    checkpoints = Checkpoints(written, every=2)
+    monkeypatch.setattr(checkpoints.manager, "restore", fail)
+    with pytest.raises(type(wrong) if not isinstance(wrong, ValueError) else InputError) as error:
+        checkpoints.restore(shapes(make_state(0)), 9)
+    assert str(wrong) in str(error.value) and "damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [4, 512])
+def test_each_damaged_file_is_called_damaged(tmp_path, size):
+    """Cut short, missing, or altered; some are not needed. Large arrays lie in files of their own."""
+    state = {str(i): jax.random.normal(jax.random.key(i), (size, size)) for i in range(2)}
+    with Checkpoints(tmp_path / "whole", every=1) as checkpoints:
+        checkpoints.save(1, state)
+    changes = {
+        "short": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        "missing": lambda file: file.unlink(),
+        "altered": lambda file: file.write_bytes(bytes(byte ^ 90 for byte in file.read_bytes())),
+    }
+    refused = set()
+    files = [file.relative_to(tmp_path / "whole") for file in (tmp_path / "whole").rglob("*") if file.is_file()]
+    for i, file in enumerate(files):
+        for name, change in changes.items():
+            copy = shutil.copytree(tmp_path / "whole", tmp_path / f"{i}-{name}")
+            change(copy / file)
+            try:
+                with Checkpoints(copy, every=1) as checkpoints:
+                    assert bits(checkpoints.restore(shapes(state), 1)[1]) == bits(state)
+            except InputError as error:
+                assert "damaged (move that folder aside" in str(error), (file, name)
+                refused.add(name)
+    assert refused == changes.keys()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_saves_the_step_under_way_and_a_second_one_stops_at_once(tmp_path, again, capfd):
+    def interrupted(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            if again:
+                signal.raise_signal(signal.SIGINT)
+        return batch_of_step(step)
+
+    step_fn, params = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=100)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt if again else Stopped) as stopped:
+        fit(tmp_path, "test", step_fn, params, ABSTRACT, make_mesh(), interrupted, 9, checkpoints, WATCHDOG)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "press Ctrl-C again to stop at once" in capfd.readouterr().err
+    if not again:
+        assert stopped.value.status == 130
+        assert "stopped by Ctrl-C; step 4 is saved under" in str(stopped.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"] * (not again)
 
 
 # Metrics
@@ -176,7 +308,7 @@ def test_atomic_writes_leave_no_part(tmp_path):
 
 # The supervised loop
 
-WATCHDOG = ConfigDict(dict(window=3, stall_minutes=10.0))
+WATCHDOG = ConfigDict({"window": 3, "stall_minutes": 10.0})
 ABSTRACT = {"w": jax.ShapeDtypeStruct((5, 3), np.float32)}
 
 
@@ -217,6 +349,45 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     values = lambda folder: [{k: v for k, v in record.items() if k != "seconds"} for record in records(folder)]
     assert values("cut") == values("whole") and [record["step"] for record in values("whole")] == [2, 4, 6, 8, 9]
     assert bits(train("whole", lambda step: pytest.fail("a finished loop runs no step"))) == bits(whole)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1)])
+def test_resuming_holds_one_state(tmp_path, sizes):
+    """Neither the new state nor the parameters that it would be made from are in memory beside the restored one."""
+    mesh, width = make_mesh(*sizes), 1024
+    abstract = {"w": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((width, width), np.float32), ("embed", "mlp"))}
+    step_fn = SupervisedStep(lambda params, batch, base=None: (jnp.mean((params["w"] - 1) ** 2), {}), optax.adam(0.1))
+    peak = 0
+
+    def on_devices(x: jax.Array) -> int:
+        """Bytes on all devices together, copies included."""
+        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.device_set)
+
+    def live() -> int:
+        return sum(on_devices(x) for x in jax.live_arrays() if x.nbytes > width)  # without small ones of other tests
+
+    def train(steps):
+        layout = shardings(mesh, abstract)["w"]
+        params = {"w": jax.jit(lambda: jnp.zeros((width, width)), out_shardings=layout)()}
+        checkpoints = Checkpoints(tmp_path / "checkpoints", every=1)
+        fit(tmp_path, "test", step_fn, params, abstract, mesh, lambda _: (), steps, checkpoints, WATCHDOG)
+
+    def watch():
+        nonlocal peak
+        while not over.wait(0.001):
+            peak = max(peak, live() - before)
+
+    train(1)
+    before, over = live(), threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        train(1)
+    finally:
+        over.set()
+        thread.join()
+    state = 3 * 4 * width**2 * sizes[0]  # parameters and two moments
+    assert 0.9 * state < peak < 1.1 * state
 
 
 def test_a_nan_step_is_skipped_and_said(tmp_path):

@@ -1,5 +1,6 @@
 """When a loop is stopped, what is said of it, and what is said of a loop that hangs."""
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ def stopped_at(records, newest_good=None, window=3) -> tuple[int | None, str, in
     interruption lies between any two records."""
     for cut in range(len(records)):
         checkpoints = SimpleNamespace(good=0, folder=Path("f"), newest_good=lambda: newest_good)
+        checkpoints.mark_good = functools.partial(setattr, checkpoints, "good")
         watchdog, step, words = Watchdog(checkpoints, window, LIMITS, records[:cut]), None, ""
         try:
             for record in records[cut:]:

@@ -6,8 +6,10 @@ local disk and uploaded whole; libraries that open files themselves get a copy i
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -21,10 +23,14 @@ from nla_jax.runtime.distributed import barrier, is_writer
 from nla_jax.runtime.errors import InputError, first_line
 
 AnyName, AnyPath = str | os.PathLike, Path | epath.Path
+REACH_SECONDS = 60  # for the first answer of a bucket, with all the attempts that gcsfs makes
 
 
 def path_to(name: AnyName) -> AnyPath:
-    """A `Path`, or for `gs://` one of `epath`. Raises `InputError` for other addresses, or if gcsfs is missing."""
+    """The path of that name: a `Path`, or one of `epath` for `gs://`.
+
+    Raises `InputError` for another kind of address, if the package that reaches buckets is not installed, and if the
+    bucket does not answer."""
     scheme, separator, rest = os.fspath(name).partition("://")
     if not separator:
         return Path(name)
@@ -32,13 +38,12 @@ def path_to(name: AnyName) -> AnyPath:
         raise InputError(f"{name} is neither a local path nor one on a bucket of Google Cloud (gs://BUCKET/FOLDER).")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{name} is on a bucket, which the package gcsfs reaches; install it: pip install gcsfs.")
-    # A listing that this host remembers would hide files that another host has written since.
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    _reach(rest.partition("/")[0])
     return epath.Path(os.fspath(name))
 
 
 def stand_in(name: AnyName) -> Path:
-    """A local path for files that are never uploaded: the path itself, or for a place on a bucket one in the cache."""
+    """A local path that is never uploaded: the path itself, or for a place on a bucket one in the cache."""
     if isinstance(path := path_to(name), Path):
         return path
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "buckets"
@@ -46,8 +51,8 @@ def stand_in(name: AnyName) -> Path:
 
 
 def local(name: AnyName) -> Path:
-    """The path itself if it is local; else that of a copy in the cache of the file or folder on the bucket, which is
-    fetched again only if it has changed. If there is nothing on the bucket, there is no copy either."""
+    """The path itself if it is local; else a copy of the file or folder in the cache, in the version that is on the
+    bucket (a version is fetched once). If there is nothing on the bucket, the copy does not exist either."""
     if isinstance(path := path_to(name), Path):
         return path
     with reaching(path):
@@ -59,15 +64,12 @@ def local(name: AnyName) -> Path:
             root = str(path).removeprefix("gs://")
             copy.parent.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=copy.parent.parent) as scratch:
-                targets = [f"{scratch}/copy/{path.name}{object.removeprefix(root)}" for object in found]
+                targets = [Path(f"{scratch}/copy/{path.name}{object.removeprefix(root)}") for object in found]
                 for target in targets:
-                    Path(target).parent.mkdir(parents=True, exist_ok=True)
-                _bucket().get(list(found), targets)
-                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                _bucket().get(list(found), [str(target) for target in targets])
+                with contextlib.suppress(OSError):  # another process of this machine was first
                     os.rename(f"{scratch}/copy", copy.parent)
-                except OSError:
-                    if not copy.exists():  # it does if another process of this machine was first
-                        raise
     return copy
 
 
@@ -126,14 +128,29 @@ def new_folder(folder: AnyName) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reaching(path: AnyPath) -> Iterator[None]:
-    """Turns errors of the block about `path`, a place on a bucket, into an `InputError`."""
+    """Raises `InputError` if the block fails in what it does with `path` on a bucket."""
     try:
         yield
     except Exception as error:  # network, authorisation and gcsfs have no common class of errors
         if isinstance(path, Path) or isinstance(error, InputError):
             raise
-        advice = "see that the bucket exists, that you may use it, and that the local disk has room for copies"
-        raise InputError(f"{path} cannot be read or written ({first_line(error)}); {advice}.") from None
+        raise InputError(
+            f"{path} cannot be read or written ({first_line(error)}); check that the bucket exists, that you may use "
+            f"it, and that the local disk has room for copies."
+        ) from None
+
+
+@functools.cache
+def _reach(bucket: str) -> None:
+    """Prepares the use of a bucket, and asks it for an object that it does not have."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would print traces of what a user gets as a sentence
+    # Listings that one host remembers would hide what another has written since.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    with reaching(epath.Path(f"gs://{bucket}")):
+        try:
+            _bucket().exists(f"{bucket}/nla_jax", timeout=REACH_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {REACH_SECONDS} s") from None
 
 
 def _bucket() -> fsspec.AbstractFileSystem:

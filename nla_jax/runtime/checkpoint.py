@@ -2,6 +2,9 @@
 
 import contextlib
 import itertools
+import json
+import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +17,10 @@ from jax.experimental import multihost_utils
 
 from nla_jax.io.files import AnyPath
 from nla_jax.runtime.errors import InputError, Stopped, first_line
+
+# Errors that say that files are missing, cut short or altered: exceptions, and how tensorstore's messages begin.
+DAMAGE = json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError
+DAMAGE_STATUS = "DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE"
 
 
 def differences(made: dict, now: dict, free: Callable[[str], bool] = lambda name: False) -> list[str]:
@@ -35,25 +42,22 @@ def flat(tree: Any, path: str = "") -> dict:
     return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{path}.{name}" if path else name).items()}
 
 
-# JAX's preemption service stops all processes at the call behind the last one that any has made. Calls are counted through all
-# loops of a process: numbered by steps, a notice before a loop's first step would name a call that never comes.
+# On preemption JAX agrees on one sync-point number and stops every process there. The number must keep growing across
+# training loops, so it belongs to the process: restarting it at each loop could name a point that never comes.
 _calls = itertools.count(1)
 
 
-def _newest(steps: Sequence[int], limit: int) -> int | None:
-    return max((step for step in steps if step <= limit), default=None)
-
-
 class Checkpoints:
-    """The checkpoints of one training loop: one every `every` steps, one at the end, and one when SIGTERM asks to stop. The
-    newest `keep` of them are kept, those of steps that `keep_every` divides (where it is not 0), and the newest up to step
-    `good`, behind which a watchdog saw no trouble.
+    """The checkpoints of one training loop: every `every` steps, at the end, and when a signal asks to stop.
 
-    A step appears under its name only when it is complete; an interrupted save leaves the previous one in place. With the
-    state, `settings` are saved: what it was made from (JSON).
+    Kept are the newest `keep`, those of steps that `keep_every` divides (0: none), and the newest one that is known to
+    be good (`mark_good`). A step appears under its number only when it is complete; an interrupted save leaves the
+    previous one in place. With the state, `settings` are saved: what it was made from (JSON). Those that `free` names
+    may differ on resuming.
 
-    As a context it takes SIGTERM as a request (in the main thread of a single process; several processes agree on a step
-    through JAX's preemption service), and waits for saves under way when it ends without an error."""
+    As a context, in the main thread of a single process, it takes SIGTERM and Ctrl-C (SIGINT) as requests to stop after
+    the step under way; a second Ctrl-C stops at once. Several processes agree on a step through JAX's preemption
+    service, on SIGTERM only. The context waits for saves under way when it ends."""
 
     def __init__(
         self,
@@ -64,114 +68,144 @@ class Checkpoints:
         settings: dict | None = None,
         free: Callable[[str], bool] = lambda name: False,
     ):
-        options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         self.folder, self.every, self.keep, self.keep_every = folder, every, keep, keep_every
         self.settings, self.free = settings or {}, free
-        self.good, self._asked, self._handler = 0, False, None
+        self._good, self._asked = 0, None  # the last good step; the signal that has asked to stop
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         with self._writing():
             whole = folder.absolute() if isinstance(folder, Path) else folder  # Orbax takes no relative ones
             self.manager = ocp.CheckpointManager(whole, options=options)
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which of the checkpoints (ascending) are kept."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self.keep :], _newest(steps, self.good)}
-        return [step in kept or bool(self.keep_every) and step % self.keep_every == 0 for step in steps]
+    def mark_good(self, step: int) -> None:
+        """Keeps the newest checkpoint of at most this step, whatever is saved later."""
+        self._good = step
 
     def newest_good(self) -> int | None:
-        """The newest checkpoint that is known to be good; None where there is none."""
-        return _newest(self.manager.all_steps(), self.good)
+        """The step of the newest checkpoint that is known to be good; None if there is none."""
+        return max((step for step in self.manager.all_steps() if step <= self._good), default=None)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks which of the checkpoints (in ascending order) to keep."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.keep :], max((step for step in steps if step <= self._good), default=None)}
+        return [step in kept or bool(self.keep_every) and step % self.keep_every == 0 for step in steps]
 
     def save(self, step: int, state: Any, force: bool = False, before: Callable[[], None] = lambda: None) -> None:
-        """Saves the state after `step` steps where the interval (or `force`) says so; returns before it is written. `before` is
-        called first: what it writes is there whenever that checkpoint is.
+        """Saves the state after `step` steps if the interval (or `force`) says so; returns before it is written. Calls
+        `before` first, so that what it writes is there whenever the checkpoint is.
 
-        Raises `InputError` where this save or the one before it cannot be written (a full disk, no permission), and `Stopped`
-        where SIGTERM has asked to stop: the state is then saved and written."""
-        stop = self._asked or multihost_utils.reached_preemption_sync_point(next(_calls))
-        with self._writing():
-            if (stop or force or step % self.every == 0) and step != self.manager.latest_step():
-                before()
-                if jax.process_index() == 0:  # Orbax's threads wait minutes for a folder that they cannot make
+        Raises `InputError` if this save or the one before it cannot be written (a full disk, no permission), and
+        `Stopped` if a signal has asked to stop: the state is then saved and written. Any other error passes through
+        unchanged."""
+        stop = self._asked or multihost_utils.reached_preemption_sync_point(next(_calls)) and signal.SIGTERM
+        if (stop or force or step % self.every == 0) and step != self.manager.latest_step():
+            before()
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings))
+            with self._writing():
+                if jax.process_index() == 0:  # Orbax's threads would wait minutes for a folder that they cannot make
                     probe = self.manager.directory / "probe"
                     probe.touch()
                     probe.unlink()
-                items = ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
-                )
                 self.manager.save(step, args=items, force=True)
-            if stop:
-                self.manager.wait_until_finished()
         if stop:
+            with self._writing():
+                self.manager.wait_until_finished()
             raise Stopped(
-                f"stopped by SIGTERM; step {step} is saved under {self.folder}, and the same command continues from there.",
-                status=128 + signal.SIGTERM,
+                f"stopped by {'Ctrl-C' if stop == signal.SIGINT else 'SIGTERM'}; step {step} is saved under "
+                f"{self.folder}, and the same command continues from there.",
+                status=128 + stop,
             )
 
-    def restore(self, state: Any, steps: int) -> tuple[int, Any]:
-        """The newest checkpoint as `(steps done, state)`, in the shapes, dtypes and shardings of `state`; `(0, state)` where
-        there is none.
+    def restore(self, abstract: Any, steps: int, discard: Any = ()) -> tuple[int, Any] | None:
+        """The newest checkpoint as `(steps done, state)`; None if there is none.
 
-        Raises `InputError` where the newest one cannot be read into that structure, was made from other settings, or stands
-        beyond the `steps` that are to be made."""
-        step = self.manager.latest_step()
-        if step is None:
-            return 0, state
+        `abstract` is the state with a `jax.ShapeDtypeStruct` (shape, dtype, sharding) for each array, so that no second
+        state is in memory beside the one that is read. For the same reason the arrays of `discard` (any tree) are
+        deleted before.
+
+        Raises `InputError` if the newest checkpoint is damaged or cannot be read, has another structure, was made from
+        other settings, or is beyond the `steps` to be made. Any other error, such as one of memory, passes through
+        unchanged."""
+        if (step := self.manager.latest_step()) is None:
+            return None
         path = self.folder / str(step)
-        try:
-            # A user who has removed the settings takes the state over into a run with others.
-            if (self.manager.directory / str(step) / "settings").exists():
-                made = self.manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
-                if changed := differences(made, self.settings, self.free):
-                    raise InputError(
-                        f"Checkpoint {path} was made with other settings (old -> new): {'; '.join(changed)}. Go back to the "
-                        f"old ones, use another --workdir, or remove {path / 'settings'} to continue from it all the same."
-                    )
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            restored = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        except InputError:
-            raise
-        except Exception as error:  # tensorstore, JSON and structure errors have no common class
-            raise InputError(
-                f"Checkpoint {path} cannot be restored ({first_line(error)}); remove that folder to continue from the one "
-                f"before it."
-            ) from None
         if step > steps:
             raise InputError(
                 f"Checkpoint {path} is beyond the {steps} steps that the config asks for; ask for {step} or more."
             )
-        return step, restored.state
+        read = lambda **item: self.manager.restore(step, args=ocp.args.Composite(**item))
+        try:
+            # A user who has removed the settings takes the state over into a run with others.
+            if (self.manager.directory / str(step) / "settings").exists():
+                made = read(settings=ocp.args.JsonRestore()).settings
+                if changed := differences(made, self.settings, self.free):
+                    raise InputError(
+                        f"Checkpoint {path} was made with other settings (old -> new): {'; '.join(changed)}. Go back "
+                        f"to the old ones, use another --workdir, or remove {path / 'settings'} to continue all the "
+                        f"same."
+                    )
+            for leaf in jax.tree.leaves(discard):
+                if isinstance(leaf, jax.Array):
+                    leaf.delete()
+            return step, read(state=ocp.args.StandardRestore(abstract)).state
+        except Exception as error:
+            if type(error) is Exception and error.__cause__:  # Orbax wraps what went wrong with one array
+                error = error.__cause__
+            if isinstance(error, InputError) or not isinstance(error, (ValueError, OSError)):
+                raise error from None
+            words = _words(error) or first_line(error)
+            if isinstance(error, DAMAGE) or str(error).startswith(DAMAGE_STATUS):
+                words += "); its files are damaged (move that folder aside to continue from the one before it"
+            raise InputError(f"Checkpoint {path} cannot be restored ({words}).") from None
 
     def close(self) -> None:
-        """Waits for saves under way; raises `InputError` where one cannot be written."""
+        """Waits for saves under way; raises `InputError` if one cannot be written."""
         with self._writing():
             self.manager.wait_until_finished()
         self.manager.close()
 
     def __enter__(self) -> Self:
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
+        ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT) if ours else ()
+        self._handlers = {number: signal.signal(number, self._ask) for number in signals}
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             if kind is None or issubclass(kind, Stopped):
                 self.close()
-            elif jax.process_count() == 1:  # several would wait for each other: behind an error they may disagree
-                with contextlib.suppress(InputError):  # the first error is the one to tell
+            elif jax.process_count() == 1:  # several would wait for each other; after an error they may disagree
+                with contextlib.suppress(Exception):  # the first error is the one to tell
                     self.close()
         finally:
-            if self._handler is not None:
-                signal.signal(signal.SIGTERM, self._handler)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        """The handler of signals that ask to stop."""
+        self._asked = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            os.write(2, b"\nThe step under way will be finished and saved; press Ctrl-C again to stop at once.\n")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Says in one sentence that the disk or the bucket does not take a checkpoint; other errors pass through."""
         try:
             yield
-        except Exception as error:  # tensorstore, asynchronous tasks and the file system have no common class
-            why = isinstance(error, OSError) and error.strerror
-            why = why or first_line(error).partition(" [")[0].rpartition(": ")[2]
+        except Exception as error:
+            if (words := _words(error)) is None:
+                raise
             raise InputError(
-                f"A checkpoint cannot be written to {self.folder} ({why}); the one before it is intact. Make room (or the "
-                f"folder writable) and run the same command again."
+                f"A checkpoint cannot be written to {self.folder} ({words}); the one before it is intact. Make room "
+                f"(or the folder writable) and run the same command again."
             ) from None
+
+
+def _words(error: Exception) -> str | None:
+    """What the operating system or tensorstore says of a failed read or write; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    # Tensorstore's messages begin with a status and end with its settings. (JAX's errors are no `ValueError`.)
+    tensorstore = isinstance(error, ValueError) and re.match("[A-Z_]{5,}: ", str(error))
+    return first_line(error).partition(" [")[0].rpartition(": ")[2] if tensorstore else None

@@ -1,12 +1,19 @@
 """Several hosts as one run: joining, agreeing on what to run, waiting for one another, and ending together.
 
-Every host runs the same command. Arrays go from host to host inside XLA's programs only; everything else (who is there,
-whether all run the same, what a host died of) goes through the key-value store of JAX's coordination service. A single
-process is the first and only host of its run: nothing here waits or fails then.
+Every host runs the same command. Arrays travel between hosts only inside XLA's programs. Everything else goes through
+the key-value store of JAX's coordination service, which lives in host 0. A single process is the only host of its run:
+nothing here waits or fails then.
+
+How a run of several hosts ends:
+1. A host that fails prints its reason, and every other host ends with that reason and the same exit status.
+2. When a host dies without a word, JAX notices (by a closed connection or missing heartbeats) and aborts the others,
+   each of which still ends with one sentence and status 1.
+3. No signal handler runs Python code, so an aborted process is gone within six seconds even if Python hangs.
 """
 
 import contextlib
 import ctypes
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -21,20 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import (
-    distributed as runtime,  # the public module does not show the client of the store
-)
+from jax._src import distributed as runtime  # the public module does not show the client of the store
 from jax.experimental import multihost_utils
 
 from nla_jax.runtime.environment import versions
-from nla_jax.runtime.errors import InputError, first_line
+from nla_jax.runtime.errors import InputError
 
 JOIN_SECONDS = 300
-HEARTBEAT_SECONDS = 30  # without a sign of life for so long, a host counts as dead
-WAIT_SECONDS = 24 * 3600  # for a host that is alive but busy; a dead one ends the wait by its heartbeats
-FAILED = "nla/failed"
+HEARTBEAT_SECONDS = 30  # a host that gives no sign of life for so long counts as dead
+WAIT_SECONDS = 24 * 3600  # for a host that is alive but busy; a dead one ends the wait by its missing heartbeats
+FAILED = "nla/failed"  # the key under which the first host that fails says why
 
-_turn = itertools.count()  # hosts run the same program, so they count alike
+# Each wait needs a key of its own in the store. All hosts run the same program, so they count alike.
+_turn = itertools.count()
+# Several threads may want to end the process; the one that holds this lock does.
+_ending = threading.RLock()
 
 
 def host_index() -> int:
@@ -61,11 +69,13 @@ def share(items: Sequence) -> Sequence:
 
 
 def join(coordinator: str | None, count: int | None, index: int | None, seconds: int = JOIN_SECONDS) -> None:
-    """Makes this process one of the hosts of a run: host `index` of `count` at `coordinator` ("HOST:PORT" of host 0), or
-    "auto" for what a TPU pod, Slurm, Open MPI or Kubernetes says. None: a run of one host.
+    """Makes this process one of the hosts of a run.
 
-    Raises `InputError` for flags that do not fit together. Where the others do not come within `seconds`, or where one is lost
-    later, JAX's runtime aborts the process; what it says is then followed by one sentence, and the exit status is 1."""
+    With `coordinator` "HOST:PORT" (where host 0 listens) it becomes host `index` of `count`. With "auto" JAX asks the
+    TPU pod, Slurm, Open MPI or Kubernetes for all three. With None the run has one host.
+
+    Raises `InputError` if the flags do not fit together or JAX cannot start. If the other hosts do not come within
+    `seconds`, the process ends with a sentence and status 1."""
     if coordinator is None and count is None and index is None:
         return
     given = {}
@@ -73,57 +83,57 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
         host, _, port = (coordinator or "").rpartition(":")
         if not host or not port.isdigit() or count is None or index is None or not 0 <= index < count:
             raise InputError(
-                f"--coordinator {coordinator}, --num_processes {count} and --process_id {index} do not name a host of a run: "
-                f"give HOST:PORT of host 0, the number of hosts, and which of them (from 0) this one is; or --coordinator auto."
+                f"--coordinator {coordinator}, --num_processes {count} and --process_id {index} do not name a host of "
+                f"a run: give HOST:PORT of host 0, the number of hosts, and which of them (from 0) this one is; or "
+                f"--coordinator auto."
             )
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
         given["cluster_detection_method"] = "deactivate"
     elif count is not None or index is not None:
         raise InputError("--coordinator auto finds --num_processes and --process_id itself; leave them out.")
     who = f"host {index} of {count}" if given else "this host"
-    _at_abort(
-        f"{who} could not join the run at {coordinator} within {seconds} s: not all hosts came. Start the same command on "
-        f"each, with the same --coordinator and --num_processes and its own --process_id, and see that they reach that "
-        f"address."
+    late = (
+        f"{who} could not join the run at {coordinator} within {seconds} s: not all hosts came. Start the same command "
+        f"on each, with the same --coordinator and --num_processes and its own --process_id, and check that they reach "
+        f"that address."
     )
+    _speak_when_aborted()
+    timer = threading.Timer(seconds, _exit, [late, 1])  # JAX's own timeout would abort the process
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            **given, initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            **given,
+            initialization_timeout=2 * seconds + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )  # fmt: skip
+        )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{who.capitalize()} cannot join the run at {coordinator} ({reason.rstrip('.')}); give --coordinator HOST:PORT of "
-            f"host 0, --num_processes and --process_id."
+            f"{who.capitalize()} cannot join the run at {coordinator} ({reason.rstrip('.')}); give --coordinator "
+            f"HOST:PORT of host 0, --num_processes and --process_id."
         ) from None
-    _at_abort(
-        f"host {host_index()} of {host_count()} was stopped by JAX's runtime (see above), most likely because another host "
-        f"was lost; the same command on every host continues from the last checkpoint."
-    )
+    finally:
+        timer.cancel()
+    threading.Thread(target=_end_with_others, daemon=True).start()
 
 
 def agree(settings: dict, seconds: int = JOIN_SECONDS) -> None:
-    """Raises `InputError` on every host where hosts differ in `settings` (by field), in their number of hosts or in package
-    versions, naming the first host and field that differ from host 0. From here on a host that fails ends the others."""
+    """Checks that all hosts run the same: `settings` (by field), the number of hosts, package versions and this source.
+
+    Raises `InputError` on a host that differs from host 0, naming the first field that does; the others end with it."""
     if host_count() == 1:
         return
     own = {"--num_processes": host_count(), "the source of nla_jax": source_hash()} | versions() | settings
-    client, here = runtime.global_state.client, platform.node()
-    client.key_value_set(f"nla/host/{host_index()}", json.dumps([here, own]))
-    first = None
-    for index in range(host_count()):
-        try:
-            name, found = json.loads(client.blocking_key_value_get(f"nla/host/{index}", 1000 * seconds))
-        except jax.errors.JaxRuntimeError:
-            raise InputError(f"Host {index} of {host_count()} joined, but did not say what it runs.") from None
-        first = first or (name, found)
-        for field in [f for f in first[1] | found if first[1].get(f) != found.get(f)]:
-            raise InputError(
-                f"Host {index} ({name}) runs with {field} = {found.get(field)!r}, but host 0 ({first[0]}) with "
-                f"{first[1].get(field)!r}; give every host the same command, config and package versions."
-            )
-    threading.Thread(target=_watch, daemon=True).start()
+    own, here = json.loads(json.dumps(own)), platform.node()
+    first, there = from_writer(lambda: [own, here])
+    for field in [f for f in first | own if first.get(f) != own.get(f)]:
+        raise InputError(
+            f"Host {host_index()} ({here}) runs with {field} = {own.get(field)!r}, but host 0 ({there}) with "
+            f"{first.get(field)!r}; give every host the same command, config and package versions."
+        )
+    barrier("agreement", seconds)
 
 
 def source_hash() -> str:
@@ -134,22 +144,18 @@ def source_hash() -> str:
     return source.hexdigest()
 
 
-# Waiting
+# Waiting. An error of the store reaches the caller as a `JaxRuntimeError`, like one of a program that all hosts run.
 
 
 def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
-    """Returns when every host has come here. Raises `InputError` where one has not within `seconds`."""
-    if host_count() == 1:
-        return
-    try:
+    """Returns when every host has called it; fails if one has not within `seconds`."""
+    if host_count() > 1:
         runtime.global_state.client.wait_at_barrier(f"nla/{next(_turn)}/{name}", round(1000 * seconds))
-    except jax.errors.JaxRuntimeError as error:
-        raise _lost(f"Not all of the {host_count()} hosts came to {name!r} within {seconds:.0f} s", error) from None
 
 
 @contextlib.contextmanager
 def writer_first() -> Iterator[None]:
-    """The first host runs the block before the others do: what it leaves on disk they find."""
+    """Host 0 runs the block before the others do, so that they find the files that it wrote."""
     if not is_writer():
         barrier("writer first")
     yield
@@ -158,38 +164,36 @@ def writer_first() -> Iterator[None]:
 
 
 def from_writer(make: Callable[[], Any]) -> Any:
-    """What `make` (a JSON value) is on the first host, on all hosts; only there it is called. Where a decision depends on
-    the disk, hosts that looked for themselves could see it at different moments, decide differently and wait for ever."""
+    """Calls `make` on host 0 only, and returns its result (a JSON value) on every host.
+
+    Use it where a decision depends on the disk: hosts that looked for themselves might see different things, decide
+    differently, and wait for each other for ever."""
     if host_count() == 1:
         return make()
     client, key = runtime.global_state.client, f"nla/{next(_turn)}"
     if is_writer():
-        value = make()
-        client.key_value_set(key, json.dumps(value))
-        return json.loads(json.dumps(value))
-    try:
-        return json.loads(client.blocking_key_value_get(key, 1000 * WAIT_SECONDS))
-    except jax.errors.JaxRuntimeError as error:
-        raise _lost("Host 0 did not answer", error) from None
+        client.key_value_set(key, json.dumps(make()))
+    return json.loads(client.blocking_key_value_get(key, 1000 * WAIT_SECONDS))
 
 
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy arrays on every host, whatever devices they lie on; every host must call this."""
-    read = lambda x: multihost_utils.process_allgather(x, tiled=True) if _beyond(x) else jax.device_get(x)
+
+    def read(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return jax.device_get(x) if here else multihost_utils.process_allgather(x, tiled=True)
+
     return jax.tree.map(read, tree)
-
-
-def _beyond(x: Any) -> bool:
-    """Whether part of an array lies on other hosts only."""
-    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
 
 
 # Ending together
 
 
 def leave() -> None:
-    """Ends this process with status 0 where it is one host of a run that has succeeded, when all hosts have come here. Not by the
-    way of `sys.exit`: a thread that Python's own end meets in the runtime's code would end the process by a signal."""
+    """Ends this process with status 0 if it is one of several hosts, when all of them have called it.
+
+    Uses `os._exit`: Python's own shutdown can crash a thread of JAX's runtime, which would turn success into a
+    signal."""
     if host_count() > 1:
         barrier("the end")
         jax.distributed.shutdown()
@@ -199,76 +203,59 @@ def leave() -> None:
 
 
 def end(reason: str, status: int) -> None:
-    """Says why this process ends; where it is one of several hosts, tells the others, who then end too, and ends it. Not by
-    the way of `sys.exit`: the runtime would wait there for hosts that wait for this one."""
+    """Prints why this process ends. If it is one of several hosts, also tells the others, which then end too, and ends
+    it."""
     if host_count() == 1:
         print(f"nla: {reason}", file=sys.stderr)
         return
-    _reasons.append((reason, status))
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        runtime.global_state.client.key_value_set(f"{FAILED}/{host_index()}", json.dumps([reason, status]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if is_writer():
-        time.sleep(5)  # the store lives in this process: the others must have read it
+    _ending.acquire()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first, or host 0 is lost
+        runtime.global_state.client.key_value_set(FAILED, json.dumps([host_index(), reason, status]))
     _exit(reason, status)
 
 
-def failed_host(seconds: float) -> tuple[str, int] | None:
-    """What to say of another host that has said that it ends, and its exit status; None where none says so within `seconds`."""
-    limit, client = time.monotonic() + seconds, runtime.global_state.client
-    while True:
-        try:
-            found = client.key_value_dir_get(FAILED)
-        except jax.errors.JaxRuntimeError:  # host 0 is gone
-            return None
-        for key, value in found:
-            if (index := key.rpartition("/")[2]) != str(host_index()):
-                reason, status = json.loads(value)
-                return f"host {host_index()} of {host_count()} stopped because host {index} did: {reason}", status
-        if time.monotonic() > limit:
-            return None
-        time.sleep(1)
-
-
-def _watch() -> None:
-    if found := failed_host(float("inf")):
-        _exit(*found)
-
-
-def lost(error: RuntimeError) -> str:
-    """What to say of a program that failed between hosts (`jax.errors.JaxRuntimeError` is a `RuntimeError`)."""
+def lost(what: str) -> str:
+    """What to say when another host was probably lost; `what` tells how this one stopped."""
     return (
-        f"host {host_index()} of {host_count()} stopped in a program that runs on all hosts ({first_line(error)}), most likely "
-        f"because another host was lost; the same command on every host continues from the last checkpoint."
+        f"host {host_index()} of {host_count()} {what}, most likely because another host was lost; the same command on "
+        f"every host continues from the last checkpoint."
     )
 
 
-def _lost(what: str, error: Exception) -> InputError:
-    """The error of a wait that did not end well; another host's own words where it left some."""
-    found = failed_host(3)
-    return InputError(found[0] if found else f"{what} ({first_line(error)}); the same command on every host continues the run.")
-
-
-_reasons: list[tuple[str, int]] = []  # why this process ends, and its exit status: the first is said
-_speaking = threading.Lock()
-_handler = None
-
-
 def _exit(reason: str, status: int) -> None:
-    """Ends the process with its one sentence, the last that it writes. Several threads may come here at once (its own failure, that
-    of another host, the runtime's abort); one of them speaks, and none returns."""
-    _reasons.append((reason, status))
-    with _speaking:
-        reason, status = _reasons[0]
-        os.write(2, f"nla: {reason}\n".encode())
-        os._exit(status)
+    """Ends the process at once; `reason` is the last line that it writes. Uses `os._exit`, because Python's own
+    shutdown would wait for hosts that wait for this one."""
+    _ending.acquire()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(2)  # the others must read the reason before this host is gone (and the store, if it is host 0)
+    os.write(2, f"nla: {reason}\n".encode())
+    os._exit(status)
 
 
-def _at_abort(sentence: str) -> None:
-    """What is said last where JAX's runtime aborts the process, as it does when hosts do not come or are lost: it raises
-    nothing, and its callback cannot be a Python function (jaxlib 0.10), so this is a handler of C's for SIGABRT."""
-    global _handler
-    new = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _exit(sentence, 1))
-    ctypes.CDLL(None).signal(signal.SIGABRT, new)
-    _handler = new  # kept alive as long as C may call it
+def _end_with_others() -> None:
+    """Runs in a thread: waits until another host fails, and ends this one with the same reason."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is closed: this host ends anyway
+        failure = runtime.global_state.client.blocking_key_value_get(FAILED, 1000 * 10 * 365 * WAIT_SECONDS)
+        index, reason, status = json.loads(failure)
+        _exit(f"host {host_index()} of {host_count()} stopped because host {index} did: {reason}", status)
+
+
+def _speak_when_aborted() -> None:
+    """Lets this process end with a sentence and status 1 when JAX's runtime aborts it, as it does when a host is lost.
+
+    The runtime offers no callback that could be a Python function (jaxlib 0.10), and a Python function must not be a
+    handler of SIGABRT: waiting for Python's lock there could hang for ever. So two C functions handle the signal.
+    Python's fault handler writes to a pipe, which wakes a thread that speaks; then libc's `sleep` gives that thread six
+    seconds (`sleep` takes the signal's number for the time), after which the abort goes on."""
+
+    def speak() -> None:
+        os.read(heard, 1)
+        _exit(lost("was stopped by JAX's runtime (see above)"), 1)
+
+    heard, told = os.pipe()
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, libc.sleep)
+    faulthandler.disable()  # an earlier `enable` would keep `sleep` from being the next handler
+    faulthandler.enable(told, all_threads=False)
+    threading.Thread(target=speak, daemon=True).start()

@@ -16,7 +16,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of this package's source, marked `+` where files were changed since; None outside a checkout."""
+    """The git commit of this package's source, with a `+` if files have changed since; None outside a checkout."""
     folder = Path(__file__).parent
 
     def git(*command: str) -> str | None:
@@ -26,7 +26,7 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", "environment.py") is None:  # an installed copy may lie inside a foreign checkout
+    if git("ls-files", "--error-unmatch", "environment.py") is None:  # installed inside another project's checkout
         return None
     return f"{git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', '..') else ''}"
 

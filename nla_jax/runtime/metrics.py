@@ -1,98 +1,154 @@
-"""What a run says about itself: `metrics.jsonl`, TensorBoard, and a progress line with an ETA."""
+"""What a run says about itself: metrics and texts of every step, and a progress line with an ETA."""
 
 import json
 import math
+import secrets
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from nla_jax.io.files import AnyPath, replacing, upload
 from nla_jax.runtime.distributed import barrier, is_writer
+from nla_jax.runtime.errors import InputError, first_line
 
 UPLOAD_SECONDS = 60
+METRICS, TEXTS = "metrics.jsonl", "texts.jsonl"
 
 
 class MetricLog:
-    """The metrics of one stage, one JSON object a step in `{folder}/metrics.jsonl`, mirrored to TensorBoard. Of several hosts
-    the first one writes; on all of them `records` holds what was logged.
+    """The metrics of each step in `{folder}/metrics.jsonl` and a few of its texts in `{folder}/texts.jsonl`, one JSON
+    object a line. TensorBoard's files show both. So does Weights & Biases if `wandb` gives its settings (project, name,
+    mode), with `config` as a snapshot of the run's. Of several hosts the first one writes; on all of them `records`
+    holds the metrics.
 
-    Opening it at `step` drops records after that step: a resumed run continues where its checkpoint stands, and the file
-    reads as if it had never stopped.
+    Opening it at `step` drops what was logged after that step: a resumed run continues at its checkpoint, and the files
+    read as if it had never stopped. On Weights & Biases it continues the same run.
 
-    A bucket knows no appending: there both are written in a scratch folder, and uploaded every `UPLOAD_SECONDS`, at the end and
-    by `flush`."""
+    Nothing can be appended to a file on a bucket. There the files are written in a scratch folder, and uploaded every
+    `UPLOAD_SECONDS`, by `flush`, and at the end.
 
-    def __init__(self, folder: AnyPath, step: int = 0):
-        self.folder, self.path = folder, folder / "metrics.jsonl"
-        self.records = [r for r in read_metrics(self.path) if r["step"] <= step]
-        barrier("the metrics")  # all hosts have read what the first one now writes anew
+    Raises `InputError` if Weights & Biases is asked for but cannot start."""
+
+    def __init__(self, folder: AnyPath, step: int = 0, wandb: dict | None = None, config: dict | None = None):
+        self.folder, self.path = folder, folder / METRICS
+        kept = {name: [r for r in read_metrics(folder / name) if r["step"] <= step] for name in (METRICS, TEXTS)}
+        self.records = kept[METRICS]
+        barrier("the metrics")  # all hosts have read the file that the first one now writes again
         if not is_writer():
             return
-        self.scratch, self.uploaded = None if isinstance(folder, Path) else tempfile.TemporaryDirectory(), 0.0
-        written = Path(self.scratch.name) if self.scratch else folder
-        written.mkdir(parents=True, exist_ok=True)
-        write_atomically(written / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
-        self.stream = open(written / "metrics.jsonl", "a")
-        self.board = SummaryWriter(str(written / "tensorboard"), purge_step=step + 1)
+        self.scratch = None if isinstance(folder, Path) else tempfile.TemporaryDirectory()
+        self.written, self.uploaded = Path(self.scratch.name) if self.scratch else folder, 0.0
+        self.written.mkdir(parents=True, exist_ok=True)
+        for name, records in kept.items():
+            write_atomically(self.written / name, "".join(json.dumps(record) + "\n" for record in records))
+        self.board = SummaryWriter(str(self.written / "tensorboard"), purge_step=step + 1)
+        self.wandb = _start_wandb(folder, self.written, wandb, config) if wandb else None
 
     def write(self, step: int, values: dict[str, Any]) -> dict:
-        """Adds a record and returns it as it stands in the file: NaN and infinities are None."""
+        """Adds a record of scalars and returns it as it stands in the file: NaN and infinities are None."""
         record = {"step": step} | {name: _number(value) for name, value in values.items()}
         self.records.append(record)
-        if not is_writer():
-            return record
-        self.stream.write(json.dumps(record) + "\n")
-        self.stream.flush()
-        for name, value in record.items():
-            if name != "step" and value is not None:
+        if is_writer():
+            self._append(METRICS, [record])
+            numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
+            for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
-        if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
-            self.flush()
+            if self.wandb:
+                self.wandb.log(numbers, step=step)
+            if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
+                self.flush()
         return record
 
     def write_texts(self, step: int, rows: list[dict]) -> None:
-        pass
+        """Adds a few texts of a step, each a row with its scores: `{"text": "…", "reward": 0.5}`."""
+        if not is_writer():
+            return
+        rows = [{name: _number(value) for name, value in row.items()} for row in rows]
+        self._append(TEXTS, [{"step": step} | row for row in rows])
+        # Markdown shows what is indented as it is, markup and all.
+        self.board.add_text("texts", "\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows), step)
+        if self.wandb:
+            from wandb import Table
+
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            table = Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+            self.wandb.log({"texts": table}, step=step)
+
+    def _append(self, name: str, records: list[dict]) -> None:
+        with open(self.written / name, "a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(record) + "\n" for record in records)
 
     def flush(self) -> None:
-        """Whatever was logged stands in the folder afterwards (where that is no bucket, it always does)."""
+        """Returns when everything logged so far is in the folder (which matters on a bucket only)."""
         if is_writer() and self.scratch:
             self.board.flush()
-            upload(Path(self.scratch.name), self.folder)
+            upload(self.written, self.folder)
             self.uploaded = time.monotonic()
 
     def close(self) -> None:
+        """Ends the log; it cannot be written to afterwards."""
         if is_writer():
-            self.stream.close()
             self.board.close()
+            if self.wandb:
+                self.wandb.finish()
             self.flush()
 
 
-def _number(value: Any) -> float | int | None:
-    """A JSON number; None for NaN and infinities, which JSON has not."""
+def _start_wandb(folder: AnyPath, scratch: Path, settings: dict, config: dict | None) -> Any:
+    """A run of Weights & Biases. `folder` remembers its id, so that a resumed stage continues the same one."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("Logging to Weights & Biases needs its package: pip install 'nla_jax[wandb]'.") from None
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        write_atomically(id_file, secrets.token_hex(4))
+    try:
+        return wandb.init(
+            **settings,
+            config=config,
+            id=id_file.read_text(),
+            resume="allow",
+            reinit="finish_previous",
+            dir=str(scratch),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except (wandb.Error, TypeError, ValueError) as error:
+        raise InputError(
+            f"Weights & Biases cannot start with {settings} ({first_line(error)}); log in with `wandb login`, or set "
+            f"its mode to offline."
+        ) from None
+
+
+def _number(value: Any) -> float | int | str | None:
+    """A value that JSON has; None for NaN and infinities, which it has not."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: AnyPath) -> list[dict]:
-    """The records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    """The records of a `metrics.jsonl` or `texts.jsonl`, up to the first line that a kill has cut short or that is
+    damaged."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
             break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
     return records
 
 
 def write_atomically(path: AnyPath, text: str) -> None:
-    """Writes a small text file so that `path` holds the old content or the new, never a part; of several hosts the first one
-    writes it, the others do nothing."""
+    """Writes a small text file so that `path` holds the old content or the new, never a part. Of several hosts the
+    first one writes it, and the others do nothing."""
     if not is_writer():
         return
     with replacing(path) as scratch:
@@ -100,41 +156,36 @@ def write_atomically(path: AnyPath, text: str) -> None:
 
 
 class Progress:
-    """A progress line with ETA on a terminal; where the output is a file, one line every 20 seconds. Of several hosts the
-    first one shows it."""
+    """A progress line with an ETA on standard error. On a terminal one line changes in place; in a file a new one is
+    added every 20 seconds. Of several hosts the first one shows it. The ETA does not count the first step, which also
+    compiles."""
 
     def __init__(self, name: str, total: int, done: int = 0):
-        self.name, self.start, self.first, self.last = name, time.monotonic(), done, 0.0
-        self.bar = tqdm(
-            total=total, initial=done, desc=f"{name:>9}", disable=not (sys.stderr.isatty() and is_writer()),
-            dynamic_ncols=True, leave=True, smoothing=0.05,
-        )  # fmt: skip
-        self.total, self.count = total, done
+        self.name, self.total, self.count = name, total, done
+        self.terminal, self.shown = sys.stderr.isatty(), -math.inf
+        self.first: tuple[int, float] | None = None  # the count and the time after the first step
 
-    def update(self, n: int = 1, **shown: float) -> None:
-        self.count += n
-        text = "  ".join(f"{k} {v:.3g}" for k, v in shown.items() if v is not None)
-        if not is_writer():
+    def update(self, n: int = 1, **shown: float | None) -> None:
+        """Counts `n` more, and shows these values."""
+        now, self.count = time.monotonic(), self.count + n
+        self.first = self.first or (self.count, now)
+        ended = self.count >= self.total
+        if not is_writer() or now - self.shown < (0.2 if self.terminal else 20) and not ended:
             return
-        if not self.bar.disable:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(n)
-            return
-        now = time.monotonic()
-        if now - self.last > 20 or self.count >= self.total:
-            self.last = now
-            left = (now - self.start) / max(self.count - self.first, 1) * (self.total - self.count)
-            print(f"{self.name:>9} {self.count}/{self.total}  ETA {_clock(left)}  {text}", file=sys.stderr, flush=True)
+        self.shown = now
+        count, start = self.first
+        seconds = (now - start) / (self.count - count) * (self.total - self.count) if self.count > count else None
+        left = "-:--" if seconds is None else _clock(seconds)
+        values = [f"{name} {value:.3g}" for name, value in shown.items() if value is not None]
+        line = "  ".join([f"{self.name:>9} {self.count}/{self.total}", f"ETA {left}", *values])
+        if self.terminal:
+            line = f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}"
+        print(line, end="" if self.terminal and not ended else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self.bar.close()
-
-    def over(self, items: Iterable) -> Iterator:
-        """Iterates, counting one an item."""
-        for item in items:
-            yield item
-            self.update()
-        self.close()
+        """Ends the line where it stands, if it is not complete."""
+        if self.terminal and is_writer() and self.count < self.total:
+            print(file=sys.stderr)
 
 
 def _clock(seconds: float) -> str:

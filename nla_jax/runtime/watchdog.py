@@ -1,4 +1,5 @@
-"""Watchdogs of the training loops: stop where the metrics say that training has broken down, say where a step hangs."""
+"""Watchdogs of the training loops: one stops a loop whose metrics say that training has broken down, one reports a
+hang."""
 
 import math
 import sys
@@ -12,11 +13,11 @@ from nla_jax.runtime.errors import Stopped
 
 
 class Watchdog:
-    """Stops a loop whose metrics stay outside their limits, or are not finite, over `window` steps without a break.
+    """Stops a loop whose metrics stay outside their limits, or are not finite, for `window` steps in a row.
 
-    `limits` maps metrics to the lowest and the highest healthy value. The metrics of step s are measured under the parameters
-    after step s - 1: a checkpoint is known to be good once the step behind it was. The newest good one is kept, whatever is
-    saved later. `records` are those of the steps before (of a resumed run), so that an interruption forgets nothing."""
+    `limits` maps a metric to its lowest and highest healthy value. `records` are the earlier ones of a resumed run, so
+    that an interruption forgets nothing. The metrics of step s are measured with the parameters after step s - 1, so a
+    healthy step s tells `checkpoints` that step s - 1 was good."""
 
     def __init__(
         self,
@@ -31,16 +32,16 @@ class Watchdog:
             self._note(record)
 
     def observe(self, record: Mapping) -> None:
-        """Judges one record of a metric log (`step` and values, None where one is not finite).
+        """Judges one record of a metric log: `step`, and values that are None if not finite.
 
-        Raises `Stopped`, naming the metric, its limit, the steps, the values, and the newest checkpoint from before."""
+        Raises `Stopped`, naming the metric, its limit, the steps, the values, and the newest checkpoint before them."""
         self._note(record)
         for name, streak in self.streaks.items():
             first, last = streak[0][0], streak[-1][0]
             if last - first + 1 >= self.window:
                 raise Stopped(
-                    f"training has broken down: {name} {self._limit(name)} at every recorded step from {first} to {last} "
-                    f"({_shown([value for _, value in streak])}). {self._advice()}",
+                    f"training has broken down: {name} {self._limit(name)} at every recorded step from {first} to "
+                    f"{last} ({_shown([value for _, value in streak])}). {self._advice()}",
                     status=1,
                 )
 
@@ -56,7 +57,7 @@ class Watchdog:
         step = record["step"]
         self.streaks = {name: self.streaks.get(name, []) + [(step, value)] for name, value in found.items()}
         if not found:
-            self.checkpoints.good = step - 1
+            self.checkpoints.mark_good(step - 1)
 
     def _limit(self, name: str) -> str:
         if name not in self.limits:
@@ -69,12 +70,13 @@ class Watchdog:
         folder, step = self.checkpoints.folder, self.checkpoints.newest_good()
         if step is None:
             return (
-                f"No checkpoint under {folder} is from before; start again in another --workdir with other settings (a lower "
-                f"learning rate, say), or widen the limits under `watchdog` in the config."
+                f"No checkpoint under {folder} is from before; start again in another --workdir with other settings (a "
+                f"lower learning rate, say), or widen the limits under `watchdog` in the config."
             )
         return (
-            f"Checkpoint {folder / str(step)} is from before and is kept; remove the later ones beside it to continue from "
-            f"there, with other settings (a lower learning rate, say) or wider limits under `watchdog` in the config."
+            f"Checkpoint {folder / str(step)} is from before and is kept; move the later ones elsewhere to continue "
+            f"from there, with other settings (a lower learning rate, say) or wider limits under `watchdog` in the "
+            f"config."
         )
 
 
@@ -86,16 +88,17 @@ def _shown(values: list) -> str:
 
 
 class Phases:
-    """Where a loop stands: `enter` is called as each phase of a step begins. `seconds` holds how long each took in the
-    current step. As a context, a thread reports on standard error where nothing moves for `stall_minutes`; the loop goes on."""
+    """Where a loop is: it calls `enter` as each phase of a step begins. `seconds` holds how long each phase of the
+    current step took. As a context, it reports on standard error (from a thread) if nothing moves for `stall_minutes`;
+    the loop goes on."""
 
     def __init__(self, name: str, stall_minutes: float):
         self.name, self.patience, self.seconds = name, 60 * stall_minutes, {}
-        self._at = ("start", 0, time.monotonic())  # phase, step, since when: one tuple, since two threads use it
+        self._at = ("start", 0, time.monotonic())  # phase, step, since when: one tuple, because two threads use it
         self._over = threading.Event()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The phase before ends and `phase` begins; with a `step`, that step begins."""
+        """Ends the phase before and begins `phase`; with `step`, that step begins too."""
         before, number, since = self._at
         now = time.monotonic()
         self.seconds[before] = self.seconds.get(before, 0.0) + now - since
@@ -122,8 +125,8 @@ class Phases:
             if waited > self.patience * (times + 1):
                 reported, times = at, times + 1
                 print(
-                    f"nla: {self.name} has not moved for {waited / 60:.3g} minutes: step {step}, phase {phase!r}; it goes on "
-                    f"waiting.",
+                    f"nla: {self.name} has not moved for {waited / 60:.3g} minutes: step {step}, phase {phase!r}; "
+                    f"it goes on waiting.",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -36,10 +36,16 @@ class Loop(contextlib.AbstractContextManager):
     def __exit__(self, *error) -> bool | None:
         return self._stack.__exit__(*error)
 
-    def resume(self, make: Callable[[], TrainState]) -> TrainState:
-        """The state of the newest checkpoint, else the one that `make` makes."""
-        self.start, state = self.checkpoints.restore(make(), self.total)
-        self.log = MetricLog(self.folder, self.start)
+    def resume(self, abstract: TrainState, make: Callable[[], TrainState], discard: Any) -> TrainState:
+        """The state of the newest checkpoint, else the one that `make` makes.
+
+        `abstract`: its shapes and shardings. `discard`: arrays that only `make` needs, deleted before a checkpoint is read,
+        so that one state is in memory at a time."""
+        found = self.checkpoints.restore(abstract, self.total, discard)
+        self.start, state = found or (0, make())
+        project = self.run.config.log.wandb
+        wandb = {"project": project, "name": f"{self.run.workdir.name} {self.name}"} if project else None
+        self.log = MetricLog(self.folder, self.start, wandb, self.run.config.to_dict())
         self.progress = Progress(self.phases.name, self.total, self.start)
         self.watchdog = Watchdog(self.checkpoints, self.run.config.watchdog.window, self.limits, self.log.records)
         return state

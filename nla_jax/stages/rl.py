@@ -43,7 +43,8 @@ def rl(run: Run) -> None:
 
         with Loop(run, "rl", "rl", c.steps, base, healthy(run)) as loop:
             frozen, to_decoding = study.frozen(pair.verbalizer_params, pair.base), study.decoding(pair.base)
-            state = loop.resume(lambda: study.init(pair.verbalizer_params, pair.reconstructor_params))
+            warm = pair.verbalizer_params, pair.reconstructor_params
+            state = loop.resume(study.abstract_state(), lambda: study.init(*warm), warm)
             reading = Reading(study, pair, data)
             for i in loop.steps():
                 rows = rows_of_step(len(data), c.activations, i, run.config.seed)

@@ -15,7 +15,7 @@ from nla_jax.fve import normalise
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import SupervisedStep, TrainState
-from nla_jax.models.sharding import RowsOf, place_batch, shardings
+from nla_jax.models.sharding import RowsOf, place_batch, placed, shardings
 from nla_jax.pair import Pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.runtime.compiler import jit_step
@@ -80,16 +80,17 @@ def fit(
     `abstract`: the shapes of `params` with logical axis names. `batch_of_step(i)` is a pure function, so that a resumed run
     sees the batches it would have seen. `base`: the frozen model beneath an adapter. Raises `Stopped` on SIGTERM, and where
     the loss stays NaN."""
-    layout = shardings(loop.run.mesh, jax.eval_shape(step.init, abstract))
+    mesh, boxed = loop.run.mesh, jax.eval_shape(step.init, abstract)
+    layout = shardings(mesh, boxed)
 
     def make() -> TrainState:
-        placed = jax.device_put(params, layout.models[step.name].params)
-        return jax.jit(step.init, out_shardings=layout, donate_argnums=0)(placed)
+        there = jax.device_put(params, layout.models[step.name].params)
+        return jax.jit(step.init, out_shardings=layout, donate_argnums=0)(there)
 
-    state = loop.resume(make)
-    train, clock = jit_step(step, loop.run.mesh), time.monotonic()
+    state = loop.resume(placed(mesh, boxed), make, params)
+    train, clock = jit_step(step, mesh), time.monotonic()
     for i in loop.steps():
-        batch = place_batch(loop.run.mesh, batch_of_step(i))
+        batch = place_batch(mesh, batch_of_step(i))
         loop.phases.enter("train step")
         state, metrics = train(state, batch, base)
         shown = {}
