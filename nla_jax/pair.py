@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
 from nla_jax.data.batches import pad_tokens
 from nla_jax.fve import cosine, mse
+from nla_jax.io.adapters import CONFIG as ADAPTER
+from nla_jax.io.adapters import load_adapter, read_settings, save_adapter
 from nla_jax.io.files import AnyPath, new_folder, path_to
 from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model, save_tokenizer
 from nla_jax.io.hub import locate
@@ -104,7 +106,8 @@ class Pair:
 
             for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
                 tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
-                texts += [text or "" for text in self.prompts.read_responses(tokens, mask, finished)[: len(part)]]
+                found = self.prompts.explanations(self.prompts.responses(tokens, mask), finished)
+                texts += [text or "" for text in found[: len(part)]]
         return texts
 
     def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:

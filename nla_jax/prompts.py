@@ -130,12 +130,14 @@ class Prompts:
         texts = [RESPONSE.replace("{explanation}", text) for text in explanations]
         return [ids + [end] for ids in plain_ids(self.tokenizer, texts)]
 
-    def read_responses(self, tokens: np.ndarray, mask: np.ndarray, finished: np.ndarray) -> list[str | None]:
-        """The explanation in each sampled response `[B, R]`; None where it was cut, is
-        empty, or is not alone in its tags."""
+    def responses(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+        """The text of each sampled response [B, R], whatever it holds."""
         rows = [row[real].tolist() for row, real in zip(tokens, mask)]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        matches = [EXPLANATION.fullmatch(text) if done else None for text, done in zip(texts, finished)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def explanations(self, responses: Sequence[str], finished: np.ndarray) -> list[str | None]:
+        """The explanation in each response; None where it was cut, is empty, or is not alone in its tags."""
+        matches = [EXPLANATION.fullmatch(text) if done else None for text, done in zip(responses, finished)]
         return [match[1] or None if match else None for match in matches]
 
     @functools.cached_property

@@ -122,9 +122,9 @@ def test_every_part_of_the_users_is_used(extended, folder):
     records = history(extended)
     assert all("feature/overlap" in record and "ar_lr" not in record and record["av_lr"] > 0 for record in records)
     texts = [json.loads(line) for line in (extended / "train/rl/texts.jsonl").read_text().splitlines()]
-    failed = [row for row in texts if row["text"] is None]
+    failed = [row for row in texts if not row["valid"]]
     assert len(texts) == 16 and all(row["reward"] == pytest.approx(-9) for row in failed)
-    assert any(row["text"] and row["reward"] < -row["mse"] + 1e-6 for row in texts)
+    assert any(row["valid"] and row["reward"] < -row["mse"] + 1e-6 for row in texts)
     page = json.loads((extended / "evaluation.json").read_text())
     assert [probe["name"] for probe in page["probes"]] == ["after_rl", "long"]
     assert page["probes"][1]["about"] == "Whether the explanation has more than twenty characters."

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, close, random_params
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nla_jax.models.attention import attend, causal_mask
+from nla_jax.models.attention import Segment, attend, causal_mask
 from nla_jax.models.kernels import attend_by, with_kernel
 from nla_jax.models.sharding import make_mesh
 from nla_jax.models.transformer import Transformer

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import (
     CONFIG,
+    LOOP,
     SPLITS,
     close,
     copy_before,

@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, close, joint_batch, one_sentence, random_params
 from safetensors.numpy import load_file, save_file
 
-from nla_jax.autoencoder import add_norm_matched
+from nla_jax.autoencoder import Injection, add_norm_matched
 from nla_jax.cli import main
 from nla_jax.data.batches import TextBatch
 from nla_jax.io.adapters import CONFIG, WEIGHTS, load_adapter

@@ -85,7 +85,7 @@ def test_greedy_texts_equal_generate_of_transformers(pair, saved, vectors):
             do_sample=False, eos_token_id=verbalizer.end, pad_token_id=verbalizer.end,
         )[0].numpy()  # fmt: skip
         ended = np.array([verbalizer.end in ids])
-        expected += pair.prompts.read_responses(ids[None], np.ones((1, len(ids)), bool), ended)
+        expected += pair.prompts.explanations(pair.prompts.responses(ids[None], np.ones((1, len(ids)), bool)), ended)
     assert pair.verbalize(vectors, temperature=0.0, **SAMPLE) == [text or "" for text in expected]
     assert any(expected)
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY, close
 
 from nla_jax.models import cpu_forms
-from nla_jax.models.attention import attend
+from nla_jax.models.attention import Segment, attend
 from nla_jax.models.transformer import Transformer, empty_cache, layers_apart, truncate
 
 G = 3

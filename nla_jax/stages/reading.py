@@ -27,7 +27,8 @@ class Reading:
 
         `rows`: which activations of the data `vectors` [A, D] are."""
         (own, tokens), (_, mask), (_, finished) = map(local_rows, (sampled.tokens, sampled.mask, sampled.finished))
-        texts = self.prompts.read_responses(tokens, mask, finished)
+        responses = self.prompts.responses(tokens, mask)
+        texts = self.prompts.explanations(responses, finished)
         activations = rows[own // self.c.group]
         read = self._as_read([text or "" for text in texts], activations, step)
         ids, lengths = self.prompts.reconstructor_batch(read, self.study.text_width)
@@ -36,7 +37,8 @@ class Reading:
             records = self.data.records(activations)
             features = compute_features(self.c.features, [text or "" for text in texts], records)
         count, start = len(sampled.finished), self.read_rows
-        self.shown |= {start + i: {"row": int(row), "text": text} for i, row, text in zip(own, activations, texts)}
+        for i, row, text, response in zip(own, activations, texts, responses):
+            self.shown[start + i] = {"row": int(row), "valid": text is not None, "text": text or response}
         self.read_rows += count
         place = lambda x: place_local(sampled.finished.sharding, own, x, count)
         return JointBatch(
