@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -175,6 +176,8 @@ def test_what_is_written_wrongly_is_named_with_its_line(case, extended, flags, f
     (tmp_path / f"{module}.py").write_text(f"# A file of the user's.\n\n{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
     workdir = copy_before(extended, tmp_path, stage)
+    if stage == "label":
+        shutil.rmtree(workdir / "labels")
     capsys.readouterr()
     assert main([stage, "--workdir", str(workdir), *flags, f"--config.{setting}={module}:bad"]) == 1
     said = one_line(capsys)
