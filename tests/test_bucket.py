@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import nla_jax.stages.train
+import nla_jax.study
 import numpy as np
 import pytest
 from conftest import history, nla_main, one_line, one_sentence, same_run, weights
@@ -110,7 +110,7 @@ def test_a_pair_is_saved_and_loaded(store, pair, vectors, tmp_path):
 def test_the_loop_stopped_and_resumed_on_a_bucket_is_the_one_on_a_disk(
     store, finished, corpus, tmp_path, monkeypatch, capsys
 ):
-    workdir, original, calls = "gs://bucket/runs/tiny", nla_jax.stages.train.rollout, []
+    workdir, original, calls = "gs://bucket/runs/tiny", nla_jax.study.rollout, []
 
     def stop(*args, **kwargs):
         calls.append(1)
@@ -118,7 +118,7 @@ def test_the_loop_stopped_and_resumed_on_a_bucket_is_the_one_on_a_disk(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(nla_jax.stages.train, "rollout", stop)
+    monkeypatch.setattr(nla_jax.study, "rollout", stop)
     every = "--config.rl.checkpoint_every=2"
     assert nla_main("quickstart", workdir, corpus, every) == 130
     assert not path_to(f"{workdir}/pair").exists()

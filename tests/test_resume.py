@@ -15,7 +15,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import nla_jax.stages.train
+import nla_jax.stages.rl
+import nla_jax.study
 import numpy as np
 import optax
 import pyarrow as pa
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import (
     CONFIG,
+    LOOP,
     close,
     copy_before,
     history,
@@ -85,7 +87,7 @@ def talking(arguments, tokenizer, tmp_path_factory) -> Path:
     return workdir
 
 
-def stopping(monkeypatch, at: int, how, module=nla_jax.stages.train) -> list:
+def stopping(monkeypatch, at: int, how, module=nla_jax.study) -> list:
     """Calls `how` as the loop samples for the `at`-th time; returns the list that grows with each time."""
     original, calls = module.rollout, []
 
@@ -162,10 +164,10 @@ def test_another_pair_is_evaluated_by_its_own_texts(talking, arguments, tmp_path
     np.testing.assert_allclose(now["fve_rl_ci95"], now["fve_rl"])
 
 
-@pytest.mark.parametrize("moment", ["rollout", "place_batch"])
-def test_rl_stopped_and_resumed_is_the_undisturbed_run(talking, arguments, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize("module, moment", [(nla_jax.study, "rollout"), (nla_jax.stages.rl, "place_batch")])
+def test_rl_stopped_and_resumed_is_the_undisturbed_run(talking, arguments, tmp_path, monkeypatch, module, moment):
     workdir, calls = copy_before(talking, tmp_path, "rl"), 0
-    original = getattr(nla_jax.stages.train, moment)
+    original = getattr(module, moment)
 
     def stop(*args, **kwargs):
         nonlocal calls
@@ -174,7 +176,7 @@ def test_rl_stopped_and_resumed_is_the_undisturbed_run(talking, arguments, tmp_p
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(nla_jax.stages.train, moment, stop)
+    monkeypatch.setattr(module, moment, stop)
     while (status := main(arguments("rl", workdir))) == 130:
         assert not (workdir / "pair").exists()
     assert status == 0 and calls > 3
@@ -448,3 +450,31 @@ def test_killed_at_twenty_moments(talking, arguments, tmp_path):
 
 def last_step(workdir: Path) -> int:
     return max((record["step"] for record in history(workdir)), default=0)
+
+
+def test_a_finished_stage_goes_on_with_more_steps(finished, corpus, tmp_path, capsys):
+    """RL continues from its last step, and what was measured is measured again; fewer steps, or more of the warm start that
+    RL began with, are refused."""
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    before = history(workdir)
+    assert nla_main("quickstart", workdir, corpus, "--config.rl.steps=6") == 0
+    said = capsys.readouterr().err
+    assert "sft: already done" in said and "rl: done" in said and "evaluate: done" in said
+    assert history(workdir)[:4] == before and [record["step"] for record in history(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((workdir / "stages/rl.json").read_text())["result"]["steps"] == 6
+    assert nla_main("quickstart", workdir, corpus, "--config.rl.steps=5") == 1
+    assert "rl.steps = 6 -> 5" in one_line(capsys)
+    assert nla_main("rl", workdir, corpus, "--config.rl.steps=6", "--config.sft.ar.steps=8") == 1
+    assert "sft.ar.steps = 6 -> 8" in one_line(capsys)
+
+
+@pytest.mark.parametrize("gone, stage", [("report.html", "report"), ("pair", "rl"), ("labels", "label")])
+def test_what_was_removed_is_made_again(gone, stage, finished, corpus, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    path = workdir / gone
+    kept = weights(workdir)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert nla_main("quickstart", workdir, corpus) == 0
+    said = capsys.readouterr().err
+    assert path.exists() and f"{stage}: done" in said and said.count("already done") >= len(LOOP) - 2
+    assert all(np.array_equal(kept[name], value) for name, value in weights(workdir).items())

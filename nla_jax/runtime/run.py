@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -18,7 +18,7 @@ from nla_jax.config import Config, is_free
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.io.files import AnyPath, path_to, reaching, stand_in
 from nla_jax.models.sharding import make_mesh
-from nla_jax.runtime.checkpoint import Checkpoints, differences
+from nla_jax.runtime.checkpoint import Checkpoints, differences, flat
 from nla_jax.runtime.distributed import barrier, from_writer, host_count, host_index, is_writer, writer_first
 from nla_jax.runtime.environment import environment
 from nla_jax.runtime.errors import InputError
@@ -34,6 +34,7 @@ class Stage:
     run: str  # import path of `(Run) -> None`
     needs: str | None  # the stage whose result it starts from
     reads: tuple[str, ...]  # sections of the config that determine its result, beside those of the stages before it
+    makes: tuple[str, ...]  # patterns of the files that it makes: where they are gone, it runs again
     leaves: tuple[str, ...] = ()  # patterns of partial results: where one exists, settings may not change
 
 
@@ -122,23 +123,24 @@ class Run:
             raise InputError(
                 f"{self.workdir} holds no finished {stage!r} stage; run `nla {stage}` with the same flags first."
             )
-        self._check(stage)
+        self._check(stage, is_free)
         return result
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict | None]:
         """Runs a stage once: yields None where it has finished before, else a dict to fill with its result.
 
-        Raises `InputError` where the folder holds this stage, or a part of it, made with other settings that are not free
+        A finished stage runs again where its files are gone, and goes on where more steps are asked for. Raises
+        `InputError` where the folder holds this stage, or a part of it, made with other settings that are not free
         (`config.is_free`; the number of steps is free until the stage has finished)."""
-        if self.result(name) is not None:
-            self._check(name)
+        previous, start = self._record(name), time.monotonic()
+        if previous and "result" in previous and self._is_whole(previous) and not self._goes_on(name, previous):
+            self._check(name, is_free)
             yield None
             return
-        previous, start = self._record(name), time.monotonic()
         leaves = self.stages[name].leaves
         if previous and from_writer(lambda: any(any(self.workdir.glob(pattern)) for pattern in leaves)):
-            self._check(name)
+            self._check(name, free_until_finished)
         with self._writing():
             write_atomically(self.workdir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
         spent = previous["seconds"] if previous else 0.0
@@ -148,10 +150,27 @@ class Run:
         try:
             yield result
             record["result"] = result
+            record["files"] = {pattern: self._count(pattern) for pattern in self.stages[name].makes}
         finally:
             record["seconds"] = round(spent + time.monotonic() - start, 2)
             self._write(name, record)
         barrier(f"the end of {name}")
+
+    def _count(self, pattern: str) -> int:
+        return from_writer(lambda: len(list(self.workdir.glob(pattern))))
+
+    def _is_whole(self, record: dict) -> bool:
+        """Whether the files that a finished stage made are still there."""
+        return all(self._count(pattern) >= count for pattern, count in record["files"].items())
+
+    def _goes_on(self, stage: str, record: dict) -> bool:
+        """Whether a finished stage has more to do: more steps of its own, or (if it keeps nothing) of the stages before."""
+        made, now = flat(record["basis"]), flat(self.basis(stage))
+        changed = [name for name in made.keys() | now.keys() if made.get(name) != now.get(name) and not is_free(name)]
+        if not changed or any(name.split(".")[-1] != "steps" or made[name] > now[name] for name in changed):
+            return False
+        own = self.stages[stage].reads
+        return not self.stages[stage].leaves or all(name.split(".")[0] in own for name in changed)
 
     def _file(self, stage: str) -> AnyPath:
         return self.workdir / "stages" / f"{stage}.json"
@@ -171,10 +190,8 @@ class Run:
         self._file(stage).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._file(stage), json.dumps(record, indent=1) + "\n")
 
-    def _check(self, stage: str) -> None:
-        record = self._record(stage)
-        may_differ = is_free if "result" in record else free_until_finished
-        if changed := differences(record["basis"], self.basis(stage), may_differ):
+    def _check(self, stage: str, may_differ: Callable[[str], bool]) -> None:
+        if changed := differences(self._record(stage)["basis"], self.basis(stage), may_differ):
             raise InputError(
                 f"{self.workdir} holds stage {stage!r} made with other settings (old -> new): {'; '.join(changed)}. Go back "
                 f"to the old ones, use another --workdir, or delete {self._file(stage)} and the files of that stage."

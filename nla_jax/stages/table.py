@@ -11,6 +11,7 @@ STAGES = {
             run="nla_jax.stages.pretrain:pretrain",
             needs=None,
             reads=("seed", "corpus", "split", "pretrain"),
+            makes=("subject/config.json",),
             leaves=("train/pretrain/checkpoints/*",),
         ),
         Stage(
@@ -19,6 +20,7 @@ STAGES = {
             run="nla_jax.stages.extract:extract",
             needs="pretrain",
             reads=("seed", "compute", "corpus", "split", "subject", "extract"),
+            makes=("activations/*.parquet",),
             leaves=("activations/*.parquet",),
         ),
         Stage(
@@ -27,6 +29,7 @@ STAGES = {
             run="nla_jax.stages.label:label",
             needs="extract",
             reads=("label",),
+            makes=("labels/*.parquet",),
             leaves=("labels/*.parquet",),
         ),
         Stage(
@@ -35,6 +38,7 @@ STAGES = {
             run="nla_jax.stages.sft:sft",
             needs="label",
             reads=("prompts", "sft"),
+            makes=("pair_warm/av", "pair_warm/ar"),
             leaves=("train/sft_av/checkpoints/*", "train/sft_ar/checkpoints/*"),
         ),
         Stage(
@@ -43,6 +47,7 @@ STAGES = {
             run="nla_jax.stages.rl:rl",
             needs="sft",
             reads=("rl",),
+            makes=("pair/av", "pair/ar"),
             leaves=("train/rl/checkpoints/*",),
         ),
         Stage(
@@ -51,6 +56,7 @@ STAGES = {
             run="nla_jax.stages.evaluate:evaluate",
             needs="rl",
             reads=("evaluate",),
+            makes=("evaluation.json",),
         ),
         Stage(
             name="report",
@@ -58,6 +64,7 @@ STAGES = {
             run="nla_jax.stages.report:report",
             needs="evaluate",
             reads=("report",),
+            makes=("summary.json", "report.html"),
         ),
     )
 }

@@ -55,12 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
     with run.alone():
         for stage in stages:
             arguments.stage = stage  # for the sentence that says where the run was stopped
-            known = run.result(stage) is not None
+            before = run.result(stage)
             module, _, function = STAGES[stage].run.partition(":")
             getattr(importlib.import_module(module), function)(run)
             if distributed.is_writer():
-                seconds = run.result(stage)["seconds"]
-                print(f"{stage}: {'already done' if known else 'done'} ({seconds:.0f} s)", file=sys.stderr)
+                result = run.result(stage)
+                print(f"{stage}: {'already done' if result == before else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
     if stages[-1] == "report" and distributed.is_writer():
         print_headline(run.workdir)
     distributed.leave()
