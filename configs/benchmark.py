@@ -70,13 +70,13 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "qwen2_5_7b":
         released = runpy.run_path(str(Path(__file__).with_name("qwen2_5_7b.py")))
-        c.subject.update(layer=20, architecture=ConfigDict(released["ARCHITECTURE"]))
+        c.subject = ConfigDict(dict(path="random", layer=20, architecture=released["ARCHITECTURE"]))
         c.compute.update(dtype="bfloat16", remat="nothing_saveable")
         c.plan.update(prefix=111, suffix=14)
         c.prompts.max_new_tokens = 150
         c.rl.update(activations=64, group=8)
     elif variant == "smollm2":
-        c.subject.update(layer=20, architecture=ConfigDict(SMOLLM2))
+        c.subject = ConfigDict(dict(path="random", layer=20, architecture=SMOLLM2))
         c.plan.update(prefix=30, suffix=8)
         c.prompts.max_new_tokens = 48
         c.rl.update(activations=4, group=8)

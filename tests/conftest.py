@@ -48,7 +48,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
-from nla_jax.cli import LOOP, main
+from nla_jax.cli import main
 from nla_jax.io.pretrained import save_model
 from nla_jax.joint_step import JointBatch
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
@@ -57,6 +57,7 @@ from nla_jax.prompts import Prompts, find_marker
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.metrics import read_metrics
 from nla_jax.sidecar import Sidecar
+from nla_jax.stages.table import STAGES
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
 
@@ -106,6 +107,7 @@ def joint_batch(pair: Pair, vectors: np.ndarray, group: int, R: int, T: int) -> 
         responses=rng.integers(4, TINY.vocab_size, (B, R)).astype(np.int32),
         response_mask=np.arange(R) < lengths[:, None],
         sampler_logprobs=-rng.random((B, R)).astype(np.float32),
+        finished=np.arange(B) % 5 != 1,
         texts=texts,
         text_lengths=rng.integers(1 + len(prefix), T + 1, B).astype(np.int32),
         valid=np.arange(B) % 5 != 1,
@@ -249,7 +251,7 @@ def copy_before(finished: Path, tmp_path: Path, stage: str) -> Path:
     """A copy of a finished run in which `stage` and all after it never happened."""
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
-    for later in LOOP[LOOP.index(stage) :]:
+    for later in list(STAGES)[list(STAGES).index(stage) :]:
         (workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
     made = {"rl": ["train/rl", "pair"], "sft": ["train/sft_av", "train/sft_ar", "train/rl", "pair", "pair_warm"]}
     for folder in made.get(stage, []) + ["activations"] * (stage == "extract"):
