@@ -42,41 +42,57 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-SMALL = dict(
-    model_type="qwen2", vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
-    num_attention_heads=8, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
-)  # fmt: skip
-SMOLLM2 = dict(
-    model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-    num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5,
-    rope_theta=100_000.0, tie_word_embeddings=True,
-)  # fmt: skip
+SMALL = {
+    "model_type": "qwen2",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100_000.0,
+    "tie_word_embeddings": True,
+}
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: "", "qwen2_5_7b" and "smollm2". What is not set here has the package's default (`nla settings`)."""
     c = ConfigDict()
     # No model has this path, so that the shapes are those of `architecture`.
-    c.subject = ConfigDict(dict(path="random", layer=4, architecture=SMALL))
-    c.compute = ConfigDict(dict(dtype="float32", remat="dots_with_no_batch_dims_saveable", attention="xla"))
-    c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
-    c.plan = ConfigDict(dict(prefix=100, suffix=25, text_prefix=8, text=13))
-    c.prompts = ConfigDict(dict(max_new_tokens=64, injection_scale=10.0))
-    c.extract = ConfigDict(dict(max_tokens=512, positions=8))
-    lora = dict(rank=0, alpha=16.0)
-    c.sft = ConfigDict(dict(av=dict(batch=64, lora=dict(lora)), ar=dict(batch=64, lora=dict(lora))))
-    c.rl = ConfigDict(dict(activations=8, group=8, kl_coefficient=0.01, micro_batches=1, rollout_chunks=1))
-    c.evaluate = ConfigDict(dict(batch=64))
+    c.subject = ConfigDict({"path": "random", "layer": 4, "architecture": SMALL})
+    c.compute = ConfigDict({"dtype": "float32", "remat": "dots_with_no_batch_dims_saveable", "attention": "xla"})
+    c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    c.plan = ConfigDict({"prefix": 100, "suffix": 25, "text_prefix": 8, "text": 13})
+    c.prompts = ConfigDict({"max_new_tokens": 64, "injection_scale": 10.0})
+    c.extract = ConfigDict({"max_tokens": 512, "positions": 8})
+    lora = {"rank": 0, "alpha": 16.0}
+    c.sft = ConfigDict({"av": {"batch": 64, "lora": dict(lora)}, "ar": {"batch": 64, "lora": dict(lora)}})
+    c.rl = ConfigDict({"activations": 8, "group": 8, "kl_coefficient": 0.01, "micro_batches": 1, "rollout_chunks": 1})
+    c.evaluate = ConfigDict({"batch": 64})
 
     if variant == "qwen2_5_7b":
         released = runpy.run_path(str(Path(__file__).with_name("qwen2_5_7b.py")))
-        c.subject = ConfigDict(dict(path="random", layer=20, architecture=released["ARCHITECTURE"]))
+        c.subject = ConfigDict({"path": "random", "layer": 20, "architecture": released["ARCHITECTURE"]})
         c.compute.update(dtype="bfloat16", remat="nothing_saveable")
         c.plan.update(prefix=111, suffix=14)
         c.prompts.max_new_tokens = 150
         c.rl.update(activations=64, group=8)
     elif variant == "smollm2":
-        c.subject = ConfigDict(dict(path="random", layer=20, architecture=SMOLLM2))
+        c.subject = ConfigDict({"path": "random", "layer": 20, "architecture": SMOLLM2})
         c.plan.update(prefix=30, suffix=8)
         c.prompts.max_new_tokens = 48
         c.rl.update(activations=4, group=8)

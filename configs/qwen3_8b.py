@@ -12,17 +12,31 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-ARCHITECTURE = dict(
-    model_type="qwen3", vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, rms_norm_eps=1e-6,
-    rope_theta=1_000_000.0, tie_word_embeddings=False,
-)  # fmt: skip
-TINY = dict(
-    vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8,
-)  # fmt: skip
+ARCHITECTURE = {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+}
+TINY = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 MESHES = {
-    "v5p_8": dict(mesh=(1, 2, 4)),  # v5p:2x2x2
+    "v5p_8": {"mesh": (1, 2, 4)},  # v5p:2x2x2
 }
 
 
@@ -30,9 +44,15 @@ def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
     c = released(
-        variant, MESHES, path="Qwen/Qwen3-8B", layer=24, architecture=ARCHITECTURE, tiny=TINY, lr=1.41e-5,
+        variant,
+        MESHES,
+        path="Qwen/Qwen3-8B",
+        layer=24,
+        architecture=ARCHITECTURE,
+        tiny=TINY,
+        lr=1.41e-5,
         activations=256,
-    )  # fmt: skip
+    )
     c.sft.av.lora.update(rank=4 if variant == "tiny" else 128)
     if variant != "tiny":
         c.sft.av.optimizer.update(lr=2e-4, final_lr=2e-5)

@@ -49,7 +49,7 @@ def released(
     c.compute.update(dtype="bfloat16", remat="nothing_saveable")
     # 640,000 positions: one epoch of 1000 batches of 256 for each warm start, 1000 steps of 128 for RL.
     c.corpus.update(source="corpus", max_documents=64_000)
-    c.split = ConfigDict(dict(av_sft=0.40, ar_sft=0.40, rl=0.19, heldout=0.01))
+    c.split = ConfigDict({"av_sft": 0.40, "ar_sft": 0.40, "rl": 0.19, "heldout": 0.01})
     c.extract.update(positions=10, min_position=50, max_tokens=1024, shard_documents=2000)
     c.prompts.update(
         verbalizer_template=VERBALIZER_TEMPLATE,
@@ -60,11 +60,16 @@ def released(
     c.sft.checkpoint_every = 100
     for model in (c.sft.av, c.sft.ar):
         model.update(batch=256, steps=1000)
-        model.optimizer = ConfigDict(dict(function=ADAMW, lr=2e-5, final_lr=2e-6, warmup=50))
+        model.optimizer = ConfigDict({"function": ADAMW, "lr": 2e-5, "final_lr": 2e-6, "warmup": 50})
     c.rl.update(
-        steps=1000, activations=activations, group=group, rollout_chunks=1, kl_coefficient=0.01, checkpoint_every=50,
+        steps=1000,
+        activations=activations,
+        group=group,
+        rollout_chunks=1,
+        kl_coefficient=0.01,
+        checkpoint_every=50,
         heldout_every=50,
-    )  # fmt: skip
+    )
     for optimizer in (c.rl.av_optimizer, c.rl.ar_optimizer):
         optimizer.update(lr=lr, warmup=0)
     c.plan.update(prefix=100, suffix=25, text_prefix=6 + bos, text=14 + bos)

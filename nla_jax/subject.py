@@ -198,8 +198,9 @@ def subject_config(config: Config, mesh: Mesh) -> TransformerConfig:
 
     They come from the folder that `subject.path` names, else from `subject.architecture`, else from the hub's
     `config.json`, the only file that is fetched. Without a path they are those of the model that `pretrain` would make.
-    Raises `InputError` where the hub does not give that file, for a layer that the model does not have, and for a kernel
-    that these devices or this model cannot use."""
+
+    Raises `InputError` where the hub does not give that file, for a layer that the model does not have, and for an
+    attention kernel that these devices or this model cannot use."""
     c, compute = config.subject, config.compute
     model = with_kernel(_shapes(config, jnp.dtype(compute.dtype)), compute.attention, mesh)
     if not 0 <= c.layer < model.layers:

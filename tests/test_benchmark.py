@@ -33,22 +33,44 @@ from nla_jax.tools.flops import parameters, work_of
 
 CONFIG = str(Path(__file__).parent.parent / "configs/benchmark.py")
 TINY = {
-    "subject.architecture.vocab_size": 320, "subject.architecture.hidden_size": 32,
-    "subject.architecture.num_hidden_layers": 2, "subject.architecture.num_attention_heads": 4,
-    "subject.architecture.num_key_value_heads": 2, "subject.architecture.head_dim": 8,
-    "subject.architecture.intermediate_size": 48, "subject.layer": 0, "plan.prefix": 6, "plan.suffix": 3,
-    "plan.text_prefix": 2, "plan.text": 5, "prompts.max_new_tokens": 4, "rl.activations": 4, "rl.group": 2,
-    "sft.av.batch": 4, "sft.ar.batch": 4, "extract.max_tokens": 16,
-}  # fmt: skip
+    "subject.architecture.vocab_size": 320,
+    "subject.architecture.hidden_size": 32,
+    "subject.architecture.num_hidden_layers": 2,
+    "subject.architecture.num_attention_heads": 4,
+    "subject.architecture.num_key_value_heads": 2,
+    "subject.architecture.head_dim": 8,
+    "subject.architecture.intermediate_size": 48,
+    "subject.layer": 0,
+    "plan.prefix": 6,
+    "plan.suffix": 3,
+    "plan.text_prefix": 2,
+    "plan.text": 5,
+    "prompts.max_new_tokens": 4,
+    "rl.activations": 4,
+    "rl.group": 2,
+    "sft.av.batch": 4,
+    "sft.ar.batch": 4,
+    "extract.max_tokens": 16,
+}
 # One wide layer: norms, softmax and rope, which the formulas leave out, are a small part of what XLA counts.
 WIDE = {
-    "subject.architecture.vocab_size": 1500, "subject.architecture.hidden_size": 192,
-    "subject.architecture.num_hidden_layers": 1, "subject.architecture.num_attention_heads": 6,
-    "subject.architecture.num_key_value_heads": 3, "subject.architecture.head_dim": 32,
-    "subject.architecture.intermediate_size": 640, "subject.layer": 0, "plan.prefix": 11, "plan.suffix": 5,
-    "prompts.max_new_tokens": 8, "rl.activations": 3, "rl.group": 4, "sft.av.batch": 5, "sft.ar.batch": 5,
+    "subject.architecture.vocab_size": 1500,
+    "subject.architecture.hidden_size": 192,
+    "subject.architecture.num_hidden_layers": 1,
+    "subject.architecture.num_attention_heads": 6,
+    "subject.architecture.num_key_value_heads": 3,
+    "subject.architecture.head_dim": 32,
+    "subject.architecture.intermediate_size": 640,
+    "subject.layer": 0,
+    "plan.prefix": 11,
+    "plan.suffix": 5,
+    "prompts.max_new_tokens": 8,
+    "rl.activations": 3,
+    "rl.group": 4,
+    "sft.av.batch": 5,
+    "sft.ar.batch": 5,
     "compute.remat": "",
-}  # fmt: skip
+}
 
 
 def words(fields: dict) -> list[str]:
@@ -109,8 +131,14 @@ def test_every_program_gives_finite_figures(capsys, program):
 
 def test_phases_add_up(capsys):
     """At a shape whose step is long enough to time."""
-    larger = {"subject.architecture.hidden_size": 128, "subject.architecture.intermediate_size": 512, "plan.prefix": 40,
-              "prompts.max_new_tokens": 24, "rl.group": 8, "rl.rollout_chunks": 2}  # fmt: skip
+    larger = {
+        "subject.architecture.hidden_size": 128,
+        "subject.architecture.intermediate_size": 512,
+        "plan.prefix": 40,
+        "prompts.max_new_tokens": 24,
+        "rl.group": 8,
+        "rl.rollout_chunks": 2,
+    }
     report = run(capsys, "rl", larger)
     assert 0 <= report["unaccounted"] < 0.05
     assert report["decode"]["steps"] == 2 * 23 and report["decode"]["rows"] == 16
@@ -120,12 +148,18 @@ def test_phases_add_up(capsys):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"sft.av.lora.rank": 2, "sft.ar.lora.rank": 3, "compute.dtype": "bfloat16",
-         "compute.remat": "nothing_saveable", "rl.micro_batches": 2, "rl.kl_coefficient": 0.0},
+        {
+            "sft.av.lora.rank": 2,
+            "sft.ar.lora.rank": 3,
+            "compute.dtype": "bfloat16",
+            "compute.remat": "nothing_saveable",
+            "rl.micro_batches": 2,
+            "rl.kl_coefficient": 0.0,
+        },
         {"sft.av.lora.rank": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "rl.rollout_chunks": 2},
     ],
     ids=["both adapters", "AV adapter on a mesh"],
-)  # fmt: skip
+)
 def test_rl_with_adapters_and_on_a_mesh(capsys, fields):
     report = run(capsys, "rl", fields)
     assert all(math.isfinite(x) for x in numbers(report))

@@ -49,8 +49,15 @@ def test_published_values(name):
     billions = sum(x.size for x in jax.tree.leaves(nn.unbox(abstract_params(model)))) / 1e9
     parameters, *expected = RELEASED[name]
     assert billions == pytest.approx(parameters, rel=2e-3)
-    assert [c.subject.layer, model.layers, model.width, c.prompts.marker, c.prompts.injection_scale,
-            c.rl.ar_optimizer["lr"], c.rl.activations * c.rl.group] == expected  # fmt: skip
+    assert [
+        c.subject.layer,
+        model.layers,
+        model.width,
+        c.prompts.marker,
+        c.prompts.injection_scale,
+        c.rl.ar_optimizer["lr"],
+        c.rl.activations * c.rl.group,
+    ] == expected
     assert (c.rl.kl_coefficient, c.prompts.max_new_tokens, c.sft.ar.batch) == (0.01, 150, 256)
     assert c.sft.ar.optimizer == {
         "function": "nla_jax.objective:adamw",
@@ -99,9 +106,15 @@ def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
     (tmp_path / "topics.jsonl").write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in texts))
     workdir = tmp_path / "run"
     flags = [
-        "--config", f"{CONFIGS / name}.py:tiny", "--workdir", str(workdir), f"--config.subject.path={tmp_path / 'subject'}",
-        f"--config.corpus.source={tmp_path / 'topics.jsonl'}", "--config.rl.heldout_every=9", "--config.rl.steps=2",
-    ]  # fmt: skip
+        "--config",
+        f"{CONFIGS / name}.py:tiny",
+        "--workdir",
+        str(workdir),
+        f"--config.subject.path={tmp_path / 'subject'}",
+        f"--config.corpus.source={tmp_path / 'topics.jsonl'}",
+        "--config.rl.heldout_every=9",
+        "--config.rl.steps=2",
+    ]
     for verb in ("extract", "label", "sft", "rl"):
         assert main([verb, *flags]) == 0
     steps = read_metrics(workdir / "train/rl/metrics.jsonl")
@@ -109,10 +122,17 @@ def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
     assert (workdir / "pair/av/adapter_config.json").is_file() == (name == "qwen3_8b")
 
 
-@pytest.mark.parametrize("name, value", [
-    ("rl.heldout_every", 0), ("rl.checkpoint_every", -1), ("watchdog.stall_minutes", 0.0), ("checkpoints.keep", 0),
-    ("rl.temperature", 0.0), ("evaluate.rows", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("rl.heldout_every", 0),
+        ("rl.checkpoint_every", -1),
+        ("watchdog.stall_minutes", 0.0),
+        ("checkpoints.keep", 0),
+        ("rl.temperature", 0.0),
+        ("evaluate.rows", 1),
+    ],
+)
 def test_numbers_that_mean_nothing_are_refused_before_anything_runs(name, value):
     with pytest.raises(InputError, match=f"{name} is {value}; it must be at least"):
         load_config(f"{CONFIGS / 'quickstart.py'}", [f"--config.{name}={value}"])

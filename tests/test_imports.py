@@ -9,14 +9,14 @@ import nla_jax
 
 ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
-    ["runtime.errors", "runtime.environment", "tools.hlo", "models.attention", "models.rope"],
+    ["runtime.errors", "runtime.environment", "models.attention", "models.rope"],
     ["runtime.distributed", "io.files", "models.sharding"],
     ["models.kernels", "models.transformer"],
     ["models.families"],
     ["io.pretrained"],
     ["models.lora"],
     ["autoencoder", "fve"],
-    ["tools.flops", "losses", "objective", "sampling"],
+    ["losses", "objective", "sampling"],
     ["joint_step"],
     ["data.batches", "data.corpus", "labels", "quickstart"],
     ["prompts", "runtime.metrics", "runtime.checkpoint", "tools.report"],

@@ -36,9 +36,16 @@ needs_libtpu = pytest.mark.skipif(
 LAYERS, WIDTH, MLP = 4, 512, 2048
 CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py")
 SMALL = {
-    "model_type": "qwen2", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
 PROGRAMS = ["extract", "sft_av", "sft_ar", "relayout", "rollout", "joint_step", "reconstruct"]
 
 
@@ -478,8 +485,14 @@ def uncompiled(monkeypatch):
         name, micro = named
         sizes = tuple(program.mesh.shape.values())
         asked.append((sizes, micro))
-        return {"fits": name != "joint_step" or micro >= 4, "memory": {}, "memory_total": 1.0, "bound_by": "compute",
-                "projected_hours": sizes[2] * micro, "projected_mfu": 0.5}  # fmt: skip
+        return {
+            "fits": name != "joint_step" or micro >= 4,
+            "memory": {},
+            "memory_total": 1.0,
+            "bound_by": "compute",
+            "projected_hours": sizes[2] * micro,
+            "projected_mfu": 0.5,
+        }
 
     monkeypatch.setattr(searching, "programs_of", programs)
     monkeypatch.setattr(searching, "plan_program", plan_program)

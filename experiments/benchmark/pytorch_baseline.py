@@ -65,9 +65,14 @@ class Benchmark:
         torch.manual_seed(args.seed)
         self.args, self.device, self.phases = args, torch.device(args.device), {}
         config = Qwen2Config(
-            vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.ffn, num_hidden_layers=args.layers,
-            num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, tie_word_embeddings=not args.untied_head,
-        )  # fmt: skip
+            vocab_size=args.vocab,
+            hidden_size=args.width,
+            intermediate_size=args.ffn,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            tie_word_embeddings=not args.untied_head,
+        )
         place = {"device": self.device, "dtype": getattr(torch, args.dtype)}
         self.verbalizer = Qwen2ForCausalLM(config).to(**place)
         self.verbalizer_opt = self.optimizer(self.verbalizer)
@@ -79,9 +84,15 @@ class Benchmark:
         self.template_before = self.random_tokens(1, args.ar_prefix)
         self.template_after = self.random_tokens(1, args.ar_suffix)
         self.generation = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, use_cache=True,
-            min_new_tokens=args.response, max_new_tokens=args.response,
-        )  # fmt: skip
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=None,
+            use_cache=True,
+            min_new_tokens=args.response,
+            max_new_tokens=args.response,
+        )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=self.args.lr, weight_decay=0.0, fused=True)
@@ -225,11 +236,11 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and compute")
     run.add_argument("--seed", type=int, default=0)
     settings = {
-        "model": dict(vocab=4096, width=256, ffn=704, layers=6, heads=8, kv_heads=2, ar_layers=5),
-        "prompt": dict(prefix=100, suffix=24, ar_prefix=8, ar_suffix=5, injection_scale=10.0),
-        "rl": dict(activations=8, group=8, response=64, kl_coefficient=0.01, clip_ratio=0.2),
-        "sft_av": dict(batch=64, sft_response=122),
-        "optimizer": dict(lr=1.41e-5),
+        "model": {"vocab": 4096, "width": 256, "ffn": 704, "layers": 6, "heads": 8, "kv_heads": 2, "ar_layers": 5},
+        "prompt": {"prefix": 100, "suffix": 24, "ar_prefix": 8, "ar_suffix": 5, "injection_scale": 10.0},
+        "rl": {"activations": 8, "group": 8, "response": 64, "kl_coefficient": 0.01, "clip_ratio": 0.2},
+        "sft_av": {"batch": 64, "sft_response": 122},
+        "optimizer": {"lr": 1.41e-5},
     }
     for title, defaults in settings.items():
         group = parser.add_argument_group(title)

@@ -34,10 +34,23 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "10000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000"}
 SHAPES = {
-    "vocab": 4096, "width": 256, "layers": 6, "heads": 8, "kv_heads": 2, "mlp_width": 704, "ar_blocks": 5, "prefix": 100,
-    "suffix": 25, "response": 64, "ar_prefix": 8, "ar_suffix": 5, "activations": 8, "group": 8, "batch": 64,
+    "vocab": 4096,
+    "width": 256,
+    "layers": 6,
+    "heads": 8,
+    "kv_heads": 2,
+    "mlp_width": 704,
+    "ar_blocks": 5,
+    "prefix": 100,
+    "suffix": 25,
+    "response": 64,
+    "ar_prefix": 8,
+    "ar_suffix": 5,
+    "activations": 8,
+    "group": 8,
+    "batch": 64,
     "sft_response": 122,
-}  # fmt: skip
+}
 TORCH_NAMES = {"mlp_width": "ffn", "ar_blocks": "ar_layers"}
 OURS, TORCH, ON_POLICY = "nla_jax", "PyTorch", "PyTorch without old log-probs"
 COMPARISONS = {"rl": (OURS, TORCH, ON_POLICY), "sft_av": (OURS, TORCH)}
@@ -141,12 +154,16 @@ def table(program: str, sides: dict) -> str:
     head = ("side", "median s", "min s", "samples/s", "time / nla_jax's", "peak memory", "ready after")
     rows = [
         (
-            name, f"{side['median_seconds']:.3f}", f"{side['min_seconds']:.3f}", f"{side['samples_per_second']:.2f}",
-            f"{side['times_nla_jax']:.2f}", f"{side['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            name,
+            f"{side['median_seconds']:.3f}",
+            f"{side['min_seconds']:.3f}",
+            f"{side['samples_per_second']:.2f}",
+            f"{side['times_nla_jax']:.2f}",
+            f"{side['peak_memory_bytes'] / 2**20:,.0f} MiB",
             f"{side['ready']['seconds_to_ready']:.1f} s",
         )
         for name, side in sides.items()
-    ]  # fmt: skip
+    ]
     lines = [f"| {' | '.join(row)} |" for row in (head, ("---", *["---:"] * (len(head) - 1)), *rows)]
     phases = [
         f"{name}: " + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in side["phases"].items()) + "."

@@ -92,9 +92,14 @@ def projections(c: TransformerConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each matrix of a block."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return {
-        "q": (c.width, q), "k": (c.width, kv), "v": (c.width, kv), "o": (q, c.width), "gate": (c.width, c.mlp_width),
-        "up": (c.width, c.mlp_width), "down": (c.mlp_width, c.width),
-    }  # fmt: skip
+        "q": (c.width, q),
+        "k": (c.width, kv),
+        "v": (c.width, kv),
+        "o": (q, c.width),
+        "gate": (c.width, c.mlp_width),
+        "up": (c.width, c.mlp_width),
+        "down": (c.mlp_width, c.width),
+    }
 
 
 def block_params(c: TransformerConfig) -> int:
@@ -154,7 +159,7 @@ def reconstructor_flops(ar: Reconstructor, rows: int, length: int) -> Flops:
 
 
 def weight_bytes(c: TransformerConfig, lora: Lora | None = None, vocabulary: bool = True) -> int:
-    """Bytes that one pass over a model's matrices reads, in the compute dtype (with the output head where it has one)."""
+    """Bytes that one pass over a model's matrices reads in the compute dtype; `vocabulary`: with the output head."""
     params = c.layers * (block_params(c) + adapter_params(c, lora)) + vocabulary * c.width * c.vocab_size
     return params * jnp.dtype(c.dtype).itemsize
 

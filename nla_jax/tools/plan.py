@@ -1,10 +1,10 @@
 """What a config would need of its devices, before a chip is booked: the real programs, compiled ahead of time.
 
-The TPU compiler comes with the `libtpu` wheel and needs no TPU. Nothing is allocated: programs are lowered from shapes,
-laid out as training lays them out. Memory is the compiler's own account; FLOPs, bytes and collectives are counted from
-the compiled program (nla_jax/tools/hlo.py); times are *projections* from those counts and the chip's published peaks, not
-measurements: every instruction at full rate, one after the other, a collective hidden only by what the schedule puts
-between its two halves.
+The TPU compiler comes with the `libtpu` wheel and needs no TPU. Nothing is allocated: the programs of `Study` are lowered
+from shapes, laid out as training lays them out. Memory is the compiler's own account. FLOPs, bytes and collectives are
+counted from the compiled program (nla_jax/tools/hlo.py). Times are *projections* from those counts and the chip's
+published peaks, not measurements: every instruction at full rate, one after the other, a collective hidden only by what
+the schedule puts between its two halves.
 """
 
 import sys
@@ -147,7 +147,7 @@ def describe(config: Config, place: Slice, mesh: Mesh, programs: dict[str, dict]
 
 
 def plan(config: Config, place: Slice, mesh: Mesh, only: tuple[str, ...] = ()) -> dict:
-    """Compiles the programs of a config for a mesh (all, or those named `only`); standard error says which is under way.
+    """Compiles the programs of a config for a mesh: all, or those named `only`. Standard error says which one.
 
     Raises `InputError` for a program that there is not, and as `programs_of` does."""
     programs = programs_of(config, mesh, place.host(mesh))
@@ -186,7 +186,8 @@ def table(result: dict) -> str:
         lines.append(
             f"| {name} | {'yes' if p['fits'] else 'no'} | {p['memory_total'] / GiB:.1f} = {memory} "
             f"| {p['flops'] / 1e12:.4g} | {p['bytes'] / 1e9:.4g} | {sent or 'none'} | {p['projected_seconds']:.3g} "
-            f"| {p['bound_by']} ({bounds}) | {p['projected_samples_per_second']:.3g} | {100 * p['projected_mfu']:.0f} % "
+            f"| {p['bound_by']} ({bounds}) | {p['projected_samples_per_second']:.3g} "
+            f"| {100 * p['projected_mfu']:.0f} % "
             f"| {format(p['projected_hours'], '.2g') if p['runs'] else 'unknown'} |"
         )
     for name, p in result["programs"].items():
@@ -194,8 +195,8 @@ def table(result: dict) -> str:
             inside = ", ".join(loop["collectives"]) or "none"
             lines += [
                 "",
-                f"{name}: all-gather inside decode loop: {'yes' if loop['all_gather'] else 'no'} (collectives there: {inside}); "
-                f"{1e3 * loop['projected_seconds_per_token']:.3g} ms a token (projected).",
+                f"{name}: all-gather inside decode loop: {'yes' if loop['all_gather'] else 'no'} "
+                f"(collectives there: {inside}); {1e3 * loop['projected_seconds_per_token']:.3g} ms a token (projected).",
             ]
     if rl := result.get("rl"):
         lines += [

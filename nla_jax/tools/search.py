@@ -138,8 +138,8 @@ def _read(file: Path, basis: str) -> dict[tuple, dict]:
 def ranking(plans: list[dict]) -> str:
     """The plans of a search in Markdown."""
     lines = [
-        "| data,fsdp,tensor | micro-batches | fits | GiB a device: relayout, rollout, joint_step | samples/s | joint_step MFU "
-        "| bound by |",
+        "| data,fsdp,tensor | micro-batches | fits | GiB a device: relayout, rollout, joint_step | samples/s "
+        "| joint_step MFU | bound by |",
         "|---|---|---|---|---|---|---|",
     ]
     for p in plans:

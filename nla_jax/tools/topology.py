@@ -26,8 +26,8 @@ class Chip:
     """Published figures of a chip.
 
     `flops`: bfloat16 FLOP/s. `memory`: bytes of HBM that a program may use (what the compiler refuses to exceed).
-    `bandwidth`: HBM bytes/s. `link`: bytes/s of one interconnect link in one direction. `wrap`: an axis of a slice closes
-    to a ring at multiples of this."""
+    `bandwidth`: HBM bytes/s. `link`: bytes/s of one interconnect link in one direction. `wrap`: an axis of a slice
+    closes to a ring at multiples of this."""
 
     flops: float
     memory: float
@@ -59,8 +59,8 @@ GPUS = {
 class Slice:
     """Devices to plan for.
 
-    `chip`: a device's share of its chip. `sizes`: of the grid in which the devices are linked; () where there is none, and
-    each has one link to all others. `devices` need not exist."""
+    `chip`: a device's share of its chip. `sizes`: of the grid in which the devices are linked; () where there is none,
+    and each has one link to all others. `devices` need not exist."""
 
     name: str
     chip: Chip
@@ -70,8 +70,8 @@ class Slice:
     def links(self, n: int) -> int:
         """Links that a chip at the edge has in a collective among `n` chips.
 
-        The chips are taken to fill the slice's longest axes first. An axis that closes to a ring has two links (in a slice
-        of whole cubes all axes close), any other one."""
+        The chips are taken to fill the slice's longest axes first. An axis that closes to a ring has two links (in a
+        slice of whole cubes all axes close), any other has one."""
         closes = [size % self.chip.wrap == 0 for size in self.sizes]
         if len(self.sizes) == 3:
             closes = [all(closes)] * 3
@@ -82,7 +82,7 @@ class Slice:
         return max(links, 1)
 
     def host(self, mesh: Mesh) -> Mesh:
-        """One host's devices of a mesh. For a TPU, a slice of that size: its compiler accepts no part of a larger one."""
+        """One host's devices of a mesh. For a TPU, a slice of that size: its compiler takes no part of a larger one."""
         first = min(device.process_index for device in mesh.devices.flat)
         own = host_mesh(mesh, first)
         if not self.sizes or own.size == mesh.size:
@@ -138,8 +138,8 @@ def libtpu_wanted() -> str | None:
 def present(dtype: Any) -> Slice:
     """The devices of this process.
 
-    For a kind that no table here has, the peaks are measured (a matrix product in `dtype`, an addition to a large array),
-    and links are taken to be as fast as memory. CPU devices share all of these."""
+    For a kind that no table here has, the peaks are measured (a matrix product in `dtype`, an addition to a large
+    array), and links are taken to be as fast as memory. CPU devices share all of these."""
     devices = tuple(jax.devices())
     first, stats = devices[0], devices[0].memory_stats() or {}
     known = [chip for name, chip in GPUS.items() if name in first.device_kind]

@@ -231,9 +231,9 @@ def with_bandwidth(more: dict, bandwidth: float) -> dict:
 def bound(work: Work, seconds: float, peak: float, bandwidth: float) -> dict:
     """What limits a phase.
 
-    "host" where nothing runs on the device. "compute" or "bandwidth": whichever of arithmetic and memory needs longer for
-    the work that cannot be avoided. "overhead" where that is less than a tenth of the time. `reached`: its share of the
-    time."""
+    "host" where nothing runs on the device. "compute" or "bandwidth": whichever of arithmetic and memory needs longer
+    for the work that cannot be avoided. "overhead" where that is less than a tenth of the time. `reached`: its share of
+    the time."""
     if not work.flops and not work.bytes:
         return {"by": "host", "arithmetic_seconds": 0.0, "memory_seconds": 0.0, "reached": 0.0}
     arithmetic, memory = work.flops / peak, work.bytes / bandwidth

@@ -45,8 +45,8 @@ class Clock(dict):
 class Benchmark:
     """One thing to measure.
 
-    `step(clock)` runs one step, times its phases, and returns scalar metrics when the devices are done. `work`: what each
-    phase cannot avoid (a phase without any is the host's). `samples`, `tokens`: those of one step. `more(seconds by
+    `step(clock)` runs one step, times its phases, and returns scalar metrics when the devices are done. `work`: what
+    each phase cannot avoid (a phase without any is the host's). `samples`, `tokens`: those of one step. `more(seconds by
     phase)`: figures that are measured apart, after the timed steps."""
 
     step: Callable[[Clock], dict]
@@ -59,8 +59,8 @@ class Benchmark:
 def random_arrays(shapes: Any, seed: int) -> Any:
     """Arrays of a tree of shapes with shardings, each made in its place on the mesh.
 
-    Normal numbers with a standard deviation of 0.02, as new weights have it, around one for the scales of norms and around
-    zero for everything else."""
+    Normal numbers with the standard deviation of new weights, 0.02; around one for the scales of norms, around zero for
+    everything else."""
     paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
 
     def draw() -> Any:
