@@ -1,13 +1,13 @@
 """Shapes for `nla benchmark`: random weights, no data, nothing to download. No study that could be trained.
 
-    nla benchmark rl                                                     # also rollout, sft_av, sft_ar, extract, load
+    nla benchmark rl                        # also rollout, sft_av, sft_ar, extract, load
     nla benchmark rl --config configs/benchmark.py:smollm2 --config.rl.activations=8
-    nla benchmark rl --config configs/benchmark.py:qwen2_5_7b --config.sft.av.lora.rank=128 --config.rl.micro_batches=8 \
-        --config.compute.attention=cudnn                                 # one H200
+    nla benchmark rl --config configs/benchmark.py:qwen2_5_7b --config.compute.attention=cudnn \
+        --config.sft.av.lora.rank=128 --config.rl.micro_batches=8       # one H200
 
 Variants:
 
-    ""           a small Qwen2 for two CPU cores (a step of RL: about three seconds); the shapes of experiments/benchmark
+    ""           a small Qwen2 for two CPU cores, a step of RL takes seconds; the shapes of experiments/benchmark
     qwen2_5_7b   Qwen2.5-7B, K = 20: one large GPU with an adapter for the AV, or a slice
     smollm2      SmolLM2-135M, K = 20: a laptop, minutes
 
@@ -19,7 +19,7 @@ What was a flag of its own before is now a field of the config:
     --untied-head                       subject.architecture.tie_word_embeddings (the opposite)
     --ar-blocks N                       subject.layer = N - 1
     --prefix, --suffix                  plan.prefix, plan.suffix
-    --ar-prefix P, --ar-suffix S        plan.text_prefix = P, plan.text = P + S; the AR's input is padded to a multiple of 8
+    --ar-prefix P, --ar-suffix S        plan.text_prefix = P, plan.text = P + S; rows are padded to a multiple of 8
     --response                          prompts.max_new_tokens; exactly: the end token never comes
     --sft-response                      prompts.max_new_tokens: labels of sft_av and sft_ar are as long as responses
     --activations, --group              rl.activations, rl.group

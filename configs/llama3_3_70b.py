@@ -5,8 +5,8 @@
 
 TEXTS is a folder of .jsonl or .parquet files, about half web text, half chat.
 
-Planned for v5p:4x4x8, not measured (docs/scaling.md): at most 41.8 of 95 GiB a chip in RL; a step of 1024 samples 6.7 s without host
-work; extraction, warm starts and 1000 such steps 2.6 hours.
+Planned for v5p:4x4x8, not measured (docs/scaling.md): at most 41.8 of 95 GiB a chip in RL; a step of 1024 samples 6.7 s
+without host work; extraction, warm starts and 1000 such steps 2.6 hours.
 """
 
 import runpy
@@ -45,7 +45,8 @@ TINY = {
     "head_dim": 8,
 }
 MESHES = {
-    # 64 shards of the width: 128 entries each; of 64 entries, a tile's half, the compiler makes all-reduces, not all-gathers.
+    # 64 shards of the width: 128 entries each. Of 64 entries, half a tile, the compiler makes all-reduces instead of
+    # all-gathers.
     "v5p_128": {"mesh": (2, 8, 8)},  # v5p:4x4x8
 }
 

@@ -10,17 +10,17 @@ ADAMW = "nla_jax.objective:adamw"
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Variants: "" (start from the shipped subject), "subject" (train the subject from scratch), "tiny" (a test's size)."""
+    """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "tiny" (a test's size)."""
     c = ConfigDict()
     c.seed = 0
-    # On TPU and GPU: bfloat16. `remat` names a policy of jax.checkpoint_policies: what blocks keep for the backward pass.
-    # `attention`: xla, cudnn (GPU) or splash (TPU); the kernels pay where texts are long.
+    # On TPU and GPU: bfloat16. `remat` names a policy of jax.checkpoint_policies: what blocks keep for the backward
+    # pass. `attention`: xla, cudnn (GPU) or splash (TPU); the kernels pay where texts are long.
     c.compute = ConfigDict({"dtype": "float32", "remat": "dots_with_no_batch_dims_saveable", "attention": "xla"})
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
 
-    # Of every training loop. Kept: the newest `keep` checkpoints, those of steps that `keep_every` divides (0: none), and the
-    # newest from before trouble. Trouble: over `window` steps metrics are not finite, or one of RL's stays outside its limit;
-    # training then stops. A step that does not move for `stall_minutes` is reported.
+    # Of every training loop. Kept: the newest `keep` checkpoints, those of steps that `keep_every` divides (0: none),
+    # and the newest from before trouble. Trouble: over `window` steps metrics are not finite, or one of RL's stays
+    # outside its limit; training then stops. A step that does not move for `stall_minutes` is reported.
     c.checkpoints = ConfigDict({"keep": 2, "keep_every": 0})
     c.watchdog = ConfigDict(
         {
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.split = ConfigDict({"av_sft": 0.60, "ar_sft": 0.20, "rl": 0.14, "heldout": 0.06})  # shares of the documents
 
     # The subject: a folder or hub id; "" means the one that `pretrain` writes. `architecture`: the content of its
-    # config.json, for `nla plan` where it is not here.
+    # config.json, for `nla plan` and `nla benchmark` where it is not here.
     c.subject = ConfigDict({"path": "", "layer": 2, "architecture": {}})
     c.pretrain = ConfigDict(
         {
@@ -71,8 +71,8 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
 
-    # `source`: Parquet files of activations in the reference's form, to train on instead of running the subject over the
-    # corpus. Labels in them are used; without `heldout` it is split off `rl` by document.
+    # `source`: Parquet files of activations in the reference's form, to train on instead of running the subject over
+    # the corpus. Labels in them are used; without `heldout` it is split off `rl` by document.
     c.extract = ConfigDict(
         {
             "positions": 20,
@@ -134,8 +134,8 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     c.evaluate = ConfigDict({"rows": 2000, "temperature": 0.0, "batch": 128, "examples": 30})
     c.report = ConfigDict({"title": "Quickstart"})
-    # What only a tokenizer knows, in tokens, for `nla plan`: the AV's prompt before the marker and from it to the response;
-    # the AR's template before the text and in all.
+    # What only a tokenizer knows, in tokens, for `nla plan` and `nla benchmark`: the AV's prompt before the marker and
+    # from it to the response; the AR's template before the text and in all.
     c.plan = ConfigDict({"prefix": 11, "suffix": 2, "text_prefix": 1, "text": 4})
 
     if variant == "subject":

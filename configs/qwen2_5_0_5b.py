@@ -1,5 +1,5 @@
-"""Qwen2.5-0.5B-Instruct, K = 16 of 24 blocks, 16 × 8 samples a step: what fits two consumer GPUs (NLA_reproduce reports FVE
-0.44 before and 0.594 after 1000 steps). Learning rates are those of the 7B pair.
+"""Qwen2.5-0.5B-Instruct, K = 16 of 24 blocks, 16 × 8 samples a step: what fits two consumer GPUs (NLA_reproduce reports
+FVE 0.44 before and 0.594 after 1000 steps). Learning rates are those of the 7B pair.
 
     nla plan --config configs/qwen2_5_0_5b.py:v5e_4 --topology v5e:2x2
     nla quickstart --config configs/qwen2_5_0_5b.py:v5e_4 --workdir runs/qwen2_5_0_5b --config.corpus.source=TEXTS

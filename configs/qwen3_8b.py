@@ -1,5 +1,6 @@
-"""Qwen3-8B, K = 24 of 36 blocks: a LoRA AV and a whole AR, 256 × 8 samples a step, as EasyNLA trains this model (its figure:
-FVE 0.67 to 0.70). Its learning rates are not published: the AR's is the 7B pair's, the adapter's ten times that.
+"""Qwen3-8B, K = 24 of 36 blocks: a LoRA AV and a whole AR, 256 × 8 samples a step, as EasyNLA trains this model (its
+figure: FVE 0.67 to 0.70). Its learning rates are not published: the AR's is the 7B pair's, the adapter's ten times
+that.
 
     nla plan --config configs/qwen3_8b.py:v5p_8 --topology v5p:2x2x2
     nla quickstart --config configs/qwen3_8b.py:v5p_8 --workdir runs/qwen3_8b --config.corpus.source=TEXTS

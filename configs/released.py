@@ -29,9 +29,9 @@ def released(
 ) -> ConfigDict:
     """The config of one setting: the quickstart's fields with the published values.
 
-    `meshes`: by variant, what a topology changes: `mesh=(data, fsdp, tensor)`, and fields of `rl`, `compute`; the first is
-    the default. The variant "tiny" has a test's size, its model the `architecture` changed by `tiny`. `bos`: the tokenizer
-    begins texts with a token of its own."""
+    `meshes`: by variant, what a topology changes: `mesh=(data, fsdp, tensor)`, and fields of `rl`, `compute`; the first
+    is the default. The variant "tiny" has a test's size, its model the `architecture` changed by `tiny`. `bos`: the
+    tokenizer begins texts with a token of its own."""
     c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"](
         "tiny" if variant == "tiny" else ""
     )

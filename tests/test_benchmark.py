@@ -183,7 +183,7 @@ def test_variants_are_real_models():
 
 
 def test_random_arrays_are_as_the_program_asks():
-    """Shapes, dtypes and places are the program's own; norms scale by about one, weights are small and not all equal."""
+    """Shapes, dtypes and places are the program's own; norms scale by about one, other weights are small."""
     state, frozen, _ = study(TINY | {"mesh.fsdp": 2, "compute.dtype": "bfloat16"}).programs()["joint_step"].arguments
     for shapes in (state.models["verbalizer"].params, frozen.reference):
         made = random_arrays(shapes, 0)
@@ -215,7 +215,7 @@ def unseen(c: TransformerConfig, *lengths: tuple[int, int]) -> float:
 
 
 def unused(c: TransformerConfig, prefix: int) -> float:
-    """FLOPs of a forward pass that end in the prefix's last residual stream, which nothing reads: XLA leaves them out."""
+    """FLOPs that end in the prefix's last residual stream, which nothing reads: XLA leaves them out."""
     matrices = flops.block_params(c) - 2 * c.width * c.kv_heads * c.head_dim
     return prefix * 2 * (matrices + c.heads * c.head_dim * prefix * 2)
 

@@ -19,7 +19,8 @@ from nla_jax.tools.plan import programs_of
 from nla_jax.tools.topology import CHIPS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Published: parameters of the text model in 1e9, K, blocks, width, marker, injection scale, RL learning rate, samples a step.
+# Published: parameters of the text model in 1e9, K, blocks, width, marker, injection scale, RL learning rate, and
+# samples of a step.
 RELEASED = {
     "qwen2_5_7b": (7.62, 20, 28, 3584, "㈎", 150, 1.41e-5, 128 * 8),
     "gemma3_12b": (11.77, 32, 48, 3840, "㈜", 80000, 1e-5, 128 * 8),

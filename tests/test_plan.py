@@ -179,7 +179,7 @@ ENTRY %main (v: f32[64,64]) -> f32[64,64] {
   %outer = (s32[], f32[64,64]{1,0}) while(%first), condition=%outer_condition, body=%outer_body, metadata={op_name="outer"}
   ROOT %result = f32[64,64]{1,0} get-tuple-element(%outer), index=1
 }
-"""
+"""  # noqa: E501 (an instruction is one line)
 
 
 def test_nested_loops_multiply():
@@ -245,7 +245,7 @@ ENTRY %main (a: f32[8,64], b: f32[64,64]) -> f32[8,64] {
   %whole = f32[64,64]{1,0} fusion(%under.way.1), kind=kCustom, output_to_operand_aliasing={{}: (0, {})}, calls=%done
   ROOT %kept = f32[8,64]{1,0} fusion(%whole), kind=kCustom, calls=%scatter
 }
-"""
+"""  # noqa: E501 (an instruction is one line)
 
 
 def test_collectives_that_the_tpu_compiler_writes_into_fusions():
@@ -285,7 +285,7 @@ def test_a_gpus_matrix_product():
   %gemm = (f32[8,16]{1,0}, s8[4096]{0}) custom-call(%p, %q), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]}}}
   ROOT %r = f32[8,16]{1,0} get-tuple-element(%gemm), index=0
 }
-"""
+"""  # noqa: E501 (an instruction is one line)
     assert Program(text).counts.flops == 2 * 8 * 32 * 16
 
 
@@ -414,7 +414,7 @@ def test_the_devices_present(monkeypatch):
 
 
 def test_model_flops_are_those_that_xla_counts():
-    """On one device and unrolled nothing is counted twice: the AR's forward pass of the plan against the compiled one."""
+    """On one device and unrolled nothing counts twice: the AR's forward pass of the plan against the compiled one."""
     config = small(layer=0, dtype="float32", num_hidden_layers=2)
     mesh = mesh_over(tuple(jax.devices()[:1]), (1, 1, 1))
     program, work = programs_of(config, mesh)["extract"]
@@ -473,8 +473,8 @@ def test_wrong_flags_are_one_sentence(capsys, monkeypatch, flags, said):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """What `search` asks for, as (mesh, micro-batches), of programs of which a joint step fits from four micro-batches on,
-    and takes as many hours as it has micro-batches, times the mesh's tensor axis."""
+    """What `search` asks for, as (mesh, micro-batches), of programs of which a joint step fits from four micro-batches
+    on, and takes as many hours as it has micro-batches, times the mesh's tensor axis."""
     asked, shapes = [], searching.programs_of
 
     def programs(config, mesh):

@@ -77,8 +77,8 @@ def moments(state) -> jax.Array:
 def train(study, params, pair):
     """Three rollouts and joint steps on a mesh, as `nla_jax/stages/rl.py` makes them, with made-up texts.
 
-    Returns of every step the sampled tokens, metrics and scores; the trained parameters; how many programs each joint step
-    compiled; and what the programs were called with."""
+    Returns of every step the sampled tokens, metrics and scores; the trained parameters; how many programs each joint
+    step compiled; and what the programs were called with."""
 
     @functools.cache
     def train(*sizes):

@@ -2,13 +2,14 @@
 
     python experiments/benchmark/meshes.py --rounds 2
 
-The global batch is fixed. One process a mesh, all bound to the same CPUs; after their warm-up each has its turns of a few steps,
-while the others wait. With the cores shared, a step takes as long on any mesh but for the overhead of cutting it. A part of
-that is no fault of the mesh: eight small batches are more work than a large one (each reads all weights, and its matrix
-products are smaller). So one device also works through the batch in eight parts of an eighth, one after the other.
+The global batch is fixed. One process a mesh, all bound to the same CPUs; after their warm-up each has its turns of a
+few steps, while the others wait. With the cores shared, a step takes as long on any mesh but for the overhead of
+cutting it. A part of that is no fault of the mesh: eight small batches are more work than a large one (each reads all
+weights, and its matrix products are smaller). So one device also works through the batch in eight parts of an eighth,
+one after the other.
 
-Memory is `nla plan`'s for one device: all that the step needs, from its compiled program. Prints Markdown tables, writes them
-to `--out`.
+Memory is `nla plan`'s for one device: all that the step needs, from its compiled program. Prints Markdown tables,
+writes them to `--out`.
 """
 
 import argparse
@@ -28,8 +29,8 @@ GROUP = 8  # samples of an activation, as `nla benchmark rl` has them
 
 
 def environment(devices: int) -> dict[str, str]:
-    """As many CPU devices. XLA's pool gets two threads more than devices, which wait for one another in collectives; one
-    device keeps its default, a thread a core, which is fastest."""
+    """As many CPU devices. XLA's pool gets two threads more than devices, which wait for one another in collectives;
+    one device keeps its default, a thread a core, which is fastest."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     flags = f"--xla_force_host_platform_device_count={devices}"
     threads = {"NPROC": str(devices + 2)} if devices > 1 else {}

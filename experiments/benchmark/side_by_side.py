@@ -3,17 +3,17 @@
     python experiments/benchmark/side_by_side.py --rounds 4
     python experiments/benchmark/side_by_side.py --rounds 4 --plain-malloc
 
-Every side is a process of its own on the same `--threads` CPUs; ours samples in as many chunks. The sides start and warm up
-one after the other; then in each round each has its turn of `--turn` steps, while the others wait for input. Prints Markdown
-tables; writes them and all figures to `OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the
-end of its warm-up, imports and compilation included.
+Every side is a process of its own on the same `--threads` CPUs; ours samples in as many chunks. The sides start and
+warm up one after the other; then in each round each has its turn of `--turn` steps, while the others wait for input.
+Prints Markdown tables; writes them and all figures to `OUT.md` and `OUT.json`. Seconds to be ready are from the start
+of the process to the end of its warm-up, imports and compilation included.
 
-Each turn begins with a step that does not count, because training knows no pauses: behind the turns of others the first step
-pays for having memory again, most likely from the virtual machine's host (XLA's side, which frees its memory after each step;
-see LOG.md).
+Each turn begins with a step that does not count, because training knows no pauses: behind the turns of others the first
+step pays for having memory again, most likely from the virtual machine's host (XLA's side, which frees its memory after
+each step; see LOG.md).
 
-Both sides run with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 10000000000: otherwise glibc gives every large array
-back to the system and pays for its pages again in the next operation. `--plain-malloc` leaves these out.
+Both sides run with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 10000000000: otherwise glibc gives every large
+array back to the system and pays for its pages again in the next operation. `--plain-malloc` leaves these out.
 """
 
 import argparse

@@ -105,7 +105,7 @@ class Program:
         return [Loop(name(i), self.trips(c, i), self._cost(i.calls("body")[0])) for c, i in whiles]
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop's body runs, at most: as the compiler notes, else from bound, start and step of its counter."""
+        """How often a loop's body runs, at most: as the compiler notes, else by bound, start and step of its count."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known[1])
         condition, body = (self.computations[name] for name in loop.calls("condition", "body"))

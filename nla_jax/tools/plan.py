@@ -1,10 +1,10 @@
 """What a config would need of its devices, before a chip is booked: the real programs, compiled ahead of time.
 
-The TPU compiler comes with the `libtpu` wheel and needs no TPU. Nothing is allocated: the programs of `Study` are lowered
-from shapes, laid out as training lays them out. Memory is the compiler's own account. FLOPs, bytes and collectives are
-counted from the compiled program (nla_jax/tools/hlo.py). Times are *projections* from those counts and the chip's
-published peaks, not measurements: every instruction at full rate, one after the other, a collective hidden only by what
-the schedule puts between its two halves.
+The TPU compiler comes with the `libtpu` wheel and needs no TPU. Nothing is allocated: the programs of `Study` are
+lowered from shapes, laid out as training lays them out. Memory is the compiler's own account. FLOPs, bytes and
+collectives are counted from the compiled program (nla_jax/tools/hlo.py). Times are *projections* from those counts and
+the chip's published peaks, not measurements: every instruction at full rate, one after the other, a collective hidden
+only by what the schedule puts between its two halves.
 """
 
 import sys
@@ -196,7 +196,8 @@ def table(result: dict) -> str:
             lines += [
                 "",
                 f"{name}: all-gather inside decode loop: {'yes' if loop['all_gather'] else 'no'} "
-                f"(collectives there: {inside}); {1e3 * loop['projected_seconds_per_token']:.3g} ms a token (projected).",
+                f"(collectives there: {inside}); "
+                f"{1e3 * loop['projected_seconds_per_token']:.3g} ms a token (projected).",
             ]
     if rl := result.get("rl"):
         lines += [

@@ -1,12 +1,13 @@
-"""What a program of a config moves to and from an H200's memory, and what memory it needs, from the program that XLA compiles for
-one.
+"""What a program of a config moves to and from an H200's memory, and what memory it needs, from the program that XLA
+compiles for one.
 
     pip install "jax-cuda12-plugin[with-cuda]==$(python -c 'import jax; print(jax.__version__)')"
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu python experiments/benchmark/gpu/compiled.py rollout \
         --config configs/qwen2_5_7b.py --config.rl.activations=64
 
-Programs are those of `nla plan` (rollout, train_step, sft_av, ...), on one device. Needs the GPU's compiler (the plugin and NVIDIA's
-libraries, 5 GB), but no GPU. Nothing is timed: without a device XLA does not try which of its matrix products are the fastest.
+Programs are those of `nla plan` (rollout, train_step, sft_av, ...), on one device. Needs the GPU's compiler (the plugin
+and NVIDIA's libraries, 5 GB), but no GPU. Nothing is timed: without a device XLA does not try which of its matrix
+products are the fastest.
 """
 
 import argparse

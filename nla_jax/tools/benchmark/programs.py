@@ -46,8 +46,8 @@ class Benchmark:
     """One thing to measure.
 
     `step(clock)` runs one step, times its phases, and returns scalar metrics when the devices are done. `work`: what
-    each phase cannot avoid (a phase without any is the host's). `samples`, `tokens`: those of one step. `more(seconds by
-    phase)`: figures that are measured apart, after the timed steps."""
+    each phase cannot avoid (a phase without any is the host's). `samples`, `tokens`: those of one step. `more(seconds
+    by phase)`: figures that are measured apart, after the timed steps."""
 
     step: Callable[[Clock], dict]
     work: dict[str, Work]
