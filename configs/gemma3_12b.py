@@ -44,22 +44,15 @@ TINY = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 MESHES = {
-    "v5p_16": {"mesh": (1, 4, 4)},  # v5p:2x2x4
+    "v5p_16": (1, 4, 4),  # v5p:2x2x4
+}
+OWN = {
+    "subject": {"path": "google/gemma-3-12b-it", "layer": 32, "architecture": ARCHITECTURE},
+    "prompts": {"marker": "㈜", "injection_scale": 80_000.0},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
-    return released(
-        variant,
-        MESHES,
-        path="google/gemma-3-12b-it",
-        layer=32,
-        architecture=ARCHITECTURE,
-        tiny=TINY,
-        marker="㈜",
-        injection_scale=80_000.0,
-        lr=1e-5,
-        bos=True,
-    )
+    return released(variant, MESHES, TINY, OWN, lr=1e-5, bos=True)

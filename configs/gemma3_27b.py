@@ -45,23 +45,16 @@ TINY = {
 }
 MESHES = {
     # 32 shards of the width: 168 entries each; of 84 entries the compiler makes all-reduces, not all-gathers.
-    "v5p_64": {"mesh": (2, 8, 4)},  # v5p:4x4x4
+    "v5p_64": (2, 8, 4),  # v5p:4x4x4
+}
+OWN = {
+    "subject": {"path": "google/gemma-3-27b-it", "layer": 41, "architecture": ARCHITECTURE},
+    "prompts": {"marker": "㈜", "injection_scale": 60_000.0},
+    "rl": {"activations": 256},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
-    return released(
-        variant,
-        MESHES,
-        path="google/gemma-3-27b-it",
-        layer=41,
-        architecture=ARCHITECTURE,
-        tiny=TINY,
-        marker="㈜",
-        injection_scale=60_000.0,
-        lr=1.41e-5,
-        activations=256,
-        bos=True,
-    )
+    return released(variant, MESHES, TINY, OWN, lr=1.41e-5, bos=True)

@@ -47,22 +47,15 @@ TINY = {
 MESHES = {
     # 64 shards of the width: 128 entries each. Of 64 entries, half a tile, the compiler makes all-reduces instead of
     # all-gathers.
-    "v5p_128": {"mesh": (2, 8, 8)},  # v5p:4x4x8
+    "v5p_128": (2, 8, 8),  # v5p:4x4x8
+}
+OWN = {
+    "subject": {"path": "meta-llama/Llama-3.3-70B-Instruct", "layer": 53, "architecture": ARCHITECTURE},
+    "prompts": {"marker": "㎡", "injection_scale": 30.0},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
-    return released(
-        variant,
-        MESHES,
-        path="meta-llama/Llama-3.3-70B-Instruct",
-        layer=53,
-        architecture=ARCHITECTURE,
-        tiny=TINY,
-        marker="㎡",
-        injection_scale=30.0,
-        lr=5e-6,
-        bos=True,
-    )
+    return released(variant, MESHES, TINY, OWN, lr=5e-6, bos=True)

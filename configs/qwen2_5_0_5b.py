@@ -34,22 +34,17 @@ TINY = {
     "num_key_value_heads": 2,
 }
 MESHES = {
-    "v5e_4": {"mesh": (1, 4, 1)},  # v5e:2x2
-    "gpu_1": {"mesh": (1, 1, 1)},  # 16 GiB; with two micro-batches 17: a second set of gradients
-    "gpu_2": {"mesh": (1, 2, 1)},
+    "v5e_4": (1, 4, 1),  # v5e:2x2
+    "gpu_1": (1, 1, 1),  # 16 GiB; with two micro-batches 17: a second set of gradients
+    "gpu_2": (1, 2, 1),
+}
+OWN = {
+    "subject": {"path": "Qwen/Qwen2.5-0.5B-Instruct", "layer": 16, "architecture": ARCHITECTURE},
+    "rl": {"activations": 16},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
-    return released(
-        variant,
-        MESHES,
-        path="Qwen/Qwen2.5-0.5B-Instruct",
-        layer=16,
-        architecture=ARCHITECTURE,
-        tiny=TINY,
-        lr=1.41e-5,
-        activations=16,
-    )
+    return released(variant, MESHES, TINY, OWN, lr=1.41e-5)

@@ -36,23 +36,17 @@ TINY = {
     "num_key_value_heads": 2,
 }
 MESHES = {
-    "v5e_32": {"mesh": (1, 8, 4)},  # v5e:4x8
-    "v6e_16": {"mesh": (1, 4, 4)},  # v6e:4x4
-    "v5p_16": {"mesh": (1, 4, 4)},  # v5p:2x2x4
+    "v5e_32": (1, 8, 4),  # v5e:4x8
+    "v6e_16": (1, 4, 4),  # v6e:4x4
+    "v5p_16": (1, 4, 4),  # v5p:2x2x4
+}
+OWN = {
+    "subject": {"path": "Qwen/Qwen2.5-7B-Instruct", "layer": 20, "architecture": ARCHITECTURE},
+    "prompts": {"marker": "㈎", "injection_scale": 150.0},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
-    return released(
-        variant,
-        MESHES,
-        path="Qwen/Qwen2.5-7B-Instruct",
-        layer=20,
-        architecture=ARCHITECTURE,
-        tiny=TINY,
-        marker="㈎",
-        injection_scale=150.0,
-        lr=1.41e-5,
-    )
+    return released(variant, MESHES, TINY, OWN, lr=1.41e-5)

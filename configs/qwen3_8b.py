@@ -37,24 +37,19 @@ TINY = {
     "head_dim": 8,
 }
 MESHES = {
-    "v5p_8": {"mesh": (1, 2, 4)},  # v5p:2x2x2
+    "v5p_8": (1, 2, 4),  # v5p:2x2x2
+}
+OWN = {
+    "subject": {"path": "Qwen/Qwen3-8B", "layer": 24, "architecture": ARCHITECTURE},
+    "rl": {"activations": 256},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
-    c = released(
-        variant,
-        MESHES,
-        path="Qwen/Qwen3-8B",
-        layer=24,
-        architecture=ARCHITECTURE,
-        tiny=TINY,
-        lr=1.41e-5,
-        activations=256,
-    )
-    c.sft.av.lora.update(rank=4 if variant == "tiny" else 128)
+    c = released(variant, MESHES, TINY, OWN, lr=1.41e-5)
+    c.sft.av.lora.rank = 4 if variant == "tiny" else 128
     if variant != "tiny":
         c.sft.av.optimizer.update(lr=2e-4, final_lr=2e-5)
         c.rl.av_optimizer.lr = 1.41e-4
