@@ -5,7 +5,7 @@
 
 TEXTS is a folder of .jsonl or .parquet files, about half web text, half chat.
 
-Planned for v5p:2x2x4, not measured (docs/scaling.md): at most 39.8 of 95 GiB a chip in RL; a step of 1024 samples 6.5 s
+Planned for v5p:2x2x4, not measured (docs/scaling.md): at most 36.5 of 95 GiB a chip in RL; a step of 1024 samples 6.5 s
 without host work; extraction, warm starts and 1000 such steps 2.3 hours.
 """
 

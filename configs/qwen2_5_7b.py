@@ -5,8 +5,8 @@
 
 TEXTS is a folder of .jsonl or .parquet files, about half web text, half chat.
 
-Planned for v5e:4x8, not measured (docs/scaling.md): at most 14.9 of 15.75 GiB a chip in RL; a step of 1024 samples
-5.1 s without host work; extraction, warm starts and 1000 such steps 2.0 hours.
+Planned for v5e:4x8, not measured (docs/scaling.md): at most 14.7 of 15.75 GiB a chip in RL; a step of 1024 samples
+5.2 s without host work; extraction, warm starts and 1000 such steps 2.0 hours.
 """
 
 import runpy
