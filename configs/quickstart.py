@@ -7,112 +7,147 @@ nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     #
 from ml_collections import ConfigDict
 
 ADAMW = "nla_jax.objective:adamw"
+# rank 0 trains the whole model, a rank above it an adapter to the subject (in RL too).
+LORA = {"rank": 0, "alpha": 16.0, "rslora": True, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
+QUICKSTART = {
+    "seed": 0,
+    # On TPU and GPU: bfloat16. `remat` names a policy of jax.checkpoint_policies: what blocks keep for the backward
+    # pass. `attention`: xla, cudnn (GPU) or splash (TPU); the kernels pay where texts are long.
+    "compute": {"dtype": "float32", "remat": "dots_with_no_batch_dims_saveable", "attention": "xla"},
+    "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+    # Of every training loop. Kept: the newest `keep` checkpoints, those of steps that `keep_every` divides (0: none),
+    # and the newest from before trouble. Trouble: over `window` steps metrics are not finite, or one of RL's stays
+    # outside its limit; training then stops. A step that does not move for `stall_minutes` is reported.
+    "checkpoints": {"keep": 2, "keep_every": 0},
+    "watchdog": {
+        "window": 20,
+        "stall_minutes": 10.0,
+        "min_extraction_rate": 0.25,
+        "min_entropy": 0.02,
+        "min_length": 2.0,
+        "max_length_share": 0.98,  # of prompts.max_new_tokens
+        "max_identical_texts": 0.9,  # share of texts that another of their group equals
+    },
+    # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
+    "corpus": {
+        "source": "python_docs",
+        "text_field": "text",
+        "id_field": "id",
+        "split": "train",
+        "min_chars": 300,
+        "max_documents": 10**9,
+    },
+    "split": {"av_sft": 0.60, "ar_sft": 0.20, "rl": 0.14, "heldout": 0.06},  # shares of the documents
+    # The subject: a folder or hub id; "" means the one that `pretrain` writes. `architecture`: the content of its
+    # config.json, for `nla plan` and `nla benchmark` where it is not here.
+    "subject": {"path": "", "layer": 2, "architecture": {}},
+    "pretrain": {
+        "init_from": "shipped",  # a folder, "shipped" (comes with the package), or "" (random)
+        "steps": 0,
+        "batch": 32,
+        "length": 256,
+        "checkpoint_every": 200,
+        "dtype": "bfloat16",
+        "vocab_size": 2048,
+        "model": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_width": 384},
+        "optimizer": {
+            "function": ADAMW,
+            "lr": 3e-3,
+            "final_lr": 1e-4,
+            "warmup": 100,
+            "weight_decay": 0.05,
+            "b2": 0.98,
+        },
+    },
+    # `source`: Parquet files of activations in the reference's form, to train on instead of running the subject over
+    # the corpus. Labels in them are used; without `heldout` it is split off `rl` by document.
+    "extract": {
+        "positions": 20,
+        "min_position": 24,
+        "max_tokens": 256,
+        "shard_documents": 500,
+        "source": {"av_sft": "", "ar_sft": "", "rl": "", "heldout": ""},
+    },
+    "label": {"labeller": "nla_jax.labels.extractive:Extractive", "splits": ("av_sft", "ar_sft", "heldout")},
+    "prompts": {
+        "verbalizer_template": "Explain this activation: {injection_char}",
+        "reconstructor_template": "<text>{explanation}</text><summary>",
+        "marker": "",  # "" finds one
+        "inject": ("nla_jax.autoencoder:replace",),  # or …:add_norm_matched@1, or functions of yours
+        "injection_scale": 0.0,  # 0 means the mean norm of the training activations
+        "max_new_tokens": 36,
+    },
+    "sft": {
+        "checkpoint_every": 200,
+        "av": {
+            "batch": 64,
+            "steps": 1100,
+            "lora": dict(LORA),
+            "optimizer": {"function": ADAMW, "lr": 3e-3, "final_lr": 1e-4, "warmup": 50},
+        },
+        "ar": {
+            "batch": 64,
+            "steps": 300,
+            "lora": dict(LORA),
+            "optimizer": {"function": ADAMW, "lr": 1e-3, "final_lr": 1e-4, "warmup": 50},
+        },
+    },
+    "rl": {
+        "steps": 72,
+        "activations": 48,
+        "group": 8,
+        "rollout_chunks": 4,
+        "micro_batches": 1,
+        "temperature": 1.0,
+        "reward": "nla_jax.objective:negative_mse",
+        "advantage": "nla_jax.objective:group_normalised",
+        "kl_coefficient": 0.03,
+        "av_optimizer": {"function": ADAMW, "lr": 4e-4, "warmup": 5},
+        "ar_optimizer": {"function": ADAMW, "lr": 3e-4, "warmup": 5},
+        "checkpoint_every": 20,
+        "heldout_every": 10,
+        "heldout_rows": 256,
+    },
+    "evaluate": {"rows": 2000, "temperature": 0.0, "batch": 128, "examples": 30},
+    "report": {"title": "Quickstart"},
+    # What only a tokenizer knows, in tokens, for `nla plan` and `nla benchmark`: the AV's prompt before the marker and
+    # from it to the response; the AR's template before the text and in all.
+    "plan": {"prefix": 11, "suffix": 2, "text_prefix": 1, "text": 4},
+}
+SUBJECT = {"pretrain": {"init_from": "", "steps": 1200}}
+TINY = {
+    "corpus": {"max_documents": 60},
+    "pretrain": {
+        "init_from": "",
+        "steps": 6,
+        "batch": 4,
+        "length": 64,
+        "vocab_size": 400,
+        "model": {"width": 32, "layers": 3, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 48},
+    },
+    "subject": {"layer": 1},
+    "split": {"av_sft": 0.4, "ar_sft": 0.2, "rl": 0.2, "heldout": 0.2},
+    "extract": {"positions": 4, "max_tokens": 128, "shard_documents": 10},
+    "prompts": {"max_new_tokens": 64},
+    "sft": {"checkpoint_every": 2, "av": {"batch": 8, "steps": 6}, "ar": {"batch": 8, "steps": 6}},
+    "rl": {
+        "steps": 4,
+        "activations": 4,
+        "group": 4,
+        "rollout_chunks": 1,
+        "checkpoint_every": 1,
+        "heldout_every": 2,
+        "heldout_rows": 8,
+    },
+    "evaluate": {"rows": 16, "batch": 16, "examples": 4},
+}
+VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY}  # what each changes
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Variants: "" (start from the shipped subject), "subject" (train the subject from scratch), "tiny" (a test's size)."""
-    c = ConfigDict()
-    c.seed = 0
-    # On TPU and GPU: bfloat16. `remat` names a policy of jax.checkpoint_policies: what blocks keep for the backward pass.
-    # `attention`: xla, cudnn (GPU) or splash (TPU); the kernels pay where texts are long.
-    c.compute = ConfigDict(dict(dtype="float32", remat="dots_with_no_batch_dims_saveable", attention="xla"))
-    c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
-
-    # Of every training loop. Kept: the newest `keep` checkpoints, those of steps that `keep_every` divides (0: none), and the
-    # newest from before trouble. Trouble: over `window` steps metrics are not finite, or one of RL's stays outside its limit;
-    # training then stops. A step that does not move for `stall_minutes` is reported.
-    c.checkpoints = ConfigDict(dict(keep=2, keep_every=0))
-    c.watchdog = ConfigDict(
-        dict(
-            window=20, stall_minutes=10.0, min_extraction_rate=0.25, min_entropy=0.02, min_length=2.0,
-            max_length_share=0.98,  # of prompts.max_new_tokens
-            max_identical_texts=0.9,  # share of texts that another of their group equals
-        )
-    )  # fmt: skip
-
-    # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
-    c.corpus = ConfigDict(
-        dict(source="python_docs", text_field="text", id_field="id", split="train", min_chars=300, max_documents=10**9)
-    )
-    c.split = ConfigDict(dict(av_sft=0.60, ar_sft=0.20, rl=0.14, heldout=0.06))  # shares of the documents
-
-    # The subject: a folder or hub id; "" means the one that `pretrain` writes. `architecture`: the content of its
-    # config.json, for `nla plan` where it is not here.
-    c.subject = ConfigDict(dict(path="", layer=2, architecture={}))
-    c.pretrain = ConfigDict(
-        dict(
-            init_from="shipped",  # a folder, "shipped" (comes with the package), or "" (random)
-            steps=0, batch=32, length=256, checkpoint_every=200, dtype="bfloat16", vocab_size=2048,
-            model=dict(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384),
-            optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=100, weight_decay=0.05, b2=0.98),
-        )
-    )  # fmt: skip
-
-    # `source`: Parquet files of activations in the reference's form, to train on instead of running the subject over the
-    # corpus. Labels in them are used; without `heldout` it is split off `rl` by document.
-    c.extract = ConfigDict(
-        dict(
-            positions=20, min_position=24, max_tokens=256, shard_documents=500,
-            source=dict(av_sft="", ar_sft="", rl="", heldout=""),
-        )
-    )  # fmt: skip
-    c.label = ConfigDict(dict(labeller="nla_jax.labels.extractive:Extractive", splits=("av_sft", "ar_sft", "heldout")))
-    c.prompts = ConfigDict(
-        dict(
-            verbalizer_template="Explain this activation: {injection_char}",
-            reconstructor_template="<text>{explanation}</text><summary>",
-            marker="",  # "" finds one
-            inject=("nla_jax.autoencoder:replace",),  # or …:add_norm_matched@1, or functions of yours
-            injection_scale=0.0,  # 0 means the mean norm of the training activations
-            max_new_tokens=36,
-        )
-    )
-    # rank 0 trains the whole model, a rank above it an adapter to the subject (in RL too).
-    lora = dict(rank=0, alpha=16.0, rslora=True, targets=("q", "k", "v", "o", "gate", "up", "down"))
-    c.sft = ConfigDict(
-        dict(
-            checkpoint_every=200,
-            av=dict(
-                batch=64, steps=1100, lora=dict(lora), optimizer=dict(function=ADAMW, lr=3e-3, final_lr=1e-4, warmup=50)
-            ),
-            ar=dict(
-                batch=64, steps=300, lora=dict(lora), optimizer=dict(function=ADAMW, lr=1e-3, final_lr=1e-4, warmup=50)
-            ),
-        )
-    )
-    c.rl = ConfigDict(
-        dict(
-            steps=72, activations=48, group=8, rollout_chunks=4, micro_batches=1,
-            temperature=1.0,
-            reward="nla_jax.objective:negative_mse",
-            advantage="nla_jax.objective:group_normalised",
-            kl_coefficient=0.03,
-            av_optimizer=dict(function=ADAMW, lr=4e-4, warmup=5),
-            ar_optimizer=dict(function=ADAMW, lr=3e-4, warmup=5),
-            checkpoint_every=20, heldout_every=10, heldout_rows=256,
-        )
-    )  # fmt: skip
-    c.evaluate = ConfigDict(dict(rows=2000, temperature=0.0, batch=128, examples=30))
-    c.report = ConfigDict(dict(title="Quickstart"))
-    # What only a tokenizer knows, in tokens, for `nla plan`: the AV's prompt before the marker and from it to the response;
-    # the AR's template before the text and in all.
-    c.plan = ConfigDict(dict(prefix=11, suffix=2, text_prefix=1, text=4))
-
-    if variant == "subject":
-        c.pretrain.update(init_from="", steps=1200)
-    elif variant == "tiny":
-        c.corpus.max_documents = 60
-        c.pretrain.update(init_from="", steps=6, batch=4, length=64, vocab_size=400)
-        c.pretrain.model.update(width=32, layers=3, heads=2, kv_heads=1, head_dim=16, mlp_width=48)
-        c.subject.layer = 1
-        c.split = ConfigDict(dict(av_sft=0.4, ar_sft=0.2, rl=0.2, heldout=0.2))
-        c.extract.update(positions=4, max_tokens=128, shard_documents=10)
-        c.prompts.max_new_tokens = 64
-        c.sft.checkpoint_every = 2
-        c.sft.av.update(batch=8, steps=6)
-        c.sft.ar.update(batch=8, steps=6)
-        c.rl.update(steps=4, activations=4, group=4, rollout_chunks=1, checkpoint_every=1, heldout_every=2, heldout_rows=8)
-        c.evaluate.update(rows=16, batch=16, examples=4)
-    elif variant:
+    """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "tiny" (a test's size)."""
+    if variant not in VARIANTS:
         raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are subject and tiny.")
+    c = ConfigDict(QUICKSTART)
+    c.update(VARIANTS[variant])
     return c

@@ -5,8 +5,8 @@
 
 TEXTS is a folder of .jsonl or .parquet files, about half web text, half chat.
 
-Planned for v5e:4x8, not measured (docs/scaling.md): at most 14.9 of 15.75 GiB a chip in RL; a step of 1024 samples 5.1 s without
-host work; extraction, warm starts and 1000 such steps 2.0 hours.
+Planned for v5e:4x8, not measured (docs/scaling.md): at most 14.7 of 15.75 GiB a chip in RL; a step of 1024 samples
+5.2 s without host work; extraction, warm starts and 1000 such steps 2.0 hours.
 """
 
 import runpy
@@ -14,26 +14,39 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-ARCHITECTURE = dict(
-    model_type="qwen2", vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
-    num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32_768, rms_norm_eps=1e-6,
-    rope_theta=1_000_000.0, tie_word_embeddings=False,
-)  # fmt: skip
-TINY = dict(
-    vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2,
-)  # fmt: skip
+ARCHITECTURE = {
+    "model_type": "qwen2",
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+}
+TINY = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MESHES = {
-    "v5e_32": dict(mesh=(1, 8, 4)),  # v5e:4x8
-    "v6e_16": dict(mesh=(1, 4, 4)),  # v6e:4x4
-    "v5p_16": dict(mesh=(1, 4, 4)),  # v5p:2x2x4
+    "v5e_32": (1, 8, 4),  # v5e:4x8
+    "v6e_16": (1, 4, 4),  # v6e:4x4
+    "v5p_16": (1, 4, 4),  # v5p:2x2x4
+}
+OWN = {
+    "subject": {"path": "Qwen/Qwen2.5-7B-Instruct", "layer": 20, "architecture": ARCHITECTURE},
+    "prompts": {"marker": "㈎", "injection_scale": 150.0},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: those of `MESHES` (the first is the default), and "tiny"."""
     released = runpy.run_path(str(Path(__file__).with_name("released.py")))["released"]
-    return released(
-        variant, MESHES, path="Qwen/Qwen2.5-7B-Instruct", layer=20, architecture=ARCHITECTURE, tiny=TINY, marker="㈎",
-        injection_scale=150.0, lr=1.41e-5,
-    )  # fmt: skip
+    return released(variant, MESHES, TINY, OWN, lr=1.41e-5)

@@ -12,65 +12,60 @@ from nla_jax.prompts import RECONSTRUCTOR_TEMPLATE, VERBALIZER_TEMPLATE  # the p
 ADAMW = "nla_jax.objective:adamw"
 
 
-def released(
-    variant: str,
-    meshes: dict[str, dict],
-    *,
-    path: str,
-    layer: int,
-    architecture: dict,
-    tiny: dict,
-    lr: float,
-    marker: str = "",
-    injection_scale: float = 0.0,
-    activations: int = 128,
-    group: int = 8,
-    bos: bool = False,
-) -> ConfigDict:
-    """The config of one setting: the quickstart's fields with the published values.
-
-    `meshes`: by variant, what a topology changes: `mesh=(data, fsdp, tensor)`, and fields of `rl`, `compute`; the first is
-    the default. The variant "tiny" has a test's size, its model the `architecture` changed by `tiny`. `bos`: the tokenizer
-    begins texts with a token of its own."""
-    c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"](
-        "tiny" if variant == "tiny" else ""
-    )
-    c.subject.update(path=path, layer=layer)
-    c.subject.architecture = ConfigDict(architecture)
-    c.report.title = path
-    c.prompts.marker = marker
-    if variant == "tiny":
-        c.subject.architecture.update(tiny)
-        c.subject.layer, c.prompts.marker = 1, ""
-        return c
-    if variant not in ("", *meshes):
-        raise ValueError(f"there is no variant {variant!r}; there are {', '.join(meshes)} and tiny.")
-
-    c.compute.update(dtype="bfloat16", remat="nothing_saveable")
+WARM_START = {
+    "batch": 256,
+    "steps": 1000,
+    "optimizer": {"function": ADAMW, "lr": 2e-5, "final_lr": 2e-6, "warmup": 50},
+}
+RELEASED = {
+    "compute": {"dtype": "bfloat16", "remat": "nothing_saveable"},
     # 640,000 positions: one epoch of 1000 batches of 256 for each warm start, 1000 steps of 128 for RL.
-    c.corpus.update(source="corpus", max_documents=64_000)
-    c.split = ConfigDict(dict(av_sft=0.40, ar_sft=0.40, rl=0.19, heldout=0.01))
-    c.extract.update(positions=10, min_position=50, max_tokens=1024, shard_documents=2000)
-    c.prompts.update(
-        verbalizer_template=VERBALIZER_TEMPLATE,
-        reconstructor_template=RECONSTRUCTOR_TEMPLATE,
-        injection_scale=injection_scale,
-        max_new_tokens=150,
-    )
-    c.sft.checkpoint_every = 100
-    for model in (c.sft.av, c.sft.ar):
-        model.update(batch=256, steps=1000)
-        model.optimizer = ConfigDict(dict(function=ADAMW, lr=2e-5, final_lr=2e-6, warmup=50))
-    c.rl.update(
-        steps=1000, activations=activations, group=group, rollout_chunks=1, kl_coefficient=0.01, checkpoint_every=50,
-        heldout_every=50,
-    )  # fmt: skip
-    for optimizer in (c.rl.av_optimizer, c.rl.ar_optimizer):
-        optimizer.update(lr=lr, warmup=0)
-    c.plan.update(prefix=100, suffix=25, text_prefix=6 + bos, text=14 + bos)
+    "corpus": {"source": "corpus", "max_documents": 64_000},
+    "split": {"av_sft": 0.40, "ar_sft": 0.40, "rl": 0.19, "heldout": 0.01},
+    "extract": {"positions": 10, "min_position": 50, "max_tokens": 1024, "shard_documents": 2000},
+    "prompts": {
+        "verbalizer_template": VERBALIZER_TEMPLATE,
+        "reconstructor_template": RECONSTRUCTOR_TEMPLATE,
+        "max_new_tokens": 150,
+    },
+    "sft": {"checkpoint_every": 100, "av": WARM_START, "ar": WARM_START},
+    "rl": {
+        "steps": 1000,
+        "activations": 128,
+        "group": 8,
+        "rollout_chunks": 1,
+        "kl_coefficient": 0.01,
+        "av_optimizer": {"warmup": 0},
+        "ar_optimizer": {"warmup": 0},
+        "checkpoint_every": 50,
+        "heldout_every": 50,
+    },
+    "plan": {"prefix": 100, "suffix": 25, "text_prefix": 6, "text": 14},
+}
 
-    changed = dict(meshes[variant or next(iter(meshes))])
-    c.mesh.update(dict(zip(("data", "fsdp", "tensor"), changed.pop("mesh"))))
-    c.compute.remat = changed.pop("remat", c.compute.remat)
-    c.rl.update(changed)
+
+def released(
+    variant: str, meshes: dict[str, tuple[int, int, int]], tiny: dict, own: dict, *, lr: float, bos: bool = False
+) -> ConfigDict:
+    """The config of one setting: the quickstart's fields, with the published values, with those of its `own`.
+
+    `meshes`: the sizes (data, fsdp, tensor) of each variant's mesh; the first is the default. The variant "tiny" has a
+    test's size, and the subject's architecture changed by `tiny`. `lr`: of AV and AR in RL. `bos`: the tokenizer begins
+    texts with a token of its own."""
+    if variant not in ("", "tiny", *meshes):
+        raise ValueError(f"there is no variant {variant!r}; there are {', '.join(meshes)} and tiny.")
+    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]
+    c = quickstart("tiny" if variant == "tiny" else "")
+    c.report.title = own["subject"]["path"]
+    if variant == "tiny":
+        c.subject.update(own["subject"])
+        c.subject.architecture.update(tiny)
+        c.subject.layer = 1
+        return c
+    c.update(RELEASED)
+    for optimizer in (c.rl.av_optimizer, c.rl.ar_optimizer):
+        optimizer.lr = lr
+    c.plan.update(text_prefix=c.plan.text_prefix + bos, text=c.plan.text + bos)
+    c.update(own)
+    c.mesh.update(dict(zip(("data", "fsdp", "tensor"), meshes[variant or next(iter(meshes))])))
     return c

@@ -4,8 +4,8 @@
     nla quickstart --config configs/stories260k.py --workdir runs/stories260k \
         --config.subject.path=MODEL --config.corpus.source=runs/stories.jsonl
 
-MODEL is its Hugging Face folder. Its tokenizer has no chat template and mostly spells words out: labels take twice as many
-tokens as the quickstart's. Expected: experiments/stories260k/README.md.
+MODEL is its Hugging Face folder. Its tokenizer has no chat template and mostly spells words out: labels take twice as
+many tokens as the quickstart's. Expected: experiments/stories260k/README.md.
 """
 
 import runpy

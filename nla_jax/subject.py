@@ -14,15 +14,18 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
+from nla_jax.config import Config
 from nla_jax.data.batches import pad_tokens
-from nla_jax.io.folders import load_params, load_tokenizer, read_config
+from nla_jax.io.folders import load_params, load_tokenizer, model_config, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.sharding import place_batch, shardings
-from nla_jax.models.transformer import Transformer, abstract_params
-from nla_jax.runtime.errors import InputError
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
+from nla_jax.runtime.errors import InputError, first_line
 
 ROWS = 16  # texts that are read at a time
+# The subject that comes with the package, made by `nla pretrain --config configs/quickstart.py:subject`.
+SHIPPED = Path(__file__).parent / "quickstart/subject"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,3 +181,49 @@ _residual = jax.jit(residual, static_argnums=0)
 @jax.jit
 def _gather(hidden, index):
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
+
+
+# The shapes of a subject that need not be here, for `nla plan` and `nla benchmark`
+
+
+def subject_config(config: Config, mesh: Mesh) -> TransformerConfig:
+    """The shapes of a config's whole subject, as programs on `mesh` compute with it: dtype, remat, attention kernel.
+
+    They come from the folder that `subject.path` names, else from `subject.architecture`, else from the hub's
+    `config.json`, the only file that is fetched. Without a path they are those of the model that `pretrain` would make.
+
+    Raises `InputError` where the hub does not give that file, for a layer that the model does not have, and for an
+    attention kernel that these devices or this model cannot use."""
+    c, compute = config.subject, config.compute
+    model = with_kernel(_shapes(config, jnp.dtype(compute.dtype)), compute.attention, mesh)
+    if not 0 <= c.layer < model.layers:
+        raise InputError(f"subject.layer {c.layer} does not exist: the subject has blocks 0 to {model.layers - 1}.")
+    return dataclasses.replace(model, remat=compute.remat or None)
+
+
+def _shapes(config: Config, dtype: jnp.dtype) -> TransformerConfig:
+    """The subject's shapes, from the first place that has them."""
+    path, init = config.subject.path, config.pretrain.init_from
+    if not path and init:
+        return read_config(SHIPPED if init == "shipped" else locate(init), dtype)
+    if not path:
+        return TransformerConfig(vocab_size=config.pretrain.vocab_size, dtype=dtype, **config.pretrain.model)
+    if Path(path).is_dir():
+        return read_config(path, dtype)
+    if config.subject.architecture:
+        return model_config(config.subject.architecture, "subject.architecture", dtype)
+    return read_config(_hub_folder(path), dtype)
+
+
+def _hub_folder(name: str) -> Path:
+    """The folder with a hub model's config.json."""
+    from huggingface_hub import hf_hub_download
+
+    repo, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
+    except Exception as error:  # network, authorisation, unknown repository
+        raise InputError(
+            f"{name} is neither a folder nor a model that the hub gives ({first_line(error)}); "
+            "set subject.architecture."
+        ) from None

@@ -252,7 +252,7 @@ def copy_before(finished: Path, tmp_path: Path, stage: str) -> Path:
     """A copy of a finished run in which `stage` and all after it never happened."""
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
-    for later in LOOP[LOOP.index(stage) :]:
+    for later in list(STAGES)[list(STAGES).index(stage) :]:
         (workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
     made = {"rl": ["train/rl", "pair"], "sft": ["train/sft_av", "train/sft_ar", "train/rl", "pair", "pair_warm"]}
     for folder in made.get(stage, []) + ["activations"] * (stage == "extract"):

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import nla_jax.study
 import numpy as np
 import pytest
 from conftest import history, nla_main, one_line, one_sentence, same_run, weights
 from fake_gcs import Store, serving
 
+import nla_jax.study
 from nla_jax.cli import main
 from nla_jax.data.rows import load_rows
 from nla_jax.io.files import local, path_to, replacing, stand_in

@@ -10,7 +10,7 @@ import nla_jax
 ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
     ["runtime.errors", "runtime.environment"],
-    ["runtime.distributed", "runtime.user_code", "runtime.compiler", "config", "fve", "tools.hlo", "tools.report"],
+    ["runtime.distributed", "runtime.user_code", "runtime.compiler", "config", "fve", "tools.report"],
     ["io.files", "models.sharding", "models.cpu_forms", "models.rope"],
     ["io.parquet", "io.safetensors", "models.attention"],
     ["models.kernels", "models.layers"],
@@ -19,7 +19,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["io.folders", "models"],
     ["io"],
     ["autoencoder", "objective", "data.batches", "data.corpus", "quickstart"],
-    ["losses", "sampling", "tools.flops"],
+    ["losses", "sampling"],
     ["joint_step", "prompts", "runtime.metrics", "runtime.checkpoint"],
     ["sidecar", "subject", "runtime.watchdog"],
     ["data", "pair", "runtime.run"],

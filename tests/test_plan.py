@@ -13,11 +13,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.cli import load_config, main
+from nla_jax.config import Compute, Config, LoraSettings, Plan, Sft, Subject
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools import search as searching
 from nla_jax.tools import topology
 from nla_jax.tools.hlo import Machine, Program
-from nla_jax.tools.plan import plan, plan_program, table, tasks
+from nla_jax.tools.plan import RL, plan, plan_program, programs_of, table
 from nla_jax.tools.search import ranking, search
 from nla_jax.tools.topology import (
     CHIPS,
@@ -35,26 +36,35 @@ needs_libtpu = pytest.mark.skipif(
 LAYERS, WIDTH, MLP = 4, 512, 2048
 CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py")
 SMALL = {
-    "model_type": "qwen2", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": False,
-}  # fmt: skip
-PROGRAMS = ["extract", "sft_av", "sft_ar", "relayout", "rollout", "train_step"]
+    "model_type": "qwen2",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+PROGRAMS = ["extract", "sft_av", "sft_ar", "relayout", "rollout", "joint_step", "reconstruct"]
 
 
-def small(**architecture):
+def small(layer: int = 1, dtype: str = "bfloat16", rank: int = 0, group: int = 2, **architecture) -> Config:
     """The quickstart at a test's sizes, with a subject that exists nowhere."""
     config = load_config(CONFIG, [])
-    config.compute.update(dtype="bfloat16", remat="nothing_saveable")
-    config.subject.update(path="nobody/small", layer=1)
-    config.subject.architecture = type(config)(SMALL | architecture)
-    config.prompts.max_new_tokens = 16
-    config.corpus.max_documents = 800
-    config.extract.max_tokens = 32
-    config.plan.update(prefix=8, suffix=4, text_prefix=2, text=6)
-    for model in (config.sft.av, config.sft.ar):
-        model.update(batch=8, steps=10)
-    config.rl.update(steps=10, activations=8, group=2)
-    return config
+    lora = LoraSettings(rank=rank)
+    warm = {"batch": 8, "steps": 10, "lora": lora}
+    return dataclasses.replace(
+        config,
+        compute=Compute(dtype=dtype, remat="nothing_saveable"),
+        subject=Subject(path="nobody/small", layer=layer, architecture=SMALL | architecture),
+        prompts=dataclasses.replace(config.prompts, max_new_tokens=16),
+        corpus=dataclasses.replace(config.corpus, max_documents=800),
+        extract=dataclasses.replace(config.extract, max_tokens=32),
+        plan=Plan(prefix=8, suffix=4, text_prefix=2, text=6),
+        sft=Sft(av=dataclasses.replace(config.sft.av, **warm), ar=dataclasses.replace(config.sft.ar, **warm)),
+        rl=dataclasses.replace(config.rl, steps=10, activations=8, group=group),
+    )
 
 
 def layer(x, w):
@@ -169,7 +179,7 @@ ENTRY %main (v: f32[64,64]) -> f32[64,64] {
   %outer = (s32[], f32[64,64]{1,0}) while(%first), condition=%outer_condition, body=%outer_body, metadata={op_name="outer"}
   ROOT %result = f32[64,64]{1,0} get-tuple-element(%outer), index=1
 }
-"""
+"""  # noqa: E501 (an instruction is one line)
 
 
 def test_nested_loops_multiply():
@@ -235,7 +245,7 @@ ENTRY %main (a: f32[8,64], b: f32[64,64]) -> f32[8,64] {
   %whole = f32[64,64]{1,0} fusion(%under.way.1), kind=kCustom, output_to_operand_aliasing={{}: (0, {})}, calls=%done
   ROOT %kept = f32[8,64]{1,0} fusion(%whole), kind=kCustom, calls=%scatter
 }
-"""
+"""  # noqa: E501 (an instruction is one line)
 
 
 def test_collectives_that_the_tpu_compiler_writes_into_fusions():
@@ -275,7 +285,7 @@ def test_a_gpus_matrix_product():
   %gemm = (f32[8,16]{1,0}, s8[4096]{0}) custom-call(%p, %q), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]}}}
   ROOT %r = f32[8,16]{1,0} get-tuple-element(%gemm), index=0
 }
-"""
+"""  # noqa: E501 (an instruction is one line)
     assert Program(text).counts.flops == 2 * 8 * 32 * 16
 
 
@@ -293,7 +303,7 @@ def test_every_program_on_a_real_topology():
     assert not result["programs"]["rollout"]["decode_loop"]["all_gather"]
     assert result["programs"]["rollout"]["decode_loop"]["trips"] == config.prompts.max_new_tokens - 1
     assert result["programs"]["relayout"]["collectives"]["all-gather"] > 0
-    assert 0 < result["programs"]["train_step"]["projected_mfu"] < 1
+    assert 0 < result["programs"]["joint_step"]["projected_mfu"] < 1
     assert result["programs"]["extract"]["runs"] == 50  # 16 documents at a time
     assert result["rl"]["projected_samples_per_second"] > 0
     hours = sum(p["runs"] * p["projected_seconds"] for p in result["programs"].values()) / 3600
@@ -328,13 +338,11 @@ def test_wrong_sizes_are_refused():
     with pytest.raises(InputError, match="does not fit the 4 devices"):
         mesh_over(devices, (1, 3, 1))
     with pytest.raises(InputError, match=r"has 2 entries, which mesh axis tensor=4"):
-        tasks(small(), mesh_over(devices, (1, 1, 4)))
+        programs_of(small(), mesh_over(devices, (1, 1, 4)))
     with pytest.raises(InputError, match="no program 'x'"):
         plan(small(), HERE, mesh_over(devices, (1, 4, 1)), ("x",))
-    config = small()
-    config.subject.layer = 3
     with pytest.raises(InputError, match="layer 3 does not exist"):
-        tasks(config, mesh_over(devices, (1, 4, 1)))
+        programs_of(small(layer=3), mesh_over(devices, (1, 4, 1)))
 
 
 @needs_libtpu
@@ -359,13 +367,13 @@ def test_a_compiler_of_another_version_is_named(monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: cannot read this")
 
     place = slice_named("v5p:2x2x1")
-    task = tasks(small(), mesh_over(place.devices, (1, 4, 1)))["sft_ar"]
-    task = dataclasses.replace(task, function=SimpleNamespace(lower=lower))
+    program, work = programs_of(small(), mesh_over(place.devices, (1, 4, 1)))["sft_ar"]
+    program = dataclasses.replace(program, function=SimpleNamespace(lower=lower))
     with pytest.raises(jax.errors.JaxRuntimeError, match="cannot read this"):
-        plan_program(task, place)
+        plan_program(program, work, place)
     monkeypatch.setattr(topology.importlib.metadata, "version", lambda name: "99.0")
     with pytest.raises(InputError, match=r"cannot read this.*asks for \(==.*pip install \"jax\[tpu\]"):
-        plan_program(task, place)
+        plan_program(program, work, place)
 
 
 def test_mesh_over():
@@ -406,24 +414,21 @@ def test_the_devices_present(monkeypatch):
 
 
 def test_model_flops_are_those_that_xla_counts():
-    """On one device and unrolled nothing is counted twice: the AR's forward pass of the plan against the compiled one."""
-    config = small(num_hidden_layers=2)
-    config.subject.layer = 0
-    config.compute.dtype = "float32"
+    """On one device and unrolled nothing counts twice: the AR's forward pass of the plan against the compiled one."""
+    config = small(layer=0, dtype="float32", num_hidden_layers=2)
     mesh = mesh_over(tuple(jax.devices()[:1]), (1, 1, 1))
-    task = tasks(config, mesh)["extract"]
+    program, work = programs_of(config, mesh)["extract"]
     with jax.set_mesh(mesh):
-        compiled = task.function.lower(*task.arguments).compile()
+        compiled = program.function.lower(*program.arguments).compile()
     unseen = 16 * 4 * 4 * 128 * 32 * 31 / 2  # the masked half of the scores, which the plain path computes
-    close(Program(compiled.as_text()).counts.flops, task.flops + unseen)
+    close(Program(compiled.as_text()).counts.flops, work.flops + unseen)
 
 
 def test_adapters_leave_the_base_out_of_the_state():
-    config, mesh = small(), mesh_over(tuple(jax.devices()[:4]), (1, 4, 1))
-    whole = tasks(config, mesh)["train_step"]
-    config.sft.av.lora.rank = config.sft.ar.lora.rank = 2
-    adapters = tasks(config, mesh)["train_step"]
-    assert adapters.least_memory < whole.least_memory / 2 and adapters.flops < whole.flops
+    mesh = mesh_over(tuple(jax.devices()[:4]), (1, 4, 1))
+    whole, work = programs_of(small(), mesh)["joint_step"]
+    adapters, less = programs_of(small(rank=2), mesh)["joint_step"]
+    assert adapters.least_memory < whole.least_memory / 2 and less.flops < work.flops
 
 
 def test_the_verb_on_devices_that_are_here(capsys, monkeypatch):
@@ -468,25 +473,29 @@ def test_wrong_flags_are_one_sentence(capsys, monkeypatch, flags, said):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """What `search` asks for, as (mesh, micro-batches), of programs of which a train step fits from four micro-batches on,
-    and takes as many hours as it has micro-batches, times the mesh's tensor axis."""
-    asked, shapes = [], searching.tasks
+    """What `search` asks for, as (mesh, micro-batches), of programs of which a joint step fits from four micro-batches
+    on, and takes as many hours as it has micro-batches, times the mesh's tensor axis."""
+    asked, shapes = [], searching.programs_of
 
-    def all_tasks(config, mesh):
-        return {name: (name, config.rl.micro_batches, task) for name, task in shapes(config, mesh).items()}
+    def programs(config, mesh):
+        named = lambda name: (name, config.rl.micro_batches)  # in place of the work
+        return {name: (program, named(name)) for name, (program, _) in shapes(config, mesh).items()}
 
-    def program(task, place):
-        name, micro, real = task
-        sizes = tuple(real.mesh.shape.values())
+    def plan_program(program, named, place):
+        name, micro = named
+        sizes = tuple(program.mesh.shape.values())
         asked.append((sizes, micro))
-        return {"fits": name != "train_step" or micro >= 4, "memory": {}, "memory_total": 1.0, "bound_by": "compute",
-                "projected_hours": sizes[2] * micro, "projected_mfu": 0.5}  # fmt: skip
+        return {
+            "fits": name != "joint_step" or micro >= 4,
+            "memory": {},
+            "memory_total": 1.0,
+            "bound_by": "compute",
+            "projected_hours": sizes[2] * micro,
+            "projected_mfu": 0.5,
+        }
 
-    monkeypatch.setattr(searching, "tasks", all_tasks)
-    monkeypatch.setattr(
-        searching, "least_memory", lambda tasks: max(tasks[name][2].least_memory for name in searching.RL)
-    )
-    monkeypatch.setattr(searching, "plan_program", program)
+    monkeypatch.setattr(searching, "programs_of", programs)
+    monkeypatch.setattr(searching, "plan_program", plan_program)
     return asked
 
 
@@ -507,22 +516,18 @@ def test_search_finds_one_micro_batch_where_two_do_not_fit(uncompiled, monkeypat
     """Two have two sets of gradients."""
     monotone = searching.plan_program
 
-    def program(task, place):
-        name, micro, real = task
-        return monotone(task, place) | ({"fits": True} if micro == 1 and real.mesh.shape["tensor"] == 2 else {})
+    def plan_program(program, named, place):
+        fits = named[1] == 1 and program.mesh.shape["tensor"] == 2
+        return monotone(program, named, place) | ({"fits": True} if fits else {})
 
-    monkeypatch.setattr(searching, "plan_program", program)
+    monkeypatch.setattr(searching, "plan_program", plan_program)
     plans = search(small(), slice_of(4), tmp_path / "plan.jsonl")
     assert {(p["mesh"]["tensor"], p["micro_batches"]) for p in plans} == {(1, 4), (2, 1)}
 
 
 def test_search_compiles_nothing_on_a_mesh_that_cannot_hold_the_arguments(uncompiled, tmp_path):
-    least = {
-        sizes: max(
-            task[2].least_memory for task in searching.tasks(small(), mesh_over(HERE.devices[:2], sizes)).values()
-        )
-        for sizes in factorisations(2)
-    }
+    programs = lambda sizes: programs_of(small(), mesh_over(HERE.devices[:2], sizes))
+    least = {sizes: max(programs(sizes)[name][0].least_memory for name in RL) for sizes in factorisations(2)}
     largest = max(least, key=least.get)
     assert sorted(least.values())[1] < least[largest]
     search(small(), slice_of(2, memory=least[largest] - 1), tmp_path / "plan.jsonl")
@@ -542,9 +547,7 @@ def test_search_continues_where_it_was_stopped(uncompiled, tmp_path):
     uncompiled.clear()
     assert search(small(), slice_of(2), file) == first and not uncompiled
 
-    changed = small()
-    changed.rl.group = 4
-    search(changed, slice_of(2), file)
+    search(small(group=4), slice_of(2), file)
     assert len(uncompiled) == done  # another study's programs are no results of this one
 
 

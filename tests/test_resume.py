@@ -15,8 +15,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import nla_jax.stages.rl
-import nla_jax.study
 import numpy as np
 import optax
 import pyarrow as pa
@@ -36,6 +34,8 @@ from conftest import (
 )
 
 import nla_jax.pair
+import nla_jax.stages.rl
+import nla_jax.study
 from nla_jax.cli import main
 from nla_jax.data.rows import load_rows, shards_of
 from nla_jax.pair import load_pair

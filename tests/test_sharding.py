@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from conftest import TINY, close, one_sentence, random_params
-from nla_jax.stages.train import heldout_fve
 
 import nla_jax.pair
+from nla_jax.config import Config, Prompts, Rl, Subject
 from nla_jax.fve import fve
-from nla_jax.joint_step import Frozen, JointBatch, JointStep
+from nla_jax.joint_step import JointBatch
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import (
     DECODE,
@@ -23,77 +24,135 @@ from nla_jax.models.sharding import (
     shardings,
 )
 from nla_jax.models.transformer import Transformer, abstract_params
-from nla_jax.objective import adamw
 from nla_jax.pair import Pair, new_pair
 from nla_jax.runtime.compiler import compilations
 from nla_jax.sampling import decoding_layout, rollout
+from nla_jax.stages.rl import heldout_fve
+from nla_jax.study import Study
 
 A, G, R, T = 8, 2, 4, 8
 STEPS = 3
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+def centred(rewards):
+    """An advantage without a division by the spread of near-equal rewards, which would be noise."""
+    return rewards - rewards.mean(1, keepdims=True)
+
+
+# Well-conditioned, so that float32's rounding stays rounding: with Adam's usual eps a gradient of nearly 0 moves its
+# weight by ± the learning rate.
+OPTIMIZER = {"function": "nla_jax.objective:adamw", "lr": 1e-3, "warmup": 1, "eps": 1e-4}
+CONFIG = Config(
+    subject=Subject(layer=1),
+    prompts=Prompts(max_new_tokens=R),
+    rl=Rl(
+        steps=STEPS,
+        activations=A,
+        group=G,
+        advantage="test_sharding:centred",
+        kl_coefficient=0.1,
+        av_optimizer=OPTIMIZER,
+        ar_optimizer=OPTIMIZER,
+    ),
+)
 
 
 @pytest.fixture(scope="module")
-def joint(verbalizer, reconstructor) -> JointStep:
-    """Well-conditioned, so that float32's rounding stays rounding: with Adam's usual eps a gradient of nearly 0 moves its
-    weight by ± the learning rate, and near-equal rewards over their own spread are noise."""
-    optimizer = adamw(STEPS, 1e-3, warmup=1, eps=1e-4)
-    centred = lambda rewards: rewards - rewards.mean(1, keepdims=True)
-    return JointStep(verbalizer, reconstructor, optimizer, optimizer, advantage=centred, kl_coefficient=0.1)
+def study(verbalizer, reconstructor):
+    """The study of the tiny pair on a mesh of these sizes."""
+    return functools.cache(lambda *sizes: Study(CONFIG, make_mesh(*sizes), verbalizer, reconstructor, T))
+
+
+def moments(state) -> jax.Array:
+    """Adam's first moments of the AV's query projections."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.models["verbalizer"].opt)
+    names = {jax.tree_util.keystr(path): x for path, x in leaves}
+    (found,) = [x for name, x in names.items() if ".mu[" in name and "['q']['kernel']" in name]
+    return found
 
 
 @pytest.fixture(scope="module")
-def train(joint, params, pair):
-    """Three rollouts and joint steps on a mesh, as `nla_jax/stages/train.py` makes them: `(history, params, compiles)`."""
+def train(study, params, pair):
+    """Three rollouts and joint steps on a mesh, as `nla_jax/stages/rl.py` makes them, with made-up texts.
+
+    Returns of every step the sampled tokens, metrics and scores; the trained parameters; how many programs each joint
+    step compiled; and what the programs were called with."""
 
     @functools.cache
     def train(*sizes):
-        mesh = make_mesh(*sizes)
-        boxed = joint.verbalizer.abstract_params(), joint.reconstructor.abstract_params()
-        layout = shardings(mesh, jax.eval_shape(joint.init, jax.random.key(0), *boxed))
-        rng, history = np.random.default_rng(0), []
-        with jax.set_mesh(mesh):
-            state = jax.jit(joint.init, out_shardings=layout)(jax.random.key(0), params, pair.reconstructor_params)
-            for name, array in (("q", state.verbalizer["blocks"]["q"]["kernel"]), ("mu", state.verbalizer_opt)):
-                array = array if name == "q" else array[1][0].mu["blocks"]["q"]["kernel"]
+        s, rng, history, compiles = study(*sizes), np.random.default_rng(0), [], []
+        with jax.set_mesh(s.mesh):
+            state = s.init(*jax.tree.map(np.array, (params, pair.reconstructor_params)))  # copies: they are consumed
+            for array in (state.models["verbalizer"].params["blocks"]["q"]["kernel"], moments(state)):
                 assert array.sharding.shard_shape(array.shape) == (3, 32 // (sizes[1] * sizes[2]), 4, 8)
-            reference = jax.device_put(random_params(TINY, 7), shardings(mesh, boxed[0]))
-            decoding, step = relayout(mesh, boxed[0], TINY.dtype, DECODE), jax.jit(joint, donate_argnums=0)
-            compiles = []
+            frozen, to_decoding, step = s.frozen(random_params(TINY, 7), None), s.decoding(None), s.joint_program
             for i in range(STEPS):
-                vectors = rng.normal(size=(A, TINY.width)).astype(np.float32)
-                sampled = jax.device_get(
-                    rollout(
-                        joint.verbalizer, decoding(state.verbalizer), place_batch(mesh, vectors),
-                        jax.random.fold_in(state.rng, i), group=G, max_new_tokens=R,
-                    )
-                )  # fmt: skip
+                vectors = place_batch(s.mesh, rng.normal(size=(A, TINY.width)).astype(np.float32))
+                sampler = to_decoding(state.models["verbalizer"].params)
+                key = jax.random.fold_in(jax.random.key(0), i)
+                (sampled,) = s.sample(sampler, [vectors], key)
+                made_up = {
+                    "valid": rng.random(A * G) < 0.8,
+                    "texts": rng.integers(4, TINY.vocab_size, (A * G, T)).astype(np.int32),
+                    "text_lengths": rng.integers(1, T + 1, A * G).astype(np.int32),
+                }
                 batch = JointBatch(
-                    vectors=vectors, responses=sampled.tokens, response_mask=sampled.mask,
-                    sampler_logprobs=sampled.logprobs, valid=rng.random(A * G) < 0.8,
-                    texts=rng.integers(4, TINY.vocab_size, (A * G, T)).astype(np.int32),
-                    text_lengths=rng.integers(1, T + 1, A * G).astype(np.int32),
-                )  # fmt: skip
-                placed = place_batch(mesh, batch)
+                    vectors=vectors,
+                    responses=sampled.tokens,
+                    response_mask=sampled.mask,
+                    sampler_logprobs=sampled.logprobs,
+                    finished=sampled.finished,
+                    **place_batch(s.mesh, made_up),
+                )
+                arguments = {
+                    "relayout": (state.models["verbalizer"].params,),
+                    "rollout": (sampler, vectors, key),
+                    "joint_step": (state, frozen, batch),
+                }
+                called = jax.tree.map(described, arguments)
+                tokens = np.asarray(sampled.tokens)
                 with compilations() as compiled:
-                    state, metrics = step(state, Frozen(reference), placed)
+                    state, metrics, samples = step(state, frozen, batch)
                 compiles.append(len(compiled))
-                history.append((sampled.tokens, jax.device_get(metrics)))
-            return history, jax.device_get((state.verbalizer, state.reconstructor)), compiles
+                history.append((tokens, jax.device_get(metrics), jax.device_get(samples)))
+            trained = jax.device_get({name: model.params for name, model in state.models.items()})
+        return history, trained, compiles, called
 
     return train
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def described(x) -> tuple:
+    """What a program knows of an argument before it runs: shape, dtype, and the shape of each device's part."""
+    return x.shape, str(x.dtype), x.sharding.shard_shape(x.shape)
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=lambda s: "x".join(map(str, s)))
 def test_meshes_agree(train, sizes):
-    expected, params, _ = train(1, 1, 1)
-    history, found, compiles = train(*sizes)
-    for (tokens, metrics), (expected_tokens, expected_metrics) in zip(history, expected, strict=True):
+    expected, params, *_ = train(1, 1, 1)
+    history, found, compiles, _ = train(*sizes)
+    for (tokens, metrics, samples), (expected_tokens, expected_metrics, expected_samples) in zip(
+        history, expected, strict=True
+    ):
         assert np.array_equal(tokens, expected_tokens)
-        assert max(metrics.pop("logprob_gap_max"), metrics.pop("logprob_gap_mean")) < 1e-4
+        assert max(metrics.pop(f"logprob_gap_{name}") for name in ("max", "p99", "mean")) < 1e-4
         close(metrics, {name: expected_metrics[name] for name in metrics}, 1e-5)
+        close(samples, expected_samples, 1e-5)
     close(found, params, 1e-5)
     assert compiles == [1, 0, 0]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "x".join(map(str, s)))
+def test_what_is_planned_is_what_is_executed(study, train, sizes):
+    """The shapes, dtypes and places that a study's programs announce are those of the arrays that training passes."""
+    programs, called = study(*sizes).programs(), train(*sizes)[3]
+    planned = {name: programs[name].arguments for name in called}
+    verbalizer, *arrays, first_row = planned["rollout"]
+    assert (verbalizer, first_row) == (study(*sizes).verbalizer, 0)
+    planned["rollout"] = tuple(arrays)
+    for name, arguments in planned.items():
+        assert jax.tree.map(described, arguments) == called[name], name
 
 
 def while_bodies(text: str) -> str:
@@ -123,6 +182,13 @@ def collectives(program) -> set[str]:
     return set(re.findall(COLLECTIVES, while_bodies(program.as_text())))
 
 
+@pytest.mark.parametrize("sizes, found", [((1, 8, 1), set()), ((2, 2, 2), {"all-reduce"})])
+def test_the_studys_rollout_gathers_nothing(study, sizes, found):
+    program = study(*sizes).programs()["rollout"]
+    with jax.set_mesh(program.mesh):
+        assert collectives(program.function.lower(*program.arguments, **program.options).compile()) == found
+
+
 @pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
 def test_the_decode_loop_communicates_nothing(verbalizer, params, vectors, rules):
     """Under the decoding layout. Under the training layout (the control) every token waits for other devices."""
@@ -131,7 +197,7 @@ def test_the_decode_loop_communicates_nothing(verbalizer, params, vectors, rules
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(top_k=5, top_p=0.9), dict(temperature=0.0)], ids=["plain", "top", "greedy"]
+    "options", [{}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0}], ids=["plain", "top", "greedy"]
 )
 def test_a_decode_loop_over_tensor_gathers_nothing(verbalizer, params, vectors, options):
     """Devices that share a row add up what each made of its weights, and never show each other logits or weights."""
@@ -143,7 +209,7 @@ def any_pair(request, pair, subject_folder, sidecar) -> Pair:
     """A pair that writes texts; one of adapters on one frozen base."""
     if request.param == "whole":
         return pair
-    made = new_pair(sidecar, subject_folder, av_lora=Lora(4, 6.0), ar_lora=Lora(3, 5.0))
+    made = new_pair(sidecar, subject_folder, adapters=(Lora(4, 6.0), Lora(3, 5.0)))
     rng = np.random.default_rng(0)
     lively = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.2, made.verbalizer_params)
     return dataclasses.replace(made, verbalizer_params=lively, base=pair.verbalizer_params)
@@ -163,19 +229,27 @@ def test_a_pair_decodes_from_a_copy_made_once(any_pair, monkeypatch):
         return programs[-1](*args)
 
     monkeypatch.setattr(nla_jax.pair, "rollout", compiled_once)
+
+    def counted(*args):
+        """`decoding_layout`, whose copies are counted."""
+        copy = decoding_layout(*args)
+        return lambda params: copies.append(params) or copy(params)
+
+    monkeypatch.setattr(nla_jax.pair, "decoding_layout", counted)
     mesh = make_mesh(2, 2, 2)
     av, ar = any_pair.verbalizer.abstract_params(), any_pair.reconstructor.abstract_params()
     place = lambda params, boxed: jax.device_put(params, shardings(mesh, boxed))
-    base = any_pair.base and place(any_pair.base, abstract_params(TINY))
     with jax.set_mesh(mesh):
         placed = dataclasses.replace(
-            any_pair, verbalizer_params=place(any_pair.verbalizer_params, av),
-            reconstructor_params=place(any_pair.reconstructor_params, ar), base=base,
-        )  # fmt: skip
-        assert placed.verbalize(vectors, 12) == texts
-        to_decoding = decoding_layout(mesh, any_pair.verbalizer, base)
-        counted = lambda params: copies.append(params) or to_decoding(params)
-        assert heldout_fve(placed, vectors, 12, 1.0, counted) == pytest.approx(expected, abs=1e-5)
+            any_pair,
+            verbalizer_params=place(any_pair.verbalizer_params, av),
+            reconstructor_params=place(any_pair.reconstructor_params, ar),
+            base=any_pair.base and place(any_pair.base, abstract_params(TINY)),
+            mesh=mesh,
+        )
+    config = Config(prompts=Prompts(max_new_tokens=12), rl=Rl(heldout_temperature=1.0))
+    assert placed.verbalize(vectors, 12) == texts
+    assert heldout_fve(SimpleNamespace(config=config), placed, vectors) == pytest.approx(expected, abs=1e-5)
     assert len(copies) == 1 and len(programs) == 4 and collectives(programs[0]) == {"all-reduce"}
 
 
@@ -185,7 +259,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded_for_decoding(verbalizer, ve
     config = dataclasses.replace(TINY, vocab_size=317, tied_head=tied)
     verbalizer = dataclasses.replace(verbalizer, model=Transformer(config))
     params, mesh = random_params(config), make_mesh(1, 4, 2)
-    options = dict(group=4, max_new_tokens=12, top_p=0.95)
+    options = {"group": 4, "max_new_tokens": 12, "top_p": 0.95}
     expected = jax.device_get(rollout(verbalizer, params, vectors, jax.random.key(3), **options))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(mesh, verbalizer.abstract_params()))

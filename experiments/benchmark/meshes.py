@@ -2,13 +2,14 @@
 
     python experiments/benchmark/meshes.py --rounds 2
 
-The global batch is fixed. One process a mesh, all bound to the same CPUs; after their warm-up each has its turns of a few steps,
-while the others wait. With the cores shared, a step takes as long on any mesh but for the overhead of cutting it. A part of
-that is no fault of the mesh: eight small batches are more work than a large one (each reads all weights, and its matrix
-products are smaller). So one device also works through the batch in eight parts of an eighth, one after the other.
+The global batch is fixed. One process a mesh, all bound to the same CPUs; after their warm-up each has its turns of a
+few steps, while the others wait. With the cores shared, a step takes as long on any mesh but for the overhead of
+cutting it. A part of that is no fault of the mesh: eight small batches are more work than a large one (each reads all
+weights, and its matrix products are smaller). So one device also works through the batch in eight parts of an eighth,
+one after the other.
 
-Memory is `nla plan`'s for one device: all that the step needs, from its compiled program. Prints Markdown tables, writes them
-to `--out`.
+Memory is `nla plan`'s for one device: all that the step needs, from its compiled program. Prints Markdown tables,
+writes them to `--out`.
 """
 
 import argparse
@@ -28,8 +29,10 @@ GROUP = 8  # samples of an activation, as `nla benchmark rl` has them
 
 
 def environment(devices: int) -> dict[str, str]:
-    """As many CPU devices. XLA's pool gets two threads more than devices, which wait for one another in collectives; one
-    device keeps its default, a thread a core, which is fastest."""
+    """As many CPU devices.
+
+    XLA's pool gets two threads more than devices, because threads wait for one another in collectives. One device keeps
+    the default, a thread per core, which is fastest."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     flags = f"--xla_force_host_platform_device_count={devices}"
     threads = {"NPROC": str(devices + 2)} if devices > 1 else {}
@@ -37,9 +40,9 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def worker(mesh: tuple[int, ...], activations: int) -> Worker:
-    sizes = [f"--{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh)]
+    sizes = [f"--config.mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh)]
     print(f"mesh {mesh} with {activations} activations starts", file=sys.stderr)
-    command = [*NLA, "benchmark", "rl", *sizes, f"--activations={activations}", "--interactive"]
+    command = [*NLA, "benchmark", "rl", *sizes, f"--config.rl.activations={activations}", "--interactive"]
     return Worker(str(mesh), command, environment(mesh[0] * mesh[1] * mesh[2]))
 
 
@@ -64,7 +67,7 @@ def measure(activations: int, rounds: int, turn: int) -> dict[tuple[int, ...] | 
 def planned(mesh: tuple[int, ...]) -> dict[str, float]:
     """Bytes that a device needs for each program of the quickstart's RL step."""
     sizes = ",".join(map(str, mesh))
-    command = [*NLA, "plan", "--json", "--mesh", sizes, "--programs", "rollout,train_step"]
+    command = [*NLA, "plan", "--json", "--mesh", sizes, "--programs", "rollout,joint_step"]
     done = subprocess.run(
         command, env=environment(mesh[0] * mesh[1] * mesh[2]), check=True, stdout=subprocess.PIPE, text=True
     )
@@ -76,13 +79,14 @@ def table(activations: int, seconds: dict, memory: dict) -> list[str]:
     lines = [
         f"**{activations} activations, {activations * GROUP} samples a step**",
         "",
-        "| mesh (data, fsdp, tensor) | devices | median s | time / one device's | planned MiB a device: train step | rollout |",
+        "| mesh (data, fsdp, tensor) | devices | median s | time / one device's "
+        "| planned MiB a device: joint step | rollout |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for mesh, s in seconds.items():
         name = ", ".join(map(str, mesh)) if mesh else "one device, eight parts in turn"
         devices = mesh[0] * mesh[1] * mesh[2] if mesh else 1
-        planned = [f"{memory[mesh][program] / 2**20:,.0f}" if mesh else "" for program in ("train_step", "rollout")]
+        planned = [f"{memory[mesh][program] / 2**20:,.0f}" if mesh else "" for program in ("joint_step", "rollout")]
         lines.append(f"| {name} | {devices} | {s:.2f} | {s / seconds[MESHES[0]]:.2f} | {' | '.join(planned)} |")
     return [*lines, ""]
 
@@ -103,8 +107,8 @@ def main() -> None:
     lines = [
         f"`{shlex.join(['python', *sys.argv])}`, {datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}",
         "",
-        f"{about['processor']}, {about['cpus']} CPUs shared by all devices, jax {about['jax']}; but for the batch the default "
-        "shape of `nla benchmark rl`, memory that of the quickstart's RL step.",
+        f"{about['processor']}, {about['cpus']} CPUs shared by all devices, jax {about['jax']}; the default shape of "
+        "`nla benchmark rl` except for the batch; memory is that of the quickstart's RL step.",
         "",
     ]
     for activations in args.activations:

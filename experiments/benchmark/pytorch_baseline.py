@@ -25,17 +25,19 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 
 class Reconstructor(nn.Module):
     """The AR: the AV's first `layers` blocks without final norm, then a linear head, read at the last token."""
 
-    def __init__(self, verbalizer: Qwen2ForCausalLM, layers: int):
+    def __init__(self, verbalizer: PreTrainedModel, layers: int):
         super().__init__()
         config = copy.deepcopy(verbalizer.config)
-        config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
-        self.backbone = Qwen2Model(config)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        self.backbone = AutoModel.from_config(config)
         self.backbone.load_state_dict(verbalizer.model.state_dict(), strict=False)
         self.backbone.norm = nn.Identity()
         self.head = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -64,12 +66,19 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)
         self.args, self.device, self.phases = args, torch.device(args.device), {}
-        config = Qwen2Config(
-            vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.ffn, num_hidden_layers=args.layers,
-            num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, tie_word_embeddings=not args.untied_head,
-        )  # fmt: skip
+        config = AutoConfig.for_model(
+            args.family,
+            vocab_size=args.vocab,
+            hidden_size=args.width,
+            intermediate_size=args.ffn,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            head_dim=args.head_dim,
+            tie_word_embeddings=not args.untied_head,
+        )
         place = {"device": self.device, "dtype": getattr(torch, args.dtype)}
-        self.verbalizer = Qwen2ForCausalLM(config).to(**place)
+        self.verbalizer = AutoModelForCausalLM.from_config(config).to(**place)
         self.verbalizer_opt = self.optimizer(self.verbalizer)
         if args.mode == "rl":
             self.reference = copy.deepcopy(self.verbalizer).requires_grad_(False)
@@ -79,9 +88,15 @@ class Benchmark:
         self.template_before = self.random_tokens(1, args.ar_prefix)
         self.template_after = self.random_tokens(1, args.ar_suffix)
         self.generation = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, use_cache=True,
-            min_new_tokens=args.response, max_new_tokens=args.response,
-        )  # fmt: skip
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=None,
+            use_cache=True,
+            min_new_tokens=args.response,
+            max_new_tokens=args.response,
+        )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=self.args.lr, weight_decay=0.0, fused=True)
@@ -105,7 +120,7 @@ class Benchmark:
         self.synchronise()
         self.phases[name] = time.perf_counter() - start
 
-    def embed_prompts(self, model: Qwen2ForCausalLM, activations: Tensor) -> Tensor:
+    def embed_prompts(self, model: PreTrainedModel, activations: Tensor) -> Tensor:
         """Prompt embeddings `[B, P, D]`, the marker's replaced by `injection_scale * h / |h|`."""
         embeddings = model.get_input_embeddings()(self.prompt.expand(len(activations), -1))
         slot = self.args.injection_scale * F.normalize(activations, dim=-1)
@@ -121,7 +136,7 @@ class Benchmark:
             inputs_embeds=embeddings, attention_mask=mask, generation_config=self.generation
         )
 
-    def log_probs(self, model: Qwen2ForCausalLM, activations: Tensor, responses: Tensor) -> Tensor:
+    def log_probs(self, model: PreTrainedModel, activations: Tensor, responses: Tensor) -> Tensor:
         """Log-probabilities `[B, R]` of the response tokens."""
         read = model.get_input_embeddings()(responses[:, :-1])
         embeddings = torch.cat([self.embed_prompts(model, activations), read], dim=1)
@@ -225,11 +240,21 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and compute")
     run.add_argument("--seed", type=int, default=0)
     settings = {
-        "model": dict(vocab=4096, width=256, ffn=704, layers=6, heads=8, kv_heads=2, ar_layers=5),
-        "prompt": dict(prefix=100, suffix=24, ar_prefix=8, ar_suffix=5, injection_scale=10.0),
-        "rl": dict(activations=8, group=8, response=64, kl_coefficient=0.01, clip_ratio=0.2),
-        "sft_av": dict(batch=64, sft_response=122),
-        "optimizer": dict(lr=1.41e-5),
+        "model": {
+            "family": "qwen2",
+            "vocab": 4096,
+            "width": 256,
+            "ffn": 704,
+            "layers": 6,
+            "heads": 8,
+            "kv_heads": 2,
+            "head_dim": 32,
+            "ar_layers": 5,
+        },
+        "prompt": {"prefix": 100, "suffix": 24, "ar_prefix": 8, "ar_suffix": 5, "injection_scale": 10.0},
+        "rl": {"activations": 8, "group": 8, "response": 64, "kl_coefficient": 0.01, "clip_ratio": 0.2},
+        "sft_av": {"batch": 64, "sft_response": 122},
+        "optimizer": {"lr": 1.41e-5},
     }
     for title, defaults in settings.items():
         group = parser.add_argument_group(title)

@@ -2,25 +2,26 @@
 
     python experiments/benchmark/side_by_side.py --rounds 4
     python experiments/benchmark/side_by_side.py --rounds 4 --plain-malloc
+    python experiments/benchmark/side_by_side.py --config configs/benchmark.py:smollm2 --config.rl.activations=8
 
-Every side is a process of its own on the same `--threads` CPUs; ours samples in as many chunks. The sides start and warm up
-one after the other; then in each round each has its turn of `--turn` steps, while the others wait for input. Prints Markdown
-tables; writes them and all figures to `OUT.md` and `OUT.json`. Seconds to be ready are from the start of the process to the
-end of its warm-up, imports and compilation included.
+The shapes of both sides are those of the config; our side says them to the other one.
+Every side is a process of its own on the same `--threads` CPUs; ours samples in as many chunks. The sides start and
+warm up one after the other; then in each round each has its turn of `--turn` steps, while the others wait for input.
+Prints Markdown tables; writes them and all figures to `OUT.md` and `OUT.json`. Seconds to be ready are from the start
+of the process to the end of its warm-up, imports and compilation included.
 
-Each turn begins with a step that does not count, because training knows no pauses: behind the turns of others the first step
-pays for having memory again, most likely from the virtual machine's host (XLA's side, which frees its memory after each step;
-see LOG.md).
+Each turn begins with a step that does not count, because training knows no pauses: behind the turns of others the first
+step pays for having memory again, most likely from the virtual machine's host (XLA's side, which frees its memory after
+each step; see LOG.md).
 
-Both sides run with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 10000000000: otherwise glibc gives every large array
-back to the system and pays for its pages again in the next operation. `--plain-malloc` leaves these out.
+Both sides run with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 10000000000: otherwise glibc gives every large
+array back to the system and pays for its pages again in the next operation. `--plain-malloc` leaves these out.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
@@ -33,14 +34,30 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "10000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000"}
-SHAPES = {
-    "vocab": 4096, "width": 256, "layers": 6, "heads": 8, "kv_heads": 2, "mlp_width": 704, "ar_blocks": 5, "prefix": 100,
-    "suffix": 25, "response": 64, "ar_prefix": 8, "ar_suffix": 5, "activations": 8, "group": 8, "batch": 64,
-    "sft_response": 122,
-}  # fmt: skip
-TORCH_NAMES = {"mlp_width": "ffn", "ar_blocks": "ar_layers"}
+# Our names of the shapes, and those of the PyTorch side where it has others.
+TORCH_NAMES = {"mlp_width": "ffn", "ar_blocks": "ar_layers", "kl": "kl_coefficient", "av_batch": "batch"}
+SHARED = (
+    "family",
+    "vocab",
+    "width",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp_width",
+    "ar_blocks",
+    "prefix",
+    "ar_prefix",
+    "ar_suffix",
+    "activations",
+    "group",
+    "response",
+    "kl",
+    "av_batch",
+)
 OURS, TORCH, ON_POLICY = "nla_jax", "PyTorch", "PyTorch without old log-probs"
 COMPARISONS = {"rl": (OURS, TORCH, ON_POLICY), "sft_av": (OURS, TORCH)}
+LABELS = {"sft_av": ["--config.prompts.max_new_tokens=122"]}  # labels are longer than the responses of `rl`
 
 
 class Worker:
@@ -89,20 +106,23 @@ class Worker:
         }
 
 
-def command_of(side: str, program: str, args: argparse.Namespace) -> list[str]:
-    """The command line of a side, which speaks of the same shapes."""
-    shapes = {name: getattr(args, name) for name in SHAPES}
-    flag = lambda name, value: f"--{name.replace('_', '-')}={value}"
-    common = [f"--warmup={args.warmup}", "--interactive"]
-    if side == OURS:
-        shapes["head_dim"] = args.width // args.heads
-        shapes["rollout_chunks"] = math.gcd(args.activations, args.threads)
-        command = [sys.executable, "-m", "nla_jax.cli", "benchmark", program, *common]
-        return command + [flag(name, value) for name, value in shapes.items()]
-    shapes["suffix"] -= 1  # there it does not count the marker
-    command = [sys.executable, str(HERE / "pytorch_baseline.py"), program, *common, f"--threads={args.threads}"]
-    command += ["--no-old-logprobs"] if side == ON_POLICY else []
-    return command + [flag(TORCH_NAMES.get(name, name), value) for name, value in shapes.items()]
+def our_command(program: str, args: argparse.Namespace) -> list[str]:
+    """Our side: the config, changed by what the comparison needs and then by what the user asks for."""
+    chunks = f"--config.rl.rollout_chunks={args.threads}"
+    command = [sys.executable, "-m", "nla_jax.cli", "benchmark", program, "--config", args.config]
+    flags = [f"--warmup={args.warmup}", "--interactive", chunks]
+    return command + flags + LABELS.get(program, []) + args.overrides
+
+
+def torch_command(side: str, program: str, shapes: dict, args: argparse.Namespace) -> list[str]:
+    """The PyTorch side, at the shapes that our side says it has."""
+    command = [sys.executable, str(HERE / "pytorch_baseline.py"), program, f"--threads={args.threads}"]
+    command += [f"--warmup={args.warmup}", "--interactive"]
+    command += ["--no-old-logprobs"] * (side == ON_POLICY) + ["--untied-head"] * shapes["untied_head"]
+    # There the suffix does not count the marker, and labels have a length of their own.
+    wanted = {TORCH_NAMES.get(name, name): shapes[name] for name in SHARED}
+    wanted |= {"suffix": shapes["suffix"] - 1, "sft_response": shapes["response"]}
+    return command + [f"--{name.replace('_', '-')}={value}" for name, value in wanted.items()]
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
@@ -119,7 +139,11 @@ def compare(program: str, args: argparse.Namespace) -> dict:
     try:
         for side in COMPARISONS[program]:
             print(f"{program}: {side} starts", file=sys.stderr)
-            workers.append(Worker(side, command_of(side, program, args), environment(args)))
+            if side == OURS:  # the first one
+                command = our_command(program, args)
+            else:
+                command = torch_command(side, program, workers[0].ready["shapes"], args)
+            workers.append(Worker(side, command, environment(args)))
         for i in range(args.rounds):
             first = i % len(workers)
             for worker in workers[first:] + workers[:first]:
@@ -141,12 +165,16 @@ def table(program: str, sides: dict) -> str:
     head = ("side", "median s", "min s", "samples/s", "time / nla_jax's", "peak memory", "ready after")
     rows = [
         (
-            name, f"{side['median_seconds']:.3f}", f"{side['min_seconds']:.3f}", f"{side['samples_per_second']:.2f}",
-            f"{side['times_nla_jax']:.2f}", f"{side['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            name,
+            f"{side['median_seconds']:.3f}",
+            f"{side['min_seconds']:.3f}",
+            f"{side['samples_per_second']:.2f}",
+            f"{side['times_nla_jax']:.2f}",
+            f"{side['peak_memory_bytes'] / 2**20:,.0f} MiB",
             f"{side['ready']['seconds_to_ready']:.1f} s",
         )
         for name, side in sides.items()
-    ]  # fmt: skip
+    ]
     lines = [f"| {' | '.join(row)} |" for row in (head, ("---", *["---:"] * (len(head) - 1)), *rows)]
     phases = [
         f"{name}: " + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in side["phases"].items()) + "."
@@ -186,10 +214,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison (default: all)")
     parser.add_argument("--plain-malloc", action="store_true", help="glibc as it is, on both sides")
     parser.add_argument("--out", default=str(HERE / "results" / "cpu"), help="OUT.json and OUT.md are written")
-    shapes = parser.add_argument_group("shapes")
-    for name, default in SHAPES.items():
-        shapes.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=str(default))
-    return parser.parse_args()
+    parser.add_argument(
+        "--config", default="configs/benchmark.py", help="shapes of both sides; --config.FIELD=VALUE for single fields"
+    )
+    args, args.overrides = parser.parse_known_args()
+    if wrong := [flag for flag in args.overrides if not flag.startswith("--config.") or "=" not in flag]:
+        parser.error(f"{wrong[0]} is neither a flag of this script nor a --config.FIELD=VALUE.")
+    return args
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """`nla pretrain`: a tokenizer and a small Llama-shaped subject from scratch, written as an ordinary HF folder."""
 
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -23,8 +21,7 @@ from nla_jax.runtime.run import Run
 from nla_jax.stages.loop import Loop
 from nla_jax.stages.sft import fit
 from nla_jax.study import make_optimizer
-
-SHIPPED = Path(__file__).parent.parent / "quickstart/subject"  # made by `nla pretrain --config configs/quickstart.py:subject`
+from nla_jax.subject import SHIPPED
 
 
 def pretrain(run: Run) -> None:

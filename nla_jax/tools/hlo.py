@@ -4,10 +4,10 @@ XLA's own cost analysis counts the body of a loop once, so that a model whose la
 every computation is counted as often as it runs. All figures are those of one device: the text is that of the
 partitioned program.
 
-    FLOPs         2 · multiply-adds of dots, convolutions (the form that matrix products have on TPUs), splash attention's
-                  blocks and calls of a GPU's matrix product, nothing else
-    bytes         operands and results of each instruction or fusion, as laid out (padding to tiles included); of a slice
-                  what is read, of an update in place what is written; on-chip memory spaces cost nothing
+    FLOPs         2 · multiply-adds of dots, convolutions (the form of matrix products on TPUs), splash attention's
+                  blocks and a GPU's matrix products; nothing else
+    bytes         operands and results of each instruction or fusion, as laid out (padding to tiles included); for a
+                  slice what is read, for an update in place what is written; on-chip memory costs nothing
     collectives   bytes that a device sends over its links in the ring algorithm, by kind: n devices send (n - 1)/n of
                   the whole array for all-gather, reduce-scatter and all-to-all, twice that for all-reduce
 """
@@ -20,6 +20,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nla_jax.tools.hlo_text import Instruction, computations
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
@@ -27,13 +29,13 @@ _FREE = {
 }  # fmt: skip
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _VIEWS = {"bitcast", "reshape"}
-_BITS = re.compile(r"[a-z]+(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What one device does in a second: `flops`, `bytes` of HBM, and bytes sent over one `link`, of which a collective
-    among n devices uses `links(n)`, a permute one."""
+    """What one device does in a second: `flops`, `bytes` of HBM, and bytes sent over one `link`.
+
+    A collective among n devices uses `links(n)` links, a permute one."""
 
     flops: float = math.inf
     bytes: float = math.inf
@@ -48,9 +50,11 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What one run of a computation costs on one device. `collectives`: `{(kind, devices in a group): bytes}`.
-    `seconds`: the longer of arithmetic and HBM of each instruction, one after the other as scheduled; of them `waiting`
-    for links: a collective hides behind what the schedule places between its two halves, and behind nothing else."""
+    """What one run of a computation costs on one device.
+
+    `collectives`: `{(kind, devices in a group): bytes}`. `seconds`: for each instruction the longer of arithmetic and
+    HBM, one after the other as scheduled. `waiting`: the part of them that waits for links. A collective costs no time
+    while instructions run that the schedule places between its two halves; nothing else hides it."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -80,76 +84,13 @@ class Loop:
     body: Counts
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of a shape: its type, sizes, and where it lies."""
-
-    dtype: str
-    sizes: tuple[int, ...]
-    layout: str
-
-    @property
-    def space(self) -> int:
-        """The memory space; 0 is the device's main memory (HBM)."""
-        found = re.search(r"S\((\d+)\)", self.layout)
-        return int(found[1]) if found else 0
-
-    @property
-    def bytes(self) -> float:
-        """Bytes as laid out: the most minor sizes are rounded up to the tile."""
-        bits = 8 if self.dtype == "pred" else int(_BITS.match(self.dtype)[1]) if _BITS.match(self.dtype) else 0
-        sizes = list(self.sizes)
-        tile = re.search(r"T\(([\d,]+)\)", self.layout)
-        if tile and sizes:
-            order = [int(i) for i in re.match(r"[\d,]*", self.layout)[0].split(",")]  # minor to major
-            for i, size in zip(order, reversed([int(t) for t in tile[1].split(",")])):
-                sizes[i] = -(-sizes[i] // size) * size
-        return math.prod(sizes) * bits / 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]  # the result, tuples flattened
-    operands: tuple[str, ...]
-    text: str  # what stands behind the opcode
-    root: bool
-
-    def attribute(self, name: str) -> str | None:
-        """`name=value`, the value up to the next blank or comma outside of braces."""
-        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.text)
-        return found[1] if found else None
-
-    def calls(self, *names: str) -> list[str]:
-        """The computations that these attributes name."""
-        return [c for name in names for c in re.findall(r"[\w.\-]+", self.attribute(name) or "")]
-
-    @property
-    def size(self) -> float:
-        """Bytes of the result."""
-        return sum(array.bytes for array in self.arrays)
-
-    @property
-    def in_hbm(self) -> float:
-        """Bytes of what of the result lies in HBM."""
-        return sum(array.bytes for array in self.arrays if array.space == 0)
-
-
 class Program:
     """The computations of a program's text (`compiled.as_text()`), and their costs on a machine."""
 
     def __init__(self, text: str, machine: Machine = Machine()):
         self.machine = machine
         self._cost = functools.cache(self._cost)
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        # A line that begins with "}}" ends the metadata of a kernel, which may be of several lines.
-        for head, body in re.findall(r"^(\S[^\n]*) \{\n(.*?)^\}(?!\})", text, re.M | re.S):
-            entry, name = re.match(r"(ENTRY )?%?([\w.\-]+)", head).groups()
-            instructions = [_instruction(line) for line in body.splitlines() if " = " in line]
-            self.computations[name] = {i.name: i for i in instructions}
-            if entry:
-                self.entry = name
+        self.computations, self.entry = computations(text)
 
     @functools.cached_property
     def counts(self) -> Counts:
@@ -164,8 +105,7 @@ class Program:
         return [Loop(name(i), self.trips(c, i), self._cost(i.calls("body")[0])) for c, i in whiles]
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop's body runs: what the compiler notes, or what bound, start and step of its counter say. Of a
-        loop that may end earlier, the most."""
+        """How often a loop's body runs, at most: as the compiler notes, else by bound, start and step of its count."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known[1])
         condition, body = (self.computations[name] for name in loop.calls("condition", "body"))
@@ -185,7 +125,7 @@ class Program:
         return -(-(max(bounds) - first) // (steps[0] if steps else 1))
 
     def _cost(self, name: str) -> Counts:
-        """One run of a computation that is no fusion's."""
+        """One run of a computation. (What a fusion calls is counted by `_fused_flops` and `_bytes`.)"""
         total, scope, machine = Counts(), self.computations[name], self.machine
         clock, waiting, arrivals = 0.0, 0.0, {}
         for i in scope.values():
@@ -204,7 +144,7 @@ class Program:
         return dataclasses.replace(total, seconds=clock, waiting=waiting)
 
     def _inside(self, i: Instruction, computation: str) -> Counts:
-        """What the computations that an instruction calls cost, but for a fusion's."""
+        """What the computations cost that an instruction calls, except for a fusion's."""
         if i.opcode == "while":
             condition, body = i.calls("condition", "body")
             return (self._cost(condition) + self._cost(body)) * self.trips(computation, i)
@@ -228,10 +168,10 @@ class Program:
         return next((c for c in self.computations[i.calls("calls")[0]].values() if c.opcode in COLLECTIVES), None)
 
     def _collective(self, i: Instruction, scope: dict[str, Instruction]) -> tuple[str, str, dict]:
-        """What an instruction has to do with a collective: whether it is its `start`, its `done` or all of it (or
-        nothing), its channel, and what it sends. The TPU compiler also writes collectives into fusions: the same one
-        into a start, the products that it runs beside (where it counts nothing), and a done; or a reduction of which a
-        part is kept."""
+        """An instruction's part in a collective: "start", "done", "all" or "" (none), with channel and bytes sent.
+
+        The TPU compiler also writes collectives into fusions. A start, the products that run meanwhile and a done then
+        hold the same collective, which counts once. An all-reduce and a dynamic-slice count as reduce-scatter."""
         fused = self._fused_collective(i)
         if fused is None:
             part = next((part for part in ("start", "done") if i.opcode.endswith(f"-{part}")), "all")
@@ -267,20 +207,21 @@ class Program:
             reads = [self._read(i, n, whole) if whole else 0.0 for n, whole in enumerate(operands)]
             writes = zip(i.arrays, self._writes(i), strict=True)
             writes = [min(size, array.bytes) if array.space == 0 else 0.0 for array, size in writes]
-            if self._fused_collective(i):  # the arrays that it is under way with only pass through
+            if self._fused_collective(i):  # the arrays that are being sent only pass through
                 for result, operand in re.findall(r"\{(\d*)\}: \((\d+),", i.text):
                     writes[int(result or 0)] = reads[int(operand)] = 0.0
             return sum(reads) + sum(writes)
         return sum(operands) + i.in_hbm
 
     def _read(self, fusion: Instruction, index: int, whole: float) -> float:
-        """HBM bytes that a fusion outside of fusions reads of an operand of `whole` bytes."""
+        """HBM bytes that a fusion (in no other fusion) reads of an operand of `whole` bytes."""
         size, passed = self._reads(fusion, index)
         return whole if passed else min(whole, size)
 
     def _reads(self, fusion: Instruction, index: int) -> tuple[float, bool]:
-        """Bytes that a fusion reads of its operand `index` where it reads only slices of it, infinite where it reads
-        all; and whether its result is that operand under another shape, so that what follows decides."""
+        """Bytes that a fusion reads of its operand `index`; infinite where it reads more than slices of it.
+
+        Also whether the fusion's result is that operand in another shape; then its users decide what is read."""
         inner = self.computations[fusion.calls("calls")[0]]
         parameter = next(p for p in inner.values() if p.opcode == "parameter" and p.text.startswith(f"({index})"))
         todo, total, passed = [parameter], 0.0, parameter.root
@@ -302,7 +243,7 @@ class Program:
         return total, passed
 
     def _writes(self, fusion: Instruction) -> list[float]:
-        """Bytes that a fusion writes of each of its results: of an update in place, what is updated."""
+        """Bytes that a fusion writes of each of its results; for an update in place, those of the update."""
         inner = self.computations[fusion.calls("calls")[0]]
         root = next(i for i in inner.values() if i.root)
         sizes = []
@@ -318,36 +259,6 @@ class Program:
         return sizes
 
 
-def _instruction(line: str) -> Instruction:
-    """One line of a computation."""
-    left, right = re.sub(r"/\*.*?\*/", "", line).split(" = ", 1)
-    shape, rest = _split(right) if right.startswith("(") else right.split(" ", 1)
-    opcode, rest = rest.strip().split("(", 1)
-    inside, attributes = _split("(" + rest)
-    arrays = re.findall(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?", shape)
-    return Instruction(
-        name=left.split()[-1].lstrip("%"),
-        opcode=opcode,
-        arrays=tuple(
-            Array(kind, tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n), layout)
-            for kind, sizes, layout in arrays
-        ),
-        operands=tuple(re.findall(r"%([\w.\-]+)", inside)) if opcode != "constant" else (),
-        text=inside + attributes,
-        root=left.split()[0] == "ROOT",
-    )
-
-
-def _split(text: str) -> tuple[str, str]:
-    """`(…)rest` at the bracket that closes the first one."""
-    depth = 0
-    for i, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return text[: i + 1], text[i + 1 :]
-    raise ValueError(f"Unbalanced brackets in {text[:80]!r}.")
-
-
 def _is_constant(i: Instruction) -> bool:
     return i.opcode == "constant" and _is_counter(i)
 
@@ -358,7 +269,7 @@ def _constant(i: Instruction) -> int:
 
 
 def _origin(scope: dict[str, Instruction], name: str, index: int) -> Instruction:
-    """What stands at `index` of a tuple, behind copies."""
+    """The instruction that made entry `index` of a tuple, copies aside."""
     found = scope[scope[name].operands[index]] if scope[name].opcode == "tuple" else scope[name]
     while found.opcode in ("copy", "bitcast"):
         found = scope[found.operands[0]]
@@ -371,6 +282,7 @@ def _is_counter(i: Instruction) -> bool:
 
 
 def _flops(i: Instruction, scope: dict[str, Instruction]) -> float:
+    """FLOPs of one instruction that is no fusion."""
     if i.opcode == "dot":
         sizes = scope[i.operands[0]].arrays[0].sizes
         contracted = [sizes[int(n)] for n in re.findall(r"\d+", i.attribute("lhs_contracting_dims"))]
@@ -381,7 +293,7 @@ def _flops(i: Instruction, scope: dict[str, Instruction]) -> float:
         return 2.0 * math.prod(i.arrays[0].sizes) * math.prod(sizes[int(n)] for n in re.findall(r"\d+", contracted))
     if i.opcode == "custom-call" and (kernel := re.match(r"splash_m.a_(fwd|dq|dkv)", i.name)):
         products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel[1]]
-        _, rows, columns = scope[i.operands[0]].arrays[0].sizes  # blocks of the grid, of which those up to the diagonal run
+        _, rows, columns = scope[i.operands[0]].arrays[0].sizes  # blocks of the grid; those up to the diagonal run
         *heads, length, width = scope[i.operands[2]].arrays[0].sizes  # the queries
         blocks = min(rows * columns, rows * (rows + 1) // 2)
         return products * 2.0 * math.prod(heads) * width * blocks * (length / rows) ** 2

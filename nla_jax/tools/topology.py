@@ -1,4 +1,4 @@
-"""The devices that a plan is made for: chips and their published peaks, TPU slices by name, and what is present here."""
+"""The devices that a plan is made for: chips and their published peaks, TPU slices by name, the devices present."""
 
 import dataclasses
 import importlib.metadata
@@ -6,9 +6,12 @@ import importlib.util
 import math
 import os
 import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nla_jax.models.sharding import AXES, device_mesh, host_mesh
@@ -20,9 +23,11 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures: bfloat16 FLOP/s, HBM that a program may use (what the compiler refuses to exceed), HBM
-    bytes/s, and bytes/s of one interconnect link in one direction; `wrap`: an axis of a slice closes to a ring at
-    multiples of this."""
+    """Published figures of a chip.
+
+    `flops`: bfloat16 FLOP/s. `memory`: bytes of HBM that a program may use (what the compiler refuses to exceed).
+    `bandwidth`: HBM bytes/s. `link`: bytes/s of one interconnect link in one direction. `wrap`: an axis of a slice
+    closes to a ring at multiples of this."""
 
     flops: float
     memory: float
@@ -41,8 +46,8 @@ CHIPS = {
     "v6e": Chip(918e12, 31.25 * GiB, 1640e9, 90e9, 16),
 }
 TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
-# Dense bfloat16, from NVIDIA's data sheets of the SXM parts; `link`: NVLink in one direction. Of the memory what the device
-# itself says counts.
+# Dense bfloat16, from NVIDIA's data sheets of the SXM parts; `link`: NVLink in one direction. For a device that is
+# present, its own figure replaces `memory`.
 GPUS = {
     "A100": Chip(312e12, 79 * GiB, 2039e9, 300e9),
     "H100": Chip(989e12, 79 * GiB, 3350e9, 450e9),
@@ -52,8 +57,10 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Devices to plan for: their name, what a device has of its chip, the sizes of the grid in which they are linked (() for
-    none: each has one link to all others), and the devices, which need not exist."""
+    """Devices to plan for.
+
+    `chip`: a device's share of its chip. `sizes`: of the grid in which the devices are linked; () where there is none,
+    and each has one link to all others. `devices` need not exist."""
 
     name: str
     chip: Chip
@@ -61,8 +68,10 @@ class Slice:
     devices: tuple[Any, ...]
 
     def links(self, n: int) -> int:
-        """Links that a chip at the edge has in a collective among `n` chips, which are taken to fill the slice's
-        longest axes first; two along an axis that closes to a ring (in a slice of whole cubes all do), else one."""
+        """Links that a chip at the edge has in a collective among `n` chips.
+
+        The chips are taken to fill the slice's longest axes first. An axis that closes to a ring has two links (in a
+        slice of whole cubes all axes close), any other has one."""
         closes = [size % self.chip.wrap == 0 for size in self.sizes]
         if len(self.sizes) == 3:
             closes = [all(closes)] * 3
@@ -73,7 +82,7 @@ class Slice:
         return max(links, 1)
 
     def host(self, mesh: Mesh) -> Mesh:
-        """One host's devices of a mesh. Of a TPU slice as a slice of that size: its compiler takes no part of one."""
+        """One host's devices of a mesh. For a TPU, a slice of that size: its compiler takes no part of a larger one."""
         first = min(device.process_index for device in mesh.devices.flat)
         own = host_mesh(mesh, first)
         if not self.sizes or own.size == mesh.size:
@@ -84,6 +93,7 @@ class Slice:
 
     @property
     def machine(self) -> Machine:
+        """What one device does in a second."""
         return Machine(self.chip.flops, self.chip.bandwidth, self.chip.link, self.links)
 
 
@@ -126,8 +136,10 @@ def libtpu_wanted() -> str | None:
 
 
 def present(dtype: Any) -> Slice:
-    """The devices of this process. Of a kind that no table here has, the peaks are measured (a matrix product in `dtype`, an
-    addition to a large array), and links are taken to be as fast as memory; CPU devices share all of these."""
+    """The devices of this process.
+
+    For a kind that no table here has, the peaks are measured (a matrix product in `dtype`, an addition to a large
+    array), and links are taken to be as fast as memory. CPU devices share all of these."""
     devices = tuple(jax.devices())
     first, stats = devices[0], devices[0].memory_stats() or {}
     known = [chip for name, chip in GPUS.items() if name in first.device_kind]
@@ -136,13 +148,35 @@ def present(dtype: Any) -> Slice:
     if known:
         chip = known[0]
     else:
-        from nla_jax.tools.benchmark.measure import measured_bandwidth, measured_peak
-
         parts = len(devices) if first.platform == "cpu" else 1
         memory, bandwidth = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), measured_bandwidth() / parts
         chip = Chip(measured_peak(dtype) / parts, memory / parts, bandwidth, bandwidth)
     chip = dataclasses.replace(chip, memory=stats.get("bytes_limit", chip.memory))
     return Slice(f"{len(devices)} × {first.device_kind}", chip, (), devices)
+
+
+def measured_peak(dtype: Any) -> float:
+    """FLOP/s of a large matrix product on the first device: the best of five."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (n, n), dtype)  # equal entries would save a GPU power, and flatter it
+    return 2 * n**3 / _best(jax.jit(lambda x: x @ x), x, keep=True)
+
+
+def measured_bandwidth() -> float:
+    """Bytes/s of adding to a large array in place (read and write) on the first device: the best of five."""
+    n = 1 << (26 if jax.default_backend() == "cpu" else 29)
+    return 2 * 4 * n / _best(jax.jit(lambda x: x + 1, donate_argnums=0), jnp.ones(n, jnp.float32))
+
+
+def _best(function: Callable, x: jax.Array, keep: bool = False) -> float:
+    """The least seconds of five calls after a first one; each takes the last one's result, unless `keep`."""
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        y = jax.block_until_ready(function(x))
+        seconds.append(time.perf_counter() - start)
+        x = x if keep else y
+    return min(seconds[1:])
 
 
 def mesh_over(devices: tuple, sizes: tuple[int, int, int]) -> Mesh:

@@ -1,12 +1,13 @@
-"""What a program of a config moves to and from an H200's memory, and what memory it needs, from the program that XLA compiles for
-one.
+"""What a program of a config moves to and from an H200's memory, and what memory it needs, from the program that XLA
+compiles for one.
 
     pip install "jax-cuda12-plugin[with-cuda]==$(python -c 'import jax; print(jax.__version__)')"
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu python experiments/benchmark/gpu/compiled.py rollout \
         --config configs/qwen2_5_7b.py --config.rl.activations=64
 
-Programs are those of `nla plan` (rollout, train_step, sft_av, ...), on one device. Needs the GPU's compiler (the plugin and NVIDIA's
-libraries, 5 GB), but no GPU. Nothing is timed: without a device XLA does not try which of its matrix products are the fastest.
+Programs are those of `nla plan` (rollout, joint_step, sft_av, ...), on one device. Needs the GPU's compiler (the plugin
+and NVIDIA's libraries, 5 GB), but no GPU. Nothing is timed: without a device XLA does not try which of its matrix
+products are the fastest.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 from nla_jax.cli import load_config
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.flops import decode_bytes
-from nla_jax.tools.plan import plan_program, tasks
+from nla_jax.tools.plan import plan_program, programs_of
 from nla_jax.tools.topology import GPUS, Slice, mesh_over
 
 H200 = """
@@ -49,14 +50,14 @@ def main() -> None:
     except NotImplementedError:
         sys.exit("XLA's compiler for GPUs is not there; the first lines of this file say what to install.")
     mesh = mesh_over(devices, (1, 1, 1))
-    programs = tasks(config, mesh, mesh)
+    programs = programs_of(config, mesh, mesh)
     if arguments.program not in programs:
         sys.exit(f"There is no program {arguments.program!r}; there are {', '.join(programs)}.")
-    task = programs[arguments.program]
-    report = plan_program(task, Slice("H200", GPUS["H200"], (), devices))
+    program, work = programs[arguments.program]
+    report = plan_program(program, work, Slice("H200", GPUS["H200"], (), devices))
     if arguments.program == "rollout":
-        verbalizer, _, vectors, *_ = task.arguments
-        group, length = (task.options[name] for name in ("group", "max_new_tokens"))
+        verbalizer, _, vectors, *_ = program.arguments
+        group, length = (program.options[name] for name in ("group", "max_new_tokens"))
         needed = sum(decode_bytes(verbalizer, len(vectors), group, length, 1).values())
         report["decode_loop"] |= {"unavoidable": needed, "share": needed / report["decode_loop"]["bytes_per_token"]}
     print(json.dumps(report, indent=1))

@@ -1,9 +1,8 @@
-"""Runs a program, and accounts for its time.
+"""Runs a benchmark, and accounts for its time.
 
 The compile cache is left off, so that `compile_seconds` are those of a first run.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -13,91 +12,89 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.compiler import compilations
 from nla_jax.runtime.errors import InputError
-from nla_jax.tools.benchmark.programs import BUILDERS, Clock, Program, Work
-from nla_jax.tools.benchmark.settings import Settings
+from nla_jax.study import Study
+from nla_jax.tools.benchmark.programs import BENCHMARKS, Benchmark, Clock
+from nla_jax.tools.flops import Work
+from nla_jax.tools.topology import measured_bandwidth, measured_peak
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How a benchmark is timed: `steps` after `warmup` others, and the peaks of one device (0: measured)."""
+
+    steps: int = 5
+    warmup: int = 1
+    peak_tflops: float = 0.0
+    bandwidth_gbs: float = 0.0
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("warmup", 1), ("peak_tflops", 0), ("bandwidth_gbs", 0)):
+            value = getattr(self, name)
+            if not least <= value < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, found {value}.")
 
 
 def peak_memory(mesh: Mesh) -> tuple[int, str]:
-    """The most memory that was ever in use, and whose: the fullest device's, else the process's largest resident set."""
+    """The most memory that was ever in use, in bytes, and whose: the fullest device's, else the process's.
+
+    Of a process it is the largest resident set."""
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(stats):
         return max(x["peak_bytes_in_use"] for x in stats), "device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"  # Linux counts in KiB
 
 
-def measured_peak(dtype) -> float:
-    """FLOPs a second of a large matrix product on the first device: the best of five."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jax.random.normal(jax.random.key(0), (n, n), dtype)  # equal entries would save a GPU power, and flatter it
-    return 2 * n**3 / _best(jax.jit(lambda x: x @ x), x, keep=True)
-
-
-def measured_bandwidth() -> float:
-    """Bytes a second of adding to a large array in place (read and write) on the first device: the best of five."""
-    n = 1 << (26 if jax.default_backend() == "cpu" else 29)
-    return 2 * 4 * n / _best(jax.jit(lambda x: x + 1, donate_argnums=0), jnp.ones(n, jnp.float32))
-
-
-def _best(function, x, keep: bool = False) -> float:
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        y = jax.block_until_ready(function(x))
-        seconds.append(time.perf_counter() - start)
-        x = x if keep else y
-    return min(seconds[1:])
-
-
-def timed_step(program: Program, mesh: Mesh) -> dict:
+def timed_step(benchmark: Benchmark, mesh: Mesh) -> dict:
     """Runs one step and describes it."""
     clock, start = Clock(), time.perf_counter()
-    metrics = program.step(clock)
+    metrics = benchmark.step(clock)
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "phases": dict(clock),
-        "samples_per_second": program.samples / seconds,
+        "samples_per_second": benchmark.samples / seconds,
         "peak_memory_bytes": peak_memory(mesh)[0],
         "metrics": {name: float(value) for name, value in metrics.items()},
     }
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """`nla benchmark`: a JSON object on standard output and an account of it on standard error.
+def run(name: str, study: Study, timing: Timing, interactive: bool = False, command: str | None = None) -> None:
+    """Measures one of `BENCHMARKS`: a JSON object on standard output, an account of it on standard error.
 
-    Raises `InputError` for wrong flags, and where memory does not suffice."""
-    given = vars(arguments)
-    s = Settings.read(given)
-    mesh = make_mesh(s.data, s.fsdp, s.tensor)
+    `interactive`: see `serve`. Raises `InputError` for a benchmark that there is not, a study that it cannot run, and
+    where memory does not suffice."""
+    if name not in BENCHMARKS:
+        raise InputError(f"What to measure must be one of {', '.join(BENCHMARKS)}; found {name!r}.")
+    if name in ("rl", "rollout") and study.config.prompts.max_new_tokens < 2:
+        raise InputError("prompts.max_new_tokens is 1; decoding is measured on at least 2 tokens.")
     try:
-        with jax.set_mesh(mesh), compilations() as compiled:
-            if s.interactive:
-                serve(s, mesh, compiled)
+        with jax.set_mesh(study.mesh), compilations() as compiled:
+            if interactive:
+                serve(name, study, timing, compiled)
                 return
-            report = {"command": given.get("command"), **measure(s, mesh, compiled)}
+            report = {"command": command, **measure(name, study, timing, compiled)}
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "ut of memory" in str(error):
             raise InputError(
-                "The benchmark ran out of memory; lower --activations or --batch, raise --micro-batches or "
-                "--rollout-chunks, or set --remat nothing_saveable, --av-lora, --ar-lora or a larger mesh."
+                "The benchmark ran out of memory; lower rl.activations or the batch of sft.av or sft.ar, raise "
+                "rl.micro_batches or rl.rollout_chunks, or set compute.remat=nothing_saveable, sft.av.lora.rank, "
+                "sft.ar.lora.rank or a larger mesh."
             ) from None
         raise
     print(account(report), file=sys.stderr)
     print(json.dumps(report))
 
 
-def warm_up(s: Settings, mesh: Mesh, compiled: list[float]) -> tuple[Program, dict]:
-    """The program after its steps of warm-up, and what compiling and warming up took."""
+def warm_up(name: str, study: Study, timing: Timing, compiled: list[float]) -> tuple[Benchmark, dict]:
+    """The benchmark after its steps of warm-up, and what compiling and warming up took."""
     start = time.perf_counter()
-    program = BUILDERS[s.program](s, mesh)
-    steps = [timed_step(program, mesh)["seconds"] for _ in range(s.warmup)]
-    return program, {
+    benchmark = BENCHMARKS[name](study)
+    steps = [timed_step(benchmark, study.mesh)["seconds"] for _ in range(timing.warmup)]
+    return benchmark, {
         "programs": len(compiled),
         "compile_seconds": sum(compiled),
         "first_step_seconds": steps[0],
@@ -105,65 +102,121 @@ def warm_up(s: Settings, mesh: Mesh, compiled: list[float]) -> tuple[Program, di
     }
 
 
-def serve(s: Settings, mesh: Mesh, compiled: list[float]) -> None:
-    """One step for each line on standard input, so that another program can alternate between this side and another one."""
-    program, start = warm_up(s, mesh, compiled)
-    print(json.dumps({"ready": True} | start), flush=True)
+def serve(name: str, study: Study, timing: Timing, compiled: list[float]) -> None:
+    """Warms up, prints a line with the shapes, then runs one step for each line on standard input.
+
+    Another program can so alternate between this side and another one."""
+    benchmark, start = warm_up(name, study, timing, compiled)
+    print(json.dumps({"ready": True, "shapes": shapes(study, timing)} | start), flush=True)
     for _ in sys.stdin:
-        print(json.dumps(timed_step(program, mesh)), flush=True)
+        print(json.dumps(timed_step(benchmark, study.mesh)), flush=True)
 
 
-def measure(s: Settings, mesh: Mesh, compiled: list[float]) -> dict:
+def measure(name: str, study: Study, timing: Timing, compiled: list[float]) -> dict:
     """The report of one benchmark."""
-    program, start = warm_up(s, mesh, compiled)
-    steps = [timed_step(program, mesh) for _ in range(s.steps)]
+    mesh = study.mesh
+    benchmark, start = warm_up(name, study, timing, compiled)
+    steps = [timed_step(benchmark, mesh) for _ in range(timing.steps)]
     late = len(compiled) - start["programs"]
     memory, whose = peak_memory(mesh)
 
     spread = lambda x: {"median": statistics.median(x), "min": min(x)}
-    phases = {name: spread([step["phases"][name] for step in steps]) for name in program.work}
+    phases = {phase: spread([step["phases"][phase] for step in steps]) for phase in benchmark.work}
     seconds = spread([step["seconds"] for step in steps])
-    more = program.more({name: phase["median"] for name, phase in phases.items()})
-    work, samples, tokens = program.work, program.samples, program.tokens
-    del program  # and its arrays: the machine is measured next
-    peak = (s.peak_tflops * 1e12 or measured_peak(s.dtype)) * s.devices
-    bandwidth = (s.bandwidth_gbs * 1e9 or measured_bandwidth()) * s.devices
-    if "decode" in more:
-        decode = more["decode"]
-        needed, taken = sum(decode["bytes_per_step"].values()) / bandwidth, decode["seconds_per_step"]
-        decode["bandwidth_fraction"] = needed / taken if taken else None
-
-    flops = {name: part.flops for name, part in work.items() if part.flops}
+    more = benchmark.more({phase: x["median"] for phase, x in phases.items()})
+    work, samples, tokens = benchmark.work, benchmark.samples, benchmark.tokens
+    del benchmark  # and its arrays: the machine is measured next
+    peak = (timing.peak_tflops * 1e12 or measured_peak(study.verbalizer.model.config.dtype)) * mesh.size
+    bandwidth = (timing.bandwidth_gbs * 1e9 or measured_bandwidth()) * mesh.size
     device = mesh.devices.flat[0]
     return {
-        "program": s.program,
-        "shapes": {
-            name: value for name, value in dataclasses.asdict(s).items() if name not in ("program", "interactive")
-        },
+        "program": name,
+        "shapes": shapes(study, timing),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": s.devices},
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": mesh.size},
         "jax": jax.__version__,
         "seconds": {"step": seconds, "phases": phases},
         "unaccounted": statistics.median(1 - sum(step["phases"].values()) / step["seconds"] for step in steps),
         "samples_per_second": samples / seconds["median"],
         "tokens_per_second": tokens / seconds["median"],
-        "flops_per_sample": {name: x / samples for name, x in flops.items()} | {"step": sum(flops.values()) / samples},
-        "mfu": {name: x / phases[name]["median"] / peak for name, x in flops.items()}
-        | {"step": sum(flops.values()) / seconds["median"] / peak},
-        "peak_flops": {"value": peak, "source": "given" if s.peak_tflops else "measured"},
-        "bandwidth": {"value": bandwidth, "source": "given" if s.bandwidth_gbs else "measured"},
-        "bound": {name: bound(part, phases[name]["median"], peak, bandwidth) for name, part in work.items()},
+        **utilisation(work, samples, seconds["median"], phases, peak),
+        "peak_flops": {"value": peak, "source": "given" if timing.peak_tflops else "measured"},
+        "bandwidth": {"value": bandwidth, "source": "given" if timing.bandwidth_gbs else "measured"},
+        "bound": {phase: bound(part, phases[phase]["median"], peak, bandwidth) for phase, part in work.items()},
         "peak_memory_bytes": memory,
         "peak_memory_of": whose,
         **start,
         "programs_compiled_while_timed": late,
-        **more,
+        **with_bandwidth(more, bandwidth),
     }
 
 
+def shapes(study: Study, timing: Timing) -> dict:
+    """The sizes that a benchmark's figures depend on, by name."""
+    c, av, ar, p = study.config, study.verbalizer, study.reconstructor, study.config.plan
+    model, rank = av.model.config, lambda lora: lora.rank if lora else 0
+    return {
+        "family": model.family,
+        "vocab": model.vocab_size,
+        "width": model.width,
+        "layers": model.layers,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "mlp_width": model.mlp_width,
+        "untied_head": not model.tied_head,
+        "ar_blocks": ar.model.config.layers,
+        "prefix": p.prefix,
+        "suffix": p.suffix,
+        "response": c.prompts.max_new_tokens,
+        "ar_prefix": p.text_prefix,
+        "ar_suffix": p.text - p.text_prefix,
+        "ar_length": study.text_width,
+        "activations": c.rl.activations,
+        "group": c.rl.group,
+        "kl": c.rl.kl_coefficient,
+        "av_batch": c.sft.av.batch,
+        "ar_batch": c.sft.ar.batch,
+        "document": c.extract.max_tokens,
+        "av_lora": rank(av.lora),
+        "ar_lora": rank(ar.lora),
+        "dtype": c.compute.dtype,
+        "remat": c.compute.remat,
+        "attention": c.compute.attention,
+        "micro_batches": c.rl.micro_batches,
+        "rollout_chunks": c.rl.rollout_chunks,
+        **study.mesh.shape,
+        "seed": c.seed,
+        **dataclasses.asdict(timing),
+    }
+
+
+def utilisation(work: dict[str, Work], samples: int, step: float, phases: dict, peak: float) -> dict:
+    """FLOPs per sample and the share of the peak that they reach, of each phase and of the step (`step` seconds)."""
+    flops = {phase: part.flops for phase, part in work.items() if part.flops}
+    total = sum(flops.values())
+    of_phases = {phase: x / phases[phase]["median"] / peak for phase, x in flops.items()}
+    return {
+        "flops_per_sample": {phase: x / samples for phase, x in flops.items()} | {"step": total / samples},
+        "mfu": of_phases | {"step": total / step / peak},
+    }
+
+
+def with_bandwidth(more: dict, bandwidth: float) -> dict:
+    """The further figures; those of decoding with the share of the bandwidth that it reaches."""
+    if "decode" not in more:
+        return more
+    decode = more["decode"]
+    needed, taken = sum(decode["bytes_per_step"].values()) / bandwidth, decode["seconds_per_step"]
+    return more | {"decode": decode | {"bandwidth_fraction": needed / taken if taken else None}}
+
+
 def bound(work: Work, seconds: float, peak: float, bandwidth: float) -> dict:
-    """What limits a phase: the host; or whichever of arithmetic ("compute") and memory ("bandwidth") needs longer for the
-    work that cannot be avoided; or "overhead", where that is not a tenth of the time. `reached`: its part of the time."""
+    """What limits a phase.
+
+    "host" where nothing runs on the device. "compute" or "bandwidth": whichever of arithmetic and memory needs longer
+    for the work that cannot be avoided. "overhead" where that is less than a tenth of the time. `reached`: its share of
+    the time."""
     if not work.flops and not work.bytes:
         return {"by": "host", "arithmetic_seconds": 0.0, "memory_seconds": 0.0, "reached": 0.0}
     arithmetic, memory = work.flops / peak, work.bytes / bandwidth
@@ -176,7 +229,8 @@ def account(r: dict) -> str:
     """The report in words."""
     device, step = r["device"], r["seconds"]["step"]
     lines = [
-        f"{r['program']} on {device['count']} × {device['kind']} ({device['platform']}), {r['shapes']['dtype']}, jax {r['jax']}",
+        f"{r['program']} on {device['count']} × {device['kind']} ({device['platform']}), {r['shapes']['dtype']}, "
+        f"jax {r['jax']}",
         f"step {step['median']:.4g} s (best {step['min']:.4g}): {r['samples_per_second']:.4g} samples/s, "
         f"{r['tokens_per_second']:.5g} tokens/s",
     ]
@@ -198,7 +252,7 @@ def account(r: dict) -> str:
                 f"{decode['seconds_per_step'] * 1e3:.4g} ms each, {decode['bandwidth_fraction']:.1%} of the bandwidth"
             )
         lines.append(
-            f"decoding: {decode['steps']} steps of {decode['rows']} rows behind the first token's "
+            f"decoding: {decode['steps']} steps of {decode['rows']} rows after the first token's "
             f"{decode['first_token_seconds']:.4g} s; {taken}; a step reads {parts} MB"
         )
     if "file_bytes" in r:
