@@ -225,8 +225,9 @@ def open_ended(values: dict, overrides: list[str]) -> dict:
 
 def invalid(error: Exception) -> str:
     """Why an override cannot be read."""
-    if isinstance(error, (AttributeError, KeyError)):
-        return f"there is no setting {' '.join(str(error.args[0]).split())}"
+    if isinstance(error, (AttributeError, KeyError)):  # of a ConfigDict: the name, and on the next line what is near it
+        name, _, near = str(error.args[0]).strip("\"'").partition("\n")
+        return f"there is no setting {name.strip(chr(39))}{f' ({near})' if near else ''}"
     return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
 
 

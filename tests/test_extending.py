@@ -185,7 +185,7 @@ def test_what_is_written_wrongly_is_named_with_its_line(case, extended, flags, f
     assert re.search(r"line \d+", said) or "no function" in said, said
 
 
-@pytest.mark.parametrize("setting, stage", {(setting, stage) for setting, stage, *_ in WRONG.values()})
+@pytest.mark.parametrize("setting, stage", sorted({(setting, stage) for setting, stage, *_ in WRONG.values()}))
 def test_a_name_that_does_not_exist_is_one_sentence(setting, stage, extended, flags, tmp_path, capsys):
     workdir = copy_before(extended, tmp_path, stage)
     for path, words in (("my_study:nobody", "my_study.py has no such name"), ("nowhere:f", "cannot be found")):
