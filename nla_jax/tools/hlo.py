@@ -24,9 +24,21 @@ from nla_jax.tools.hlo_text import Instruction, computations
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
-    "replica-id", "while", "conditional", "call", "async-start", "async-update",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "while",
+    "conditional",
+    "call",
+    "async-start",
+    "async-update",
+}
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _VIEWS = {"bitcast", "reshape"}
 
