@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -225,9 +226,9 @@ def open_ended(values: dict, overrides: list[str]) -> dict:
 
 def invalid(error: Exception) -> str:
     """Why an override cannot be read."""
-    if isinstance(error, (AttributeError, KeyError)):  # of a ConfigDict: the name, and on the next line what is near it
-        name, _, near = str(error.args[0]).strip("\"'").partition("\n")
-        return f"there is no setting {name.strip(chr(39))}{f' ({near})' if near else ''}"
+    if isinstance(error, (AttributeError, KeyError)):  # of a ConfigDict: a name in quotes, and what is near it
+        name, near = (re.search(pattern, str(error)) for pattern in (r"\w{2,}", r"Did you mean .*?\?"))
+        return f"there is no setting {name[0] if name else '?'}{f' ({near[0]})' if near else ''}"
     return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
 
 
