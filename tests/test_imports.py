@@ -36,7 +36,8 @@ ALONE = {
     "runtime.distributed": {"runtime.errors", "runtime.environment"},
     "io.files": {"runtime.errors", "runtime.distributed"},
 }  # what these import of ours at most
-CONFIG_READERS = {"runtime.run", "stages.supervised", "stages.train", "stages.pretrain", "cli"}  # may know ml_collections
+# These may know ml_collections.
+CONFIG_READERS = {"runtime.run", "stages.supervised", "stages.train", "stages.pretrain", "cli"}
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}
 MODULES = {name: file for name, file in MODULES.items() if not name.endswith("__init__")}
 

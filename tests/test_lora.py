@@ -52,9 +52,11 @@ def logits(params: dict) -> np.ndarray:
 def adapters(subject_folder, sidecar) -> Pair:
     """A pair of two adapters on one base."""
     made = new_pair(
-        dataclasses.replace(sidecar, base_checkpoint=str(subject_folder)), subject_folder,
-        av_lora=LORA, ar_lora=Lora(3, 5.0, True, ("q", "o", "down")),
-    )  # fmt: skip
+        dataclasses.replace(sidecar, base_checkpoint=str(subject_folder)),
+        subject_folder,
+        av_lora=LORA,
+        ar_lora=Lora(3, 5.0, True, ("q", "o", "down")),
+    )
     truncated, ar_lora = made.reconstructor.model.config, made.reconstructor.lora
     head = np.random.default_rng(1).normal(size=(TINY.width, TINY.width)).astype(np.float32)
     return dataclasses.replace(
@@ -129,7 +131,7 @@ def test_a_saved_pair_of_adapters_loads_and_does_the_same(adapters, vectors, tmp
     plain = adapters.merged()
     assert plain.base is None
     close(plain.reconstruct(texts), adapters.reconstruct(texts), 1e-5)
-    options = dict(max_new_tokens=12, temperature=0.0)
+    options = {"max_new_tokens": 12, "temperature": 0.0}
     assert plain.verbalize(vectors, **options) == loaded.verbalize(vectors, **options)
     plain.save(tmp_path / "plain")
     close(load_pair(tmp_path / "plain").reconstruct(texts), adapters.reconstruct(texts), 1e-5)
@@ -169,8 +171,13 @@ def test_adapter_gradients_are_those_of_the_merged_weights(adapters, vectors):
     close(ar["head"], ar_plain["head"], 1e-4)
     for lora, found, gradient, params in (
         (LORA, av, av_plain["blocks"], adapters.verbalizer_params),
-        (adapters.reconstructor.lora, ar["backbone"], ar_plain["backbone"]["blocks"], adapters.reconstructor_params["backbone"]),
-    ):  # fmt: skip
+        (
+            adapters.reconstructor.lora,
+            ar["backbone"],
+            ar_plain["backbone"]["blocks"],
+            adapters.reconstructor_params["backbone"],
+        ),
+    ):
         expected = {}
         for name in lora.targets:
             a, b = (np.asarray(params["blocks"][name][x], np.float64) for x in ("lora_a", "lora_b"))
@@ -204,10 +211,16 @@ def test_the_loop_with_adapters_on_a_mesh(tmp_path):
     chosen = [(name, text[:1200]) for name, text in sorted(topics.items()) if len(text) > 800][:30]
     corpus.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen))
     overrides = {
-        "corpus.source": corpus, "sft.av.lora.rank": 4, "sft.ar.lora.rank": 2, "sft.ar.lora.targets": "('q', 'down')",
-        "mesh.data": 2, "mesh.fsdp": 2, "rl.reward": "nla_jax.objective:negative_log_mse",
-        "prompts.injection": "nla_jax.autoencoder:add_norm_matched", "prompts.injection_block": 0,
-    }  # fmt: skip
+        "corpus.source": corpus,
+        "sft.av.lora.rank": 4,
+        "sft.ar.lora.rank": 2,
+        "sft.ar.lora.targets": "('q', 'down')",
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+        "rl.reward": "nla_jax.objective:negative_log_mse",
+        "prompts.injection": "nla_jax.autoencoder:add_norm_matched",
+        "prompts.injection_block": 0,
+    }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     config = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
     assert main(["quickstart", "--config", config, "--workdir", str(tmp_path / "run"), *flags]) == 0
@@ -267,6 +280,10 @@ DAMAGE = {
     "no rank": (edit_settings(r=None), "r or lora_alpha"),
     "rank 0": (edit_settings(r=0), r"adapter_config\.json: r = 0 is no rank"),
     "targets": (other_targets, r"adapter_config\.json: target_modules = \['lm_head'\] are not supported .*q_proj"),
+    "only some layers": (
+        edit_tensors(lambda t: [t.pop(key) for key in list(t) if "layers.0." in key]),
+        r"layers\.0\.self_attn\.q_proj\.lora_A\.weight' is missing",
+    ),
     "missing": (edit_tensors(lambda t: t.pop(KEY)), "layers.1.self_attn.q_proj.lora_A.weight' is missing"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=t[KEY])), "'extra' is unexpected"),
     "shape": (edit_tensors(lambda t: t.update({KEY: t[KEY][:, :-1].copy()})), "does not fit"),

@@ -86,6 +86,7 @@ def _linear_forward(x, kernel, axes):
 
 
 def _linear_backward(axes, saved, d_y):
+    """The gradients of x and of the kernel, from that of the result `[*rows, *outputs]`."""
     x, kernel = saved
     outputs, rows = kernel.ndim - axes, x.ndim - axes
     d_x = jnp.tensordot(d_y, kernel, [list(range(-outputs, 0))] * 2)
