@@ -15,8 +15,8 @@ CACHE = 4 * 2**20  # bytes of attention scores that a CPU computes at a time, if
 
 
 def by_platform(plain: Callable, cpu: Callable, on_mesh: bool = False) -> Callable:
-    """A function that computes `cpu` on a CPU and `plain` elsewhere; both take and return the same arrays. On a mesh too
-    only if `on_mesh`: most CPU forms merge axes that the mesh may cut."""
+    """A function that computes `cpu` on a CPU and `plain` elsewhere; both take and return the same arrays. On a mesh it
+    does so only with `on_mesh`: most CPU forms merge axes that the mesh may cut."""
     if jax.sharding.get_abstract_mesh().size > 1 and not on_mesh:
         return plain
     return lambda *operands: jax.lax.platform_dependent(*operands, cpu=cpu, default=plain)
