@@ -124,7 +124,7 @@ def test_a_saved_pair_of_adapters_loads_and_does_the_same(adapters, vectors, tmp
     plain = adapters.merged()
     assert plain.base is None
     close(plain.reconstruct(texts), adapters.reconstruct(texts), 1e-5)
-    options = dict(max_new_tokens=12, temperature=0.0)
+    options = {"max_new_tokens": 12, "temperature": 0.0}
     assert plain.verbalize(vectors, **options) == loaded.verbalize(vectors, **options)
     plain.save(tmp_path / "plain")
     close(load_pair(tmp_path / "plain").reconstruct(texts), adapters.reconstruct(texts), 1e-5)
@@ -165,8 +165,13 @@ def test_adapter_gradients_are_those_of_the_merged_weights(adapters, vectors):
     close(ar["head"], ar_plain["head"], 1e-4)
     for lora, found, gradient, params in (
         (LORA, av, av_plain["blocks"], adapters.verbalizer_params),
-        (adapters.reconstructor.lora, ar["backbone"], ar_plain["backbone"]["blocks"], adapters.reconstructor_params["backbone"]),
-    ):  # fmt: skip
+        (
+            adapters.reconstructor.lora,
+            ar["backbone"],
+            ar_plain["backbone"]["blocks"],
+            adapters.reconstructor_params["backbone"],
+        ),
+    ):
         expected = {}
         for name in lora.targets:
             a, b = (np.asarray(params["blocks"][name][x], np.float64) for x in ("lora_a", "lora_b"))
@@ -263,6 +268,10 @@ DAMAGE = {
     "no rank": (edit_settings(r=None), "r or lora_alpha"),
     "rank 0": (edit_settings(r=0), r"adapter_config\.json: r = 0 is no rank"),
     "targets": (other_targets, r"adapter_config\.json: target_modules = \['lm_head'\] are not supported .*q_proj"),
+    "only some layers": (
+        edit_tensors(lambda t: [t.pop(key) for key in list(t) if "layers.0." in key]),
+        r"layers\.0\.self_attn\.q_proj\.lora_A\.weight' is missing",
+    ),
     "missing": (edit_tensors(lambda t: t.pop(KEY)), "layers.1.self_attn.q_proj.lora_A.weight' is missing"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=t[KEY])), "'extra' is unexpected"),
     "shape": (edit_tensors(lambda t: t.update({KEY: t[KEY][:, :-1].copy()})), "does not fit"),

@@ -1,4 +1,4 @@
-"""Hugging Face folders: parity with torch in both directions, wrapped and sharded checkpoints, what a damaged folder says."""
+"""Hugging Face folders: parity with torch both ways, wrapped and sharded checkpoints, what a damaged folder says."""
 
 import json
 import shutil
@@ -28,20 +28,20 @@ from nla_jax.runtime.errors import InputError
 # Parity with torch
 
 SHAPES = [  # key/value heads, tied head
-    dict(num_key_value_heads=1, tie_word_embeddings=True),
-    dict(num_key_value_heads=4),
+    {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    {"num_key_value_heads": 4},
 ]
 CASES = [
     *((name, {}) for name in parity.MODELS),
     *((name, shape) for name in parity.FAMILIES for shape in SHAPES),
-    ("llama", dict(head_dim=None)),
-    ("qwen2, yarn rope", dict(rope_scaling=parity.YARN | dict(attention_factor=1.3, beta_fast=8.0, factor=2.0))),
+    ("llama", {"head_dim": None}),
+    ("qwen2, yarn rope", {"rope_scaling": parity.YARN | {"attention_factor": 1.3, "beta_fast": 8.0, "factor": 2.0}}),
     (
         "gemma3",
-        dict(rope_parameters=None, rope_theta=50.0, rope_local_base_freq=50.0, rope_scaling=None),
+        {"rope_parameters": None, "rope_theta": 50.0, "rope_local_base_freq": 50.0, "rope_scaling": None},
     ),  # equal ropes
-    ("gemma2", dict(layer_types=["full_attention"] * 3)),
-    ("gemma3", dict(layer_types=["full_attention"] * 7)),
+    ("gemma2", {"layer_types": ["full_attention"] * 3}),
+    ("gemma3", {"layer_types": ["full_attention"] * 7}),
 ]
 
 
@@ -67,10 +67,21 @@ def test_parity_with_torch_both_ways(name, changes, tmp_path, tokenizer):
 def semantics(config: transformers.PreTrainedConfig) -> dict:
     """What a model computes with, of a config as `transformers` reads it."""
     fields = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
-        "layer_types", "rope_parameters", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-        "query_pre_attn_scalar", "tie_word_embeddings", "max_position_embeddings",
-    )  # fmt: skip
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "layer_types",
+        "rope_parameters",
+        "sliding_window",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+    )
     found = {field: config.to_dict().get(field) for field in fields}
     found["head_dim"] = found["head_dim"] or found["hidden_size"] // found["num_attention_heads"]
     ropes = found["rope_parameters"]
@@ -148,9 +159,14 @@ def test_text_model_of_a_multimodal_checkpoint(prefix, head, tmp_path):
 
 def test_multimodal_checkpoint_written_by_transformers(tmp_path):
     text = parity.torch_config("gemma3", tie_word_embeddings=True)
-    vision = dict(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
-    )
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     whole = transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
     ).eval()
@@ -226,7 +242,8 @@ def test_loading_onto_a_mesh(mesh, rules, dtype):
 def test_bfloat16_round_trip(params, tmp_path, tokenizer):
     save_model(tmp_path / "m", params, TINY, tokenizer, dtype="bfloat16")
     with safe_open(tmp_path / "m" / SINGLE, framework="np") as tensors:
-        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}
+        names = tensors.keys()
+        assert {tensors.get_slice(name).get_dtype() for name in names} == {"BF16"}
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     close(load_params(tmp_path / "m", read_config(tmp_path / "m")), rounded, 0)
 
@@ -311,7 +328,10 @@ DAMAGE = {
     "model_type is a list": (edit_config(model_type=["llama"]), "model_type .* is not supported"),
     "no model_type": (edit_config(model_type=None), "model_type 'None' is not supported"),
     "rope type": (edit_config(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope scaling .*dynamic"),
-    "rope without factor": (edit_config(rope_scaling={"rope_type": "llama3"}), r"config\.json cannot be used: .*factor"),
+    "rope without factor": (
+        edit_config(rope_scaling={"rope_type": "llama3"}),
+        r"config\.json cannot be used: .*factor",
+    ),
     "activation": (edit_config(hidden_act="gelu"), "activation function 'gelu' is not supported"),
     "bias": (edit_config(attention_bias=True), "attention_bias = True is not supported"),
     "MLP bias": (edit_config(mlp_bias=True), "mlp_bias = True is not supported"),
@@ -319,7 +339,10 @@ DAMAGE = {
     "no heads": (edit_config(num_attention_heads=0), r"config\.json cannot be used: "),
     "kv heads": (edit_config(num_key_value_heads=3), r"config\.json cannot be used: "),
     "field": (edit_config(hidden_size=None), "lacks the field 'hidden_size'"),
-    "left to defaults": (edit_config(num_attention_heads=None, head_dim=None), "num_attention_heads = 32 must be a mul"),
+    "left to defaults": (
+        edit_config(num_attention_heads=None, head_dim=None),
+        "num_attention_heads = 32 must be a mul",
+    ),
     "no weights": (unlink(SINGLE), r"neither model\.safetensors nor"),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), f"{NORM}' is missing"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=t[NORM])), "'extra' is unexpected"),
@@ -331,11 +354,17 @@ DAMAGE = {
     "integers": (set_dtype("I32"), rf"{SINGLE}: tensor '{NORM}' is stored as I32, expected one of .*F32"),
     "F8": (set_dtype("F8_E4M3"), rf"{SINGLE}: tensor '{NORM}' is stored as F8_E4M3, .*quantised"),
     "NaN": (edit_tensors(lambda t: t[NORM].fill(np.nan)), f"{NORM}' holds NaN"),
-    "infinity": (edit_tensors(lambda t: t["lm_head.weight"].__setitem__((7, 7), -np.inf)), "'lm_head.weight' holds NaN"),
+    "infinity": (
+        edit_tensors(lambda t: t["lm_head.weight"].__setitem__((7, 7), -np.inf)),
+        "'lm_head.weight' holds NaN",
+    ),
     "truncated file": (cut_file, r"model\.safetensors is missing or is not a readable safetensors file"),
     "empty file": (write(SINGLE, ""), r"model\.safetensors is missing or is not a readable safetensors file"),
     "corrupt header": (write(SINGLE, "x" * 4000), r"model\.safetensors is missing or is not a readable"),
-    "missing index": (lambda f: (split(f), (f / INDEX).unlink()), "model-00001-of-00002.safetensors, whose index is missing"),
+    "missing index": (
+        lambda f: (split(f), (f / INDEX).unlink()),
+        "model-00001-of-00002.safetensors, whose index is missing",
+    ),
     "invalid index": (write(INDEX, "{"), "is not a valid checkpoint index"),
     "index without map": (write(INDEX, "{}"), "is not a valid checkpoint index"),
     "index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), "names 1, which is not a safetensors file of"),
@@ -348,21 +377,24 @@ DAMAGE = {
         "names '/.*', which is not a safetensors file of the same folder",
     ),
     "missing shard": (
-        edit_index(lambda folder, _, files: (folder / files[1]).unlink()), "model-00002-of-00002.safetensors is missing"
+        edit_index(lambda folder, _, files: (folder / files[1]).unlink()),
+        "model-00002-of-00002.safetensors is missing",
     ),
     "corrupt shard": (
-        edit_index(lambda folder, _, files: (folder / files[1]).write_text("{}")), "model-00002-of-00002.safetensors is"
+        edit_index(lambda folder, _, files: (folder / files[1]).write_text("{}")),
+        "model-00002-of-00002.safetensors is",
     ),
     "in two shards": (edit_index(twice), "is duplicate: in model-00001-of-00002.safetensors and model-00002-of"),
     "index lacks a tensor": (edit_index(lambda _, where, __: where.pop(NORM)), f"does not say that tensor '{NORM}'"),
     "index has a tensor more": (
-        edit_index(lambda _, where, files: where.update(extra=files[0])), "says that tensor 'extra' is in model-00001"
+        edit_index(lambda _, where, files: where.update(extra=files[0])),
+        "says that tensor 'extra' is in model-00001",
     ),
     "index names the other shard": (
         edit_index(lambda _, where, files: where.update({NORM: next(f for f in files if f != where[NORM])})),
         f"does not say that tensor '{NORM}'",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)

@@ -2,8 +2,8 @@
 
     python -m pytest -m slow -s tests/test_streaming.py     # prints the figures of docs/models.md
 
-Each measurement is a process of its own, without the fast-compile flags of conftest.py. Memory is what the kernel cannot
-reclaim (`RssAnon`), above what the process held before.
+Each measurement is a process of its own, without the fast-compile flags of conftest.py. Memory is what the kernel
+cannot reclaim (`RssAnon`), above what the process held before.
 """
 
 import functools
@@ -53,7 +53,7 @@ def generate(folder: Path) -> None:
 
 
 def anonymous_bytes() -> int:
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) << 10
 
 

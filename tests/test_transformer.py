@@ -162,7 +162,8 @@ def test_rematerialisation_changes_no_gradient(params, responses):
 
 
 def test_what_a_remat_policy_keeps_is_not_computed_again(params, responses):
-    """Keeping products keeps those of the linear maps: the gradient has no more of them than without rematerialisation."""
+    """Keeping products keeps those of the linear maps: the gradient has no more of them than without
+    rematerialisation."""
 
     def maps(jaxpr) -> int:
         """Products without batch axes, loop bodies counted once."""

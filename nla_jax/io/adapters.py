@@ -69,7 +69,7 @@ def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:
     if rank < 1:
         raise InputError(f"{file}: r = {rank} is no rank; it must be at least 1.")
     stored = read_tensors(folder / WEIGHTS)
-    present = tuple(name for name in PROJECTIONS if _key(name, 0, "A") in stored)
+    present = tuple(name for name in PROJECTIONS if any(_key(name, i, "A") in stored for i in range(config.layers)))
     if not present:
         found, known = settings.get("target_modules"), ", ".join(MODULES.values())
         raise InputError(f"{file}: target_modules = {found!r} are not supported (supported: {known}).")

@@ -59,6 +59,7 @@ def _attend_forward(q, segments, scale, cap):
 
 
 def _attend_backward(scale, cap, saved, d_out):
+    """The gradients of q and of each segment's keys and values."""
     q, segments, out, log_total = saved
     backward = lambda rows, segments: _backward(*rows, segments, scale, cap)
     return few_rows_at_a_time(backward, (q, d_out.astype(q.dtype), out, log_total), segments)
@@ -115,7 +116,7 @@ def _scores(queries: Float[Array, "b N r T g H"], segment: Segment, scale: float
 
 
 def product(letters: str, x: Array, y: Array, cpu: Callable = product_of_matrices) -> Float[Array, "b N ..."]:
-    """The einsum of x and y for each b and N, summed in float32. `cpu`: the form of it that CPUs compute."""
+    """The einsum of x and y `[b, N, ...]` for each b and N, summed in float32. `cpu`: the form that CPUs compute."""
     left, right, _ = letters.replace("->", ",").split(",")
     summed = [letter for letter in left[2:] if letter in right]
     # Not `jnp.einsum`: it sums in alphabetical order (T, g, r), for which XLA would transpose the operands.

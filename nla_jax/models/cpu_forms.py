@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 CACHE = 4 * 2**20  # bytes of attention scores that a CPU computes at a time, if there are many times more
 
 
-def by_platform(plain: Callable, cpu: Callable) -> Callable:
-    """A function that computes `cpu` on a CPU and `plain` elsewhere. Both take and return the same arrays. On a mesh it
-    is always `plain`: CPU forms merge axes, and the mesh may cut those."""
-    if jax.sharding.get_abstract_mesh().size > 1:
+def by_platform(plain: Callable, cpu: Callable, on_mesh: bool = False) -> Callable:
+    """A function that computes `cpu` on a CPU and `plain` elsewhere; both take and return the same arrays. On a mesh it
+    does so only with `on_mesh`: most CPU forms merge axes that the mesh may cut."""
+    if jax.sharding.get_abstract_mesh().size > 1 and not on_mesh:
         return plain
     return lambda *operands: jax.lax.platform_dependent(*operands, cpu=cpu, default=plain)
 

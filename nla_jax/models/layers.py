@@ -86,12 +86,12 @@ def _linear_forward(x, kernel, axes):
 
 
 def _linear_backward(axes, saved, d_y):
+    """The gradients of x and of the kernel, from that of the result `[*rows, *outputs]`."""
     x, kernel = saved
     outputs, rows = kernel.ndim - axes, x.ndim - axes
     d_x = jnp.tensordot(d_y, kernel, [list(range(-outputs, 0))] * 2)
-    over_rows = by_platform(
-        lambda x, y: jnp.tensordot(x, y, [list(range(rows))] * 2), cpu=functools.partial(product_over_rows, rows=rows)
-    )
+    plain = lambda x, y: jnp.tensordot(x, y, [list(range(rows))] * 2)
+    over_rows = by_platform(plain, functools.partial(product_over_rows, rows=rows), on_mesh=True)
     if x.size <= d_y.size:
         return d_x, over_rows(x, d_y)
     return d_x, jnp.moveaxis(over_rows(d_y, x), range(outputs), range(-outputs, 0))

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 class Rope:
     """Base and scaling of the rotary frequencies, as in the `rope_parameters` of a Hugging Face config.
 
-    `kind`: "default"; "linear" (frequencies divided by `factor`: Gemma 3); "llama3" (Llama 3.1: wavelengths beyond
-    `original_length / low` divided, those under `original_length / high` kept, a ramp between); "yarn" (arXiv
-    2309.00071: the same idea between the dimensions that turn `high` and `low` times in `original_length`, and sine and
-    cosine times `magnitude`)."""
+    `kind`: "default"; "linear": frequencies divided by `factor` (Gemma 3); "llama3": wavelengths beyond
+    `original_length / low` divided, those under `original_length / high` kept, a ramp between (Llama 3.1); "yarn": a
+    ramp between the dimensions that turn `high` and `low` times in `original_length`, sines and cosines multiplied by
+    `magnitude` (arXiv 2309.00071)."""
 
     theta: float = 10_000.0
     kind: str = "default"
