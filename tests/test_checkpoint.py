@@ -354,9 +354,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1)])
 def test_resuming_holds_one_state(tmp_path, sizes):
     """Neither the new state nor the parameters that it would be made from are in memory beside the restored one."""
-    mesh, width = make_mesh(*sizes), 1024
-    abstract = {"w": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((width, width), np.float32), ("embed", "mlp"))}
-    step_fn = SupervisedStep(lambda params, batch, base=None: (jnp.mean((params["w"] - 1) ** 2), {}), optax.adam(0.1))
+    mesh, width, names = make_mesh(*sizes), 256, [str(i) for i in range(20)]
+    one = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((width, width), np.float32), ("embed", "mlp"))
+    abstract = dict.fromkeys(names, one)
+    loss = lambda params, batch, base=None: (sum(jnp.mean((x - 1) ** 2) for x in params.values()), {})
+    step_fn = SupervisedStep(loss, optax.adam(0.1))
     peak = 0
 
     def on_devices(x: jax.Array) -> int:
@@ -367,8 +369,8 @@ def test_resuming_holds_one_state(tmp_path, sizes):
         return sum(on_devices(x) for x in jax.live_arrays() if x.nbytes > width)  # without small ones of other tests
 
     def train(steps):
-        layout = shardings(mesh, abstract)["w"]
-        params = {"w": jax.jit(lambda: jnp.zeros((width, width)), out_shardings=layout)()}
+        zeros = lambda: {name: jnp.zeros((width, width)) for name in names}
+        params = jax.jit(zeros, out_shardings=shardings(mesh, abstract))()
         checkpoints = Checkpoints(tmp_path / "checkpoints", every=1)
         fit(tmp_path, "test", step_fn, params, abstract, mesh, lambda _: (), steps, checkpoints, WATCHDOG)
 
@@ -386,7 +388,7 @@ def test_resuming_holds_one_state(tmp_path, sizes):
     finally:
         over.set()
         thread.join()
-    state = 3 * 4 * width**2 * sizes[0]  # parameters and two moments
+    state = 3 * 4 * width**2 * len(names) * sizes[0]  # parameters and two moments
     assert 0.9 * state < peak < 1.1 * state
 
 

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import optax
@@ -27,7 +27,7 @@ def stopped_at(records, newest_good=None, window=3) -> tuple[int | None, str, in
     """The step at which the rule stops, its words, and the step that is known to be good. The same must come out where an
     interruption lies between any two records."""
     for cut in range(len(records)):
-        checkpoints = SimpleNamespace(good=0, folder=Path("f"), newest_good=lambda: newest_good)
+        checkpoints = Mock(Checkpoints, good=0, folder=Path("f"), newest_good=lambda: newest_good)
         checkpoints.mark_good = functools.partial(setattr, checkpoints, "good")
         watchdog, step, words = Watchdog(checkpoints, window, LIMITS, records[:cut]), None, ""
         try:

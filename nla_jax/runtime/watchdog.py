@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Self
 
 from nla_jax.runtime.checkpoint import Checkpoints
 from nla_jax.runtime.errors import Stopped
@@ -102,7 +101,7 @@ class Phases:
             self.seconds = {}
         self._at = (phase, number if step is None else step, now)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Phases":
         self._thread = threading.Thread(target=self._watch, name="stall report", daemon=True)
         self._thread.start()
         return self
