@@ -24,7 +24,7 @@ GOOD = {"rate": 1.0, "length": 10.0, "loss": 0.1, "skipped": False}
 
 
 def stopped_at(records, newest_good=None, window=3) -> tuple[int | None, str, int]:
-    """The step at which the rule stops, its words, and the step that is known to be good. The same must come out where an
+    """The step at which the rule stops, its words, and the step that is known to be good. The same must come out if an
     interruption lies between any two records."""
     for cut in range(len(records)):
         checkpoints = Mock(Checkpoints, good=0, folder=Path("f"), newest_good=lambda: newest_good)
