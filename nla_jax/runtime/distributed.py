@@ -78,8 +78,15 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
     `seconds`, the process ends with a sentence and status 1."""
     if coordinator is None and count is None and index is None:
         return
+    flags = f"--coordinator {coordinator}, --num_processes {count} and --process_id {index}"
     given, who = {}, "this host"  # "auto": JAX finds out
     if coordinator != "auto":
+        host, _, port = (coordinator or "").rpartition(":")
+        if not host or not port.isdigit() or count is None or index is None or not 0 <= index < count:
+            raise InputError(
+                f"{flags} do not name a host of a run: give HOST:PORT of host 0, the number of hosts, and which of "
+                f"them (from 0) this one is; or --coordinator auto."
+            )
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
         given["cluster_detection_method"], who = "deactivate", f"host {index} of {count}"
     elif count is not None or index is not None:
@@ -100,11 +107,10 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"--coordinator {coordinator}, --num_processes {count} and --process_id {index} do not name a host of a "
-            f"run: give HOST:PORT of host 0, the number of hosts, and which of them (from 0) this one is; or "
-            f"--coordinator auto. (JAX: {first_line(error)}.)"
+            f"JAX cannot join a run with {flags} ({first_line(error)}); give HOST:PORT of host 0, the number of hosts, "
+            f"and which of them (from 0) this one is."
         ) from None
     finally:
         timer.cancel()
