@@ -43,8 +43,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.0"],
         "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs"],
-        "wandb": ["wandb>=0.20.0"],
-        "test": ["pytest>=8.4.0", "pytest-xdist>=3.6.0", "torch==2.13.0", "peft>=0.19.0", "gcsfs>=2026.1.0", "wandb>=0.20.0", "setuptools>=77.0.0"],
+        "wandb": ["wandb>=0.22.0"],
+        "test": ["pytest>=8.4.0", "pytest-xdist>=3.6.0", "torch==2.13.0", "peft>=0.19.0", "gcsfs>=2026.1.0", "wandb>=0.22.0", "setuptools>=77.0.0"],
     },
     entry_points={"console_scripts": ["nla=nla_jax.cli:main"]},
 )

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import optax
@@ -24,10 +24,10 @@ GOOD = {"rate": 1.0, "length": 10.0, "loss": 0.1, "skipped": False}
 
 
 def stopped_at(records, newest_good=None, window=3) -> tuple[int | None, str, int]:
-    """The step at which the rule stops, its words, and the step that is known to be good. The same must come out where an
+    """The step at which the rule stops, its words, and the step that is known to be good. The same must come out if an
     interruption lies between any two records."""
     for cut in range(len(records)):
-        checkpoints = SimpleNamespace(good=0, folder=Path("f"), newest_good=lambda: newest_good)
+        checkpoints = Mock(Checkpoints, good=0, folder=Path("f"), newest_good=lambda: newest_good)
         checkpoints.mark_good = functools.partial(setattr, checkpoints, "good")
         watchdog, step, words = Watchdog(checkpoints, window, LIMITS, records[:cut]), None, ""
         try:

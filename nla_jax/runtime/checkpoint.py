@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -164,7 +164,7 @@ class Checkpoints:
             self.manager.wait_until_finished()
         self.manager.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
         signals = (signal.SIGTERM, signal.SIGINT) if ours else ()
         self._handlers = {number: signal.signal(number, self._ask) for number in signals}

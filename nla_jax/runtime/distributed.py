@@ -32,7 +32,7 @@ from jax._src import distributed as runtime  # the public module does not show t
 from jax.experimental import multihost_utils
 
 from nla_jax.runtime.environment import versions
-from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.errors import InputError, first_line
 
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 30  # a host that gives no sign of life for so long counts as dead
@@ -78,20 +78,19 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
     `seconds`, the process ends with a sentence and status 1."""
     if coordinator is None and count is None and index is None:
         return
-    given = {}
+    flags = f"--coordinator {coordinator}, --num_processes {count} and --process_id {index}"
+    given, who = {}, "this host"  # "auto": JAX finds out
     if coordinator != "auto":
         host, _, port = (coordinator or "").rpartition(":")
         if not host or not port.isdigit() or count is None or index is None or not 0 <= index < count:
             raise InputError(
-                f"--coordinator {coordinator}, --num_processes {count} and --process_id {index} do not name a host of "
-                f"a run: give HOST:PORT of host 0, the number of hosts, and which of them (from 0) this one is; or "
-                f"--coordinator auto."
+                f"{flags} do not name a host of a run: give HOST:PORT of host 0, the number of hosts, and which of "
+                f"them (from 0) this one is; or --coordinator auto."
             )
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
-        given["cluster_detection_method"] = "deactivate"
+        given["cluster_detection_method"], who = "deactivate", f"host {index} of {count}"
     elif count is not None or index is not None:
         raise InputError("--coordinator auto finds --num_processes and --process_id itself; leave them out.")
-    who = f"host {index} of {count}" if given else "this host"
     late = (
         f"{who} could not join the run at {coordinator} within {seconds} s: not all hosts came. Start the same command "
         f"on each, with the same --coordinator and --num_processes and its own --process_id, and check that they reach "
@@ -109,10 +108,9 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"{who.capitalize()} cannot join the run at {coordinator} ({reason.rstrip('.')}); give --coordinator "
-            f"HOST:PORT of host 0, --num_processes and --process_id."
+            f"JAX cannot join a run with {flags} ({first_line(error)}); give HOST:PORT of host 0, the number of hosts, "
+            f"and which of them (from 0) this one is."
         ) from None
     finally:
         timer.cancel()

@@ -45,7 +45,8 @@ class MetricLog:
         self.written, self.uploaded = Path(self.scratch.name) if self.scratch else folder, 0.0
         self.written.mkdir(parents=True, exist_ok=True)
         for name, records in kept.items():
-            write_atomically(self.written / name, "".join(json.dumps(record) + "\n" for record in records))
+            if (folder / name).exists():
+                write_atomically(self.written / name, "".join(json.dumps(record) + "\n" for record in records))
         self.board = SummaryWriter(str(self.written / "tensorboard"), purge_step=step + 1)
         self.wandb = _start_wandb(folder, self.written, wandb, config) if wandb else None
 

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Self
 
 from nla_jax.runtime.checkpoint import Checkpoints
 from nla_jax.runtime.errors import Stopped
@@ -69,15 +68,11 @@ class Watchdog:
     def _advice(self) -> str:
         folder, step = self.checkpoints.folder, self.checkpoints.newest_good()
         if step is None:
-            return (
-                f"No checkpoint under {folder} is from before; start again in another --workdir with other settings (a "
-                f"lower learning rate, say), or widen the limits under `watchdog` in the config."
-            )
-        return (
-            f"Checkpoint {folder / str(step)} is from before and is kept; move the later ones elsewhere to continue "
-            f"from there, with other settings (a lower learning rate, say) or wider limits under `watchdog` in the "
-            f"config."
-        )
+            start = f"No checkpoint under {folder} is from before; start again in another --workdir"
+        else:
+            start = f"Checkpoint {folder}/{step} is from before and is kept; move the later ones away to go on there"
+        change = "with other settings (a lower learning rate, say) or wider limits under `watchdog` in the config."
+        return f"{start}, {change}"
 
 
 def _shown(values: list) -> str:
@@ -106,7 +101,7 @@ class Phases:
             self.seconds = {}
         self._at = (phase, number if step is None else step, now)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Phases":
         self._thread = threading.Thread(target=self._watch, name="stall report", daemon=True)
         self._thread.start()
         return self
