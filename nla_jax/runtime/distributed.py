@@ -42,7 +42,7 @@ FAILED = "nla/failed"  # the key under which the first host that fails says why
 # Each wait needs a key of its own in the store. All hosts run the same program, so they count alike.
 _turn = itertools.count()
 # Several threads may want to end the process; the one that holds this lock does.
-_ending = threading.RLock()
+_ending = threading.Lock()
 
 
 def host_index() -> int:
@@ -206,7 +206,6 @@ def end(reason: str, status: int) -> None:
     if host_count() == 1:
         print(f"nla: {reason}", file=sys.stderr)
         return
-    _ending.acquire()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first, or host 0 is lost
         runtime.global_state.client.key_value_set(FAILED, json.dumps([host_index(), reason, status]))
     _exit(reason, status)
@@ -236,7 +235,8 @@ def _end_with_others() -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is closed: this host ends anyway
         failure = runtime.global_state.client.blocking_key_value_get(FAILED, 1000 * 10 * 365 * WAIT_SECONDS)
         index, reason, status = json.loads(failure)
-        _exit(f"host {host_index()} of {host_count()} stopped because host {index} did: {reason}", status)
+        if index != host_index():
+            _exit(f"host {host_index()} of {host_count()} stopped because host {index} did: {reason}", status)
 
 
 def _speak_when_aborted() -> None:
