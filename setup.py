@@ -1,14 +1,16 @@
 import re
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = re.search(r'^VERSION = "(.+)"$', open("nla_jax/runtime/environment.py", encoding="utf-8").read(), re.MULTILINE)[1]
+ENVIRONMENT = Path("nla_jax/runtime/environment.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^VERSION = "(.+)"$', ENVIRONMENT, re.MULTILINE)[1]
 
 setup(
     name="nla_jax",
     version=VERSION,
     description="Natural language autoencoders in JAX: activations of a language model as text, and back",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.configs"],
@@ -44,7 +46,18 @@ setup(
         "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs"],
         "wandb": ["wandb>=0.22.0"],
-        "test": ["pytest>=8.4.0", "pytest-xdist>=3.6.0", "torch==2.13.0", "peft>=0.19.0", "gcsfs>=2026.1.0", "wandb>=0.22.0", "setuptools>=77.0.0"],
+        "test": [
+            "pytest>=8.4.0",
+            "pytest-xdist>=3.6.0",
+            "pytest-timeout>=2.4.0",
+            "beartype>=0.20.0",
+            "ruff==0.17.6",
+            "torch==2.13.0",
+            "peft>=0.19.0",
+            "gcsfs>=2026.1.0",
+            "wandb>=0.22.0",
+            "setuptools>=77.0.0",
+        ],
     },
     entry_points={"console_scripts": ["nla=nla_jax.cli:main"]},
 )

@@ -6,7 +6,8 @@ from nla_jax.fve import fve
 from nla_jax.runtime.environment import VERSION as __version__
 from nla_jax.runtime.errors import InputError
 
-# Where the other names live. Each module is imported when a name of it is first used: JAX and transformers take seconds.
+# Where the other names live. Each module is imported when a name of it is first used: JAX and transformers take
+# seconds.
 _HOMES = {
     "Activations": "subject",
     "Injection": "autoencoder",
@@ -22,7 +23,7 @@ _HOMES = {
     "replace": "autoencoder",
 }
 
-__all__ = ["InputError", "__version__", "fve", *_HOMES]
+__all__ = ["InputError", "__version__", "fve", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str):

@@ -3,8 +3,8 @@
     activation h ──► Verbalizer (AV): a language model whose prompt carries h in one slot ──► explanation
     explanation  ──► Reconstructor (AR): the subject's first K+1 blocks and a linear head ──► ĥ
 
-Vectors are compared after scaling them to length sqrt(d) (`fve.normalise`). The dataclasses here are static descriptions
-(hashable, no arrays); parameters are always arguments.
+Vectors are compared after scaling them to length sqrt(d) (`fve.normalise`). The dataclasses here are static
+descriptions (hashable, no arrays); parameters are always arguments.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from nla_jax.runtime.errors import InputError
 
 
 def residual(model: Transformer, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream after the last block of `model` (a subject truncated to K+1 blocks: after block K), float32."""
+    """The residual stream after the last block of `model` (a subject truncated to K+1 blocks: after block K),
+    float32."""
     (hidden,), _ = model.apply({"params": params}, [model.apply({"params": params}, tokens, method="embed")])
     return hidden.astype(jnp.float32)
 
@@ -68,8 +69,9 @@ class Injection:
 class PromptIds:
     """The literal token ids of a pair's prompts.
 
-    `prefix`: the AV's prompt before the first marker. `suffix`: from that marker up to the response; `slots`: where in the
-    suffix the markers stand. `end`: the token that ends a response. `text_prefix`: with what every input of the AR begins."""
+    `prefix`: the AV's prompt before the first marker. `suffix`: from that marker up to the response; `slots`: where in
+    the suffix the markers stand. `end`: the token that ends a response. `text_prefix`: with what every input of the AR
+    begins."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -93,7 +95,9 @@ def _inject(
         old = x[:, at]
         new = jnp.asarray(injection.function(old, vectors, scale))
         if new.shape != old.shape:
-            raise InputError(f"The injection {injection.function} gives an array of shape {new.shape}, expected {old.shape}.")
+            raise InputError(
+                f"The injection {injection.function} gives an array of shape {new.shape}, expected {old.shape}."
+            )
         x = jnp.where(layer == injection.block, x.at[:, at].set(new.astype(x.dtype)), x)
     return [prefix, x, *responses]
 
@@ -102,9 +106,9 @@ def _inject(
 class Verbalizer:
     """The AV: a causal language model and the prompt that shows it an activation (see `PromptIds`).
 
-    Injection is by position: no marker that the model might write, or that a text might contain, is ever looked for. With
-    `lora`, what is trained is an adapter, which `assemble` joins to a frozen base; every other method takes the whole
-    parameters.
+    Injection is by position: no marker that the model might write, or that a text might contain, is ever looked for.
+    With `lora`, what is trained is an adapter, which `assemble` joins to a frozen base; every other method takes the
+    whole parameters.
 
     Activations are `[A, D]`, or `[A, n, D]` for a prompt with n slots."""
 
@@ -147,8 +151,8 @@ class Verbalizer:
     ) -> Float[Array, "B R D"]:
         """The states that predict each response token; B = A·G, an activation's G responses in a row.
 
-        Prefix (batch 1), prompt (batch A) and responses (batch B) run as three parts. The result equals one full-sequence
-        forward of each sample."""
+        Prefix (batch 1), prompt (batch A) and responses (batch B) run as three parts. The result equals one
+        full-sequence forward of each sample."""
         (_, prompt, states), _ = self._read(params, vectors, self.embed(params, responses[:, :-1]))
         first = jnp.repeat(prompt[:, -1:], len(responses) // len(vectors), axis=0)
         return jnp.concatenate([first, states], 1)
@@ -171,9 +175,9 @@ class Verbalizer:
 class Reconstructor:
     """The AR: K+1 blocks without final norm, then a linear map read at the last real token.
 
-    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. `prefix`: token ids with
-    which every input begins. With `lora`, the backbone that is trained is an adapter, which `assemble` joins to the frozen
-    base; the head is trained whole."""
+    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. `prefix`: token ids
+    with which every input begins. With `lora`, the backbone that is trained is an adapter, which `assemble` joins to
+    the frozen base; the head is trained whole."""
 
     model: Transformer
     prefix: tuple[int, ...] = ()
@@ -217,7 +221,8 @@ def autoencoder(
     injections: tuple[Injection, ...] = (Injection(),),
     adapters: tuple[Lora | None, Lora | None] = (None, None),
 ) -> tuple[Verbalizer, Reconstructor]:
-    """AV and AR of a subject whose activations are read after block `layer`; `adapters` of AV and AR, None: trained whole.
+    """AV and AR of a subject whose activations are read after block `layer`; `adapters` of AV and AR, None: trained
+    whole.
 
     Raises `InputError` for an injection behind a block that the model does not have."""
     for injection in injections:
@@ -227,7 +232,14 @@ def autoencoder(
                 f"{model.layers - 1} (-1: the input embeddings)."
             )
     av = Verbalizer(
-        Transformer(model), prompt.prefix, prompt.suffix, prompt.end, injection_scale, injections, prompt.slots, adapters[0]
+        Transformer(model),
+        prompt.prefix,
+        prompt.suffix,
+        prompt.end,
+        injection_scale,
+        injections,
+        prompt.slots,
+        adapters[0],
     )
     return av, Reconstructor(Transformer(model.truncated(layer + 1)), prompt.text_prefix, adapters[1])
 

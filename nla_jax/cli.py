@@ -21,7 +21,8 @@ from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line, 
 
 DEFAULT_CONFIG = "configs/quickstart.py"
 PACKAGE = Path(__file__).parent
-# Every verb with the module that runs it: `add_arguments(parser)`, `run(arguments)`. Only the verb's module is imported.
+# Every verb with the module that runs it: `add_arguments(parser)`, `run(arguments)`. Only the verb's module is
+# imported.
 VERBS = {
     "quickstart": ("nla_jax.verbs.stages", "all of the following, in order"),
     "pretrain": ("nla_jax.verbs.stages", "train (or measure) the subject"),
@@ -32,7 +33,10 @@ VERBS = {
     "evaluate": ("nla_jax.verbs.stages", "held-out FVE and its controls"),
     "report": ("nla_jax.verbs.stages", "summary.json and report.html"),
     "explain": ("nla_jax.verbs.explain", "what activations of a text say"),
-    "export": ("nla_jax.verbs.export", "a pair as plain Hugging Face folders, and a run's datasets in the reference's form"),
+    "export": (
+        "nla_jax.verbs.export",
+        "a pair as plain Hugging Face folders, and a run's datasets in the reference's form",
+    ),
     "import": ("nla_jax.verbs.import_pair", "anybody's AV and AR as a checked pair of this package"),
     "settings": ("nla_jax.verbs.settings", "every setting of a config: meaning, default, limits"),
     "plan": ("nla_jax.verbs.plan", "what a config needs on a TPU slice, from its programs compiled without one"),
@@ -124,7 +128,10 @@ def sentence(error: Exception) -> str:
 
 def out_of_memory(error: Exception, stage: str | None) -> str:
     """What a user reads where the devices' memory did not suffice."""
-    smaller = {"sft": "a smaller sft.av.batch and sft.ar.batch", "rl": "more rl.micro_batches (8, say) and rl.rollout_chunks"}
+    smaller = {
+        "sft": "a smaller sft.av.batch and sft.ar.batch",
+        "rl": "more rl.micro_batches (8, say) and rl.rollout_chunks",
+    }
     use = f"{smaller[stage]}, compute.remat=nothing_saveable, LoRA" if stage in smaller else "a smaller batch"
     return (
         f"The devices' memory does not hold {stage or 'this'} ({sentence(error).split('. ')[0]}); use {use}, or more devices; "
@@ -141,13 +148,17 @@ def parse(argv: list[str], arguments: argparse.Namespace) -> None:
     Raises `InputError` for an argument that the verb does not know."""
     verb = next((word for word in argv if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="nla", description="Natural language autoencoders in JAX.")
-    parser.add_argument("--version", action=Version, nargs=0, help="versions of this package and of what it computes with")
+    parser.add_argument(
+        "--version", action=Version, nargs=0, help="versions of this package and of what it computes with"
+    )
     parser.add_argument("--debug", action="store_true", help="show the trace behind a sentence")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (module, text) in VERBS.items():
         more = {"epilog": "--config.field=value overrides any field of the config."} if name in CONFIGURED else {}
         sub = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **more)
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace behind a sentence")
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace behind a sentence"
+        )
         if name == verb:
             if name in CONFIGURED:
                 sub.add_argument("--config", default=DEFAULT_CONFIG, help="config file, optionally file.py:variant")
@@ -189,7 +200,9 @@ def load_config(file: str, overrides: list[str]) -> Config:
     from ml_collections import ConfigDict, config_flags
 
     path, colon, variant = file.partition(":")
-    if not Path(path).is_file():  # of a checkout, whose configs lie beside the package, or installed, with configs inside
+    if not Path(
+        path
+    ).is_file():  # of a checkout, whose configs lie beside the package, or installed, with configs inside
         shipped = [found for found in (PACKAGE.parent / path, PACKAGE / path) if found.is_file()]
         if not shipped:
             raise InputError(f"There is no config file {path}.")
@@ -212,7 +225,8 @@ def load_config(file: str, overrides: list[str]) -> Config:
 
 
 def open_ended(values: dict, overrides: list[str]) -> dict:
-    """`values` with the names that overrides add to open mappings (settings of an optimizer or a labeller, shares, …)."""
+    """`values` with the names that overrides add to open mappings (settings of an optimizer or a labeller, shares,
+    …)."""
     mappings = [f"--config.{name}." for name, field in settings() if field.type is dict]
     for name, _, value in (flag.partition("=") for flag in overrides):
         if name.startswith(tuple(mappings)):

@@ -18,8 +18,8 @@ from nla_jax.runtime.errors import InputError
 def setting(default: Any, meaning: str, *, least=None, most=None, choices=(), free: bool = False):
     """A field of a section. `least`, `most`: limits of a number. `choices`: the values allowed.
 
-    `free`: the field says where or how a result is computed and how often it is looked at, not what it is. It may differ
-    when a run is resumed."""
+    `free`: the field says where or how a result is computed and how often it is looked at, not what it is. It may
+    differ when a run is resumed."""
     facts = {"meaning": meaning, "least": least, "most": most, "choices": choices, "free": free}
     if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=facts)
@@ -40,17 +40,33 @@ class Section:
 
 
 FIDELITY = (
-    "after_rl", "warm_start", "gold", "no_injection", "empty", "shuffled", "temperature_1", "gold_through_warm", "meannorm",
-    "prefixes", "per_activation", "length", "similarity", "extraction",
-)  # fmt: skip
+    "after_rl",
+    "warm_start",
+    "gold",
+    "no_injection",
+    "empty",
+    "shuffled",
+    "temperature_1",
+    "gold_through_warm",
+    "meannorm",
+    "prefixes",
+    "per_activation",
+    "length",
+    "similarity",
+    "extraction",
+)
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute(Section):
-    dtype: str = setting("float32", "compute dtype, and that of frozen weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting(
+        "float32", "compute dtype, and that of frozen weights", choices=("float32", "bfloat16", "float16")
+    )
     remat: str = setting(
-        "", "what blocks keep for their backward pass ('' all): a policy of jax.checkpoint_policies", free=True,
+        "",
+        "what blocks keep for their backward pass ('' all): a policy of jax.checkpoint_policies",
+        free=True,
         choices=("", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"),
     )
     attention: str = setting("xla", "the attention kernel", choices=("xla", "cudnn", "splash"), free=True)
@@ -146,9 +162,12 @@ class Prompts(Section):
     reconstructor_template: str = setting("", "what the AR reads, with {explanation} where the text stands")
     marker: str = setting("", "the placeholder character; '' finds one that the tokenizer has")
     inject: tuple[str, ...] = setting(
-        ("nla_jax.autoencoder:replace",), "functions that bring activations in; @BLOCK: behind that block (-1: embeddings)"
+        ("nla_jax.autoencoder:replace",),
+        "functions that bring activations in; @BLOCK: behind that block (-1: embeddings)",
     )
-    injection_scale: float = setting(0.0, "length of injected activations; 0: mean norm of the training activations", least=0)
+    injection_scale: float = setting(
+        0.0, "length of injected activations; 0: mean norm of the training activations", least=0
+    )
     max_new_tokens: int = setting(150, "longest response of the AV, in tokens", least=1)
 
 

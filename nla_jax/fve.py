@@ -40,8 +40,8 @@ def cosine(a: Rows, b: Rows) -> Float[Any, "*B"]:
 def variance(gold: Float[Any, "n D"], baseline: str = "mean") -> Float[Any, ""]:
     """mean((ĝ - μ)²) over the normalised rows ĝ of `gold`, with μ their mean.
 
-    `baseline` "mean" is canonical (the reference's `fve_nrm`): μ as it is. "meannorm" normalises μ; the FVE made with it
-    reads 8 to 13 points higher."""
+    `baseline` "mean" is canonical (the reference's `fve_nrm`): μ as it is. "meannorm" normalises μ; the FVE made with
+    it reads 8 to 13 points higher."""
     unit = normalise(gold)
     mean = unit.mean(0)
     return ((unit - (normalise(mean) if baseline == "meannorm" else mean)) ** 2).mean()

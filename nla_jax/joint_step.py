@@ -7,9 +7,10 @@
     advantage       a_i = (r_i - mean_group r) / std_group r
     verbalizer      L_AV = -mean_tokens a_i log π(y_it) + β mean_tokens KL(π ‖ π_warm)
 
-The AR's forward pass gives both its own loss and the AV's reward. There is exactly one optimiser step per rollout, so the
-data is on-policy and no pass for old log-probabilities is needed; the difference between the sampler's log-probabilities
-and this step's is measured instead. Deviation from the paper's reference: the KL is exact, not a sampled estimate.
+The AR's forward pass gives both its own loss and the AV's reward. There is exactly one optimiser step per rollout, so
+the data is on-policy and no pass for old log-probabilities is needed; the difference between the sampler's
+log-probabilities and this step's is measured instead. Deviation from the paper's reference: the KL is exact, not a
+sampled estimate.
 """
 
 import dataclasses
@@ -51,8 +52,8 @@ class TrainState:
 class Frozen:
     """What joint training reads but never changes.
 
-    `reference`: the warm-started AV, of the KL (None where its coefficient is 0). `base`: the model beneath LoRA adapters
-    (None where both models are trained whole)."""
+    `reference`: the warm-started AV, of the KL (None where its coefficient is 0). `base`: the model beneath LoRA
+    adapters (None where both models are trained whole)."""
 
     reference: dict | None
     base: dict | None = None
@@ -79,7 +80,8 @@ def init_model(tx: optax.GradientTransformation, params: dict) -> ModelState:
 
 
 def update(tx: optax.GradientTransformation, grads: dict, model: ModelState) -> tuple[ModelState, dict]:
-    """One optimiser step. Where the gradient or the update is not finite, the model stays as it is, and `skipped` says so.
+    """One optimiser step. Where the gradient or the update is not finite, the model stays as it is, and `skipped` says
+    so.
 
     Metrics: the global norms of gradient and update, and the learning rate where the optimiser tells it."""
     updates, opt = tx.update(grads, model.opt, model.params)
@@ -91,12 +93,15 @@ def update(tx: optax.GradientTransformation, grads: dict, model: ModelState) -> 
 
 
 def learning_rate(opt: Any) -> dict[str, Array]:
-    """`{"lr": ...}` from the state of an optimiser that has it (`objective.shown`, `optax.inject_hyperparams`), else `{}`."""
+    """`{"lr": ...}` from the state of an optimiser that has it (`objective.shown`, `optax.inject_hyperparams`), else
+    `{}`."""
     tells = lambda x: hasattr(x, "learning_rate") or "learning_rate" in getattr(x, "hyperparams", {})
     found = [x for x in jax.tree.leaves(opt, is_leaf=tells) if tells(x)]
     if not found:
         return {}
-    return {"lr": found[0].learning_rate if hasattr(found[0], "learning_rate") else found[0].hyperparams["learning_rate"]}
+    return {
+        "lr": found[0].learning_rate if hasattr(found[0], "learning_rate") else found[0].hyperparams["learning_rate"]
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +130,8 @@ class JointStep:
     def __call__(self, state: TrainState, frozen: Frozen, batch: JointBatch) -> tuple[TrainState, dict, dict]:
         """One optimiser step on each model.
 
-        Returns the new state, scalar metrics, and `mse` and `reward` of each sample `[B]`. A model whose gradient is not
-        finite skips its step."""
+        Returns the new state, scalar metrics, and `mse` and `reward` of each sample `[B]`. A model whose gradient is
+        not finite skips its step."""
         grads, samples = self._accumulate(state, frozen, batch)
         av, of_av = update(self.verbalizer_tx, grads["verbalizer"], state.models["verbalizer"])
         ar, of_ar = update(self.reconstructor_tx, grads["reconstructor"], state.models["reconstructor"])
@@ -242,7 +247,8 @@ def identical_share(texts: Int[Array, "B T"], valid: Bool[Array, "B"], groups: i
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedStep:
-    """One optimiser step of the model `name` on `loss(params, batch, base) -> (scalar, metrics)`: pretraining, warm starts.
+    """One optimiser step of the model `name` on `loss(params, batch, base) -> (scalar, metrics)`: pretraining, warm
+    starts.
 
     `base` is the frozen model beneath a LoRA adapter, None where the model is trained whole."""
 

@@ -1,7 +1,7 @@
 """The losses: of tokens under a language model, with statistics per token, and of the two warm starts.
 
-`TokenLoss` works through the tokens chunk by chunk, so that logits `[tokens, vocabulary]` never exist as a whole. Where a
-gradient is wanted, each chunk makes its part of it while its logits are there, so that none is computed twice.
+`TokenLoss` works through the tokens chunk by chunk, so that logits `[tokens, vocabulary]` never exist as a whole. Where
+a gradient is wanted, each chunk makes its part of it while its logits are there, so that none is computed twice.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ class TokenStatistics:
 class TokenLoss:
     """The sum over all tokens of `loss(statistics [n], *data [n]) -> [n]`, under softmax(logits / temperature).
 
-    Only the returned sum has a gradient, not the statistics. Put constant factors (1/N, say) into `data`: scaling the sum
-    afterwards would rescale a gradient of the head's size. The KL is exact (a sum over the vocabulary): its gradient has
-    no sampling noise, and nothing in it can overflow as the k3 estimator does."""
+    Only the returned sum has a gradient, not the statistics. Put constant factors (1/N, say) into `data`: scaling the
+    sum afterwards would rescale a gradient of the head's size. The KL is exact (a sum over the vocabulary): its
+    gradient has no sampling noise, and nothing in it can overflow as the k3 estimator does."""
 
     model: Transformer
     loss: Callable[..., Float[Array, "n"]]

@@ -46,7 +46,8 @@ class Scored:
 
     @property
     def entropy(self) -> Float[Array, "B"]:
-        """Nats per token of each response, estimated from the tokens that were drawn: minus their mean log-probability."""
+        """Nats per token of each response, estimated from the tokens that were drawn: minus their mean
+        log-probability."""
         return -jnp.sum(self.logprobs * self.mask, 1) / jnp.maximum(self.length, 1)
 
 
@@ -105,8 +106,8 @@ def adamw(
     """AdamW after clipping to global norm `clip`: linear warm-up over `warmup` steps, then a cosine from `lr` to
     `final_lr` at step `steps` (constant where `final_lr` is None).
 
-    `settings`: b1 (0.9), b2 (0.99), eps (1e-8) and weight_decay (0) of `optax.adamw`. The learning rate of each step is part
-    of the state, so that training can log it."""
+    `settings`: b1 (0.9), b2 (0.99), eps (1e-8) and weight_decay (0) of `optax.adamw`. The learning rate of each step is
+    part of the state, so that training can log it."""
     if final_lr is None:
         schedule = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
     else:

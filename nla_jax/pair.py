@@ -84,12 +84,13 @@ class Pair:
         batch: int = 64,
         first: int = 0,
     ) -> list[str]:
-        """One explanation for each row of `vectors`, raw activations [n, d] ([n, slots, d] for a prompt of several slots).
+        """One explanation for each row of `vectors`, raw activations [n, d] ([n, slots, d] for a prompt of several
+        slots).
 
-        A text is "" where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the same
-        texts, whatever the `batch`. `first` numbers the first row: rows given in pieces get the texts they would get
-        together. With `inject=False` the slot keeps the marker's embedding: a control that shows what the prompt alone
-        says."""
+        A text is "" where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the
+        same texts, whatever the `batch`. `first` numbers the first row: rows given in pieces get the texts they would
+        get together. With `inject=False` the slot keeps the marker's embedding: a control that shows what the prompt
+        alone says."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
@@ -100,9 +101,15 @@ class Pair:
             def sample(i: int) -> Rollout:
                 padding = [(0, batch - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
                 return rollout(
-                    verbalizer, sampler, place_batch(mesh, np.pad(parts[i], padding, mode="edge")), jax.random.key(seed),
-                    first + i * batch, group=1, max_new_tokens=max_new_tokens, temperature=temperature,
-                )  # fmt: skip
+                    verbalizer,
+                    sampler,
+                    place_batch(mesh, np.pad(parts[i], padding, mode="edge")),
+                    jax.random.key(seed),
+                    first + i * batch,
+                    group=1,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                )
 
             for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
                 tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
@@ -111,7 +118,8 @@ class Pair:
         return texts
 
     def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:
-        """ĥ [n, d], float32, from explanations: the AR's raw output. Compare it after normalising (`score`, `nla.fve`)."""
+        """ĥ [n, d], float32, from explanations: the AR's raw output. Compare it after normalising (`score`,
+        `nla.fve`)."""
         if isinstance(texts, str):
             raise InputError("reconstruct and score take a list of texts; put a single one in a list.")
         rows = self.prompts.reconstructor_ids(list(texts))
@@ -135,7 +143,8 @@ class Pair:
             yield self.mesh
 
     def score(self, texts: Sequence[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
-        """How well each text brings back its row of `vectors`: `mse` = 2(1 - cos) in [0, 4], and `cosine`, both `[n]`."""
+        """How well each text brings back its row of `vectors`: `mse` = 2(1 - cos) in [0, 4], and `cosine`, both
+        `[n]`."""
         vectors = self._checked(vectors)
         if not isinstance(texts, str) and len(texts) != len(vectors):
             raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; they must be as many.")
@@ -143,7 +152,8 @@ class Pair:
         return {"mse": mse(recon, vectors), "cosine": cosine(recon, vectors)}
 
     def merged(self) -> "Pair":
-        """The pair with its adapters merged into plain parameters: what `transformers` and servers load without PEFT."""
+        """The pair with its adapters merged into plain parameters: what `transformers` and servers load without
+        PEFT."""
         av, ar = self.verbalizer, self.reconstructor
         av_params, ar_params = self.verbalizer_params, self.reconstructor_params
         if av.lora:
@@ -161,8 +171,9 @@ class Pair:
         )
 
     def save(self, folder: str | Path, dtype: Any = np.float32) -> None:
-        """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are such
-        (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are float32."""
+        """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are
+        such (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are
+        float32."""
         folder, d = path_to(folder), self.sidecar.d_model
         if not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(f"Weights are saved as floating point numbers, not as {dtype}.")
@@ -177,9 +188,15 @@ class Pair:
             config, tokenizer = model.model.config, self.prompts.tokenizer
             if model.lora is None:
                 save_model(
-                    folder / role, params, config, tokenizer, truncated=role == "ar", dtype=dtype,
-                    end_ids=(self.verbalizer.end,), extra_files=files,
-                )  # fmt: skip
+                    folder / role,
+                    params,
+                    config,
+                    tokenizer,
+                    truncated=role == "ar",
+                    dtype=dtype,
+                    end_ids=(self.verbalizer.end,),
+                    extra_files=files,
+                )
                 continue
             with new_folder(folder / role) as scratch:
                 save_adapter(scratch, params, model.lora, config, self.sidecar.base_checkpoint)
@@ -242,12 +259,14 @@ def load_pair(
     injections: tuple[Injection, ...] | Injection | None = None,
     mesh: Mesh | None = None,
 ) -> Pair:
-    """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`, `ar`.
+    """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`,
+    `ar`.
 
-    Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names. Whole parameters are float32,
-    a frozen base `dtype`, which is also what they compute in. `remat` is the name of a `jax.checkpoint_policies` policy,
-    `attention` that of a kernel (models/kernels.py). `injections` say how activations enter the prompt where that is not
-    what the sidecar says. On a `mesh` every parameter is read straight into its training place.
+    Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names. Whole parameters are
+    float32, a frozen base `dtype`, which is also what they compute in. `remat` is the name of a
+    `jax.checkpoint_policies` policy, `attention` that of a kernel (models/kernels.py). `injections` say how activations
+    enter the prompt where that is not what the sidecar says. On a `mesh` every parameter is read straight into its
+    training place.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     if ar is None:

@@ -25,7 +25,8 @@ EXPLANATION = re.compile(r"\s*<explanation>\s*((?:(?!</?explanation>).)*?)\s*</e
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, content: str, answer: str | None = None) -> str:
     """The text of a conversation up to the model's turn (or with its `answer`), by the tokenizer's chat template; a
-    tokenizer without one gets its BOS, the content and a line break. Raises `InputError` where nothing ends an answer."""
+    tokenizer without one gets its BOS, the content and a line break. Raises `InputError` where nothing ends an
+    answer."""
     if tokenizer.chat_template is None:
         if tokenizer.eos_token is None:
             raise InputError(
@@ -55,8 +56,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Marker:
-    """The placeholder of an activation in a prompt, as `nla_meta.yaml` records it: its token, and the tokens beside its first
-    occurrence."""
+    """The placeholder of an activation in a prompt, as `nla_meta.yaml` records it: its token, and the tokens beside its
+    first occurrence."""
 
     char: str
     id: int
@@ -73,11 +74,12 @@ def find_marker(tokenizer: PreTrainedTokenizerBase, template: str, char: str = "
         ids = plain_ids(tokenizer, [chat_text(tokenizer, template.replace("{injection_char}", candidate))])[0]
         places = [i for i, token in enumerate(ids) if candidate in tokenizer.decode([token])]
         alone = [i for i in places if tokenizer.decode([ids[i]]).strip() == candidate]
-        if places and len(alone) == len(places) == template.count("{injection_char}") and 0 < places[0]:
-            if len({ids[i] for i in places}) == 1 and places[-1] < len(ids) - 1:
-                at = places[0]
-                return Marker(candidate, ids[at], ids[at - 1], ids[at + 1])
-        extra = len(places) > template.count("{injection_char}")
+        slots = template.count("{injection_char}")
+        inside = places and places[0] > 0 and places[-1] < len(ids) - 1
+        if inside and len(alone) == len(places) == slots and len({ids[i] for i in places}) == 1:
+            at = places[0]
+            return Marker(candidate, ids[at], ids[at - 1], ids[at + 1])
+        extra = len(places) > slots
         reasons.append(f"{candidate!r} {'stands there too often' if extra else 'is not one token of its own there'}")
     raise InputError(
         f"The AV's prompt has no usable injection marker: {'; '.join(reasons)}; set prompts.marker to a rare single-token "
@@ -97,9 +99,9 @@ class Prompts:
     special_tokens: bool = True
 
     def verbalizer_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """`(prefix, suffix, slots)`: the ids before the first marker, those from it to the response, and where in the suffix
-        the markers stand. As many markers must stand there as the template has slots, the first between its two neighbours.
-        Raises `InputError` where that is not so."""
+        """`(prefix, suffix, slots)`: the ids before the first marker, those from it to the response, and where in the
+        suffix the markers stand. As many markers must stand there as the template has slots, the first between its two
+        neighbours. Raises `InputError` where that is not so."""
         content = self.verbalizer_template.replace("{injection_char}", self.marker.char)
         ids = plain_ids(self.tokenizer, [chat_text(self.tokenizer, content)])[0]
         m, slots = self.marker, self.verbalizer_template.count("{injection_char}")
@@ -121,7 +123,8 @@ class Prompts:
         return PromptIds(prefix, suffix, slots, end_of_turn(self.tokenizer), self.reconstructor_prefix)
 
     def text_width(self, max_new_tokens: int) -> int:
-        """The length of AR inputs: the template around a text of `max_new_tokens` tokens, rounded up to a multiple of 8."""
+        """The length of AR inputs: the template around a text of `max_new_tokens` tokens, rounded up to a multiple of
+        8."""
         return -(-(len(self.reconstructor_ids([""])[0]) + max_new_tokens) // 8) * 8
 
     def response_ids(self, explanations: Sequence[str]) -> list[list[int]]:
@@ -142,8 +145,8 @@ class Prompts:
 
     @functools.cached_property
     def reconstructor_prefix(self) -> tuple[int, ...]:
-        """The ids with which every input of the AR begins, whatever the explanation: those of the template up to the last
-        space before it, behind which tokens may merge with the explanation's first characters."""
+        """The ids with which every input of the AR begins, whatever the explanation: those of the template up to the
+        last space before it, behind which tokens may merge with the explanation's first characters."""
         ids, whole = self._ids([self._head])[0], self._ids([self.reconstructor_template])[0]
         return tuple(ids) if whole[: len(ids)] == ids else ()
 
@@ -152,12 +155,16 @@ class Prompts:
         return self.reconstructor_template.partition("{explanation}")[0].rpartition(" ")[0]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=self.special_tokens, verbose=False).input_ids if texts else []
+        return (
+            self.tokenizer(list(texts), add_special_tokens=self.special_tokens, verbose=False).input_ids
+            if texts
+            else []
+        )
 
     def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one (unless
-        `special_tokens` is off), beginning with `reconstructor_prefix`. Where the ids outnumber `limit`, the explanation loses
-        its last characters; the template stays whole."""
+        """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one
+        (unless `special_tokens` is off), beginning with `reconstructor_prefix`. Where the ids outnumber `limit`, the
+        explanation loses its last characters; the template stays whole."""
         prefix = list(self.reconstructor_prefix)
 
         def finished(explanations):
@@ -174,7 +181,8 @@ class Prompts:
             while len(row) > limit:
                 if not text:
                     raise InputError(f"The AR's template alone has {len(row)} tokens, more than the limit of {limit}.")
-                # By characters, not by ids: half a character decodes to a replacement that may need more ids than it had.
+                # By characters, not by ids: half a character decodes to a replacement that may need more ids than it
+                # had.
                 text = text[: -(len(row) - limit)]
                 row = finished([text])[0]
             rows[i] = row
@@ -185,6 +193,6 @@ class Prompts:
         return pad_tokens(self.reconstructor_ids(explanations, length), length)
 
     def suffix_ids(self) -> list[int]:
-        """The template's suffix without its first token, which merges with the explanation's last character: what the AR's
-        sidecar records so that a reader can check its own tokenisation."""
+        """The template's suffix without its first token, which merges with the explanation's last character: what the
+        AR's sidecar records so that a reader can check its own tokenisation."""
         return plain_ids(self.tokenizer, [self.reconstructor_template.split("{explanation}")[1]])[0][1:]

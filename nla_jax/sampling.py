@@ -40,8 +40,8 @@ class Rollout:
 def decoding_layout(mesh: Mesh, verbalizer: Verbalizer, base: dict | None = None) -> Callable[[dict], dict]:
     """A function from the AV's trained parameters to the whole ones from which `rollout` samples on a mesh.
 
-    Those are a copy in the compute dtype (`working_dtypes`), laid out for decoding. An adapter's frozen `base` is copied
-    once, here; on one device it is used as it is."""
+    Those are a copy in the compute dtype (`working_dtypes`), laid out for decoding. An adapter's frozen `base` is
+    copied once, here; on one device it is used as it is."""
     move = _mover(mesh, verbalizer)
     if verbalizer.lora and mesh.size > 1:
         config = verbalizer.model.config
@@ -49,7 +49,9 @@ def decoding_layout(mesh: Mesh, verbalizer: Verbalizer, base: dict | None = None
     return lambda params: verbalizer.assemble(move(params), base)
 
 
-@functools.lru_cache(maxsize=8)  # compiled once for a mesh and a model, however often a pair is made from new parameters
+@functools.lru_cache(
+    maxsize=8
+)  # compiled once for a mesh and a model, however often a pair is made from new parameters
 def _mover(mesh: Mesh, verbalizer: Verbalizer) -> Callable[[dict], dict]:
     return relayout(mesh, verbalizer.abstract_params(), verbalizer.model.config.dtype, DECODE)
 
@@ -61,8 +63,8 @@ def sample_tokens(
 
     Temperature 0 is greedy (the log-probability is then that of temperature 1). Raises `InputError` for a negative one.
 
-    The mesh may cut the vocabulary over `tensor`. All that is needed of other devices are sums, maxima and minima over it:
-    a few numbers per row, never the logits."""
+    The mesh may cut the vocabulary over `tensor`. All that is needed of other devices are sums, maxima and minima over
+    it: a few numbers per row, never the logits."""
     if not temperature >= 0:
         raise InputError(f"Sampling needs a temperature of 0 or more; found {temperature}.")
     logits, scale = logits.astype(jnp.float32), temperature or 1.0
@@ -83,7 +85,8 @@ def sample_tokens(
 def _inverse_cdf(logits: Float[Array, "B V"], mass: Callable, uniform: Float[Array, "B"]) -> Int[Array, "B"]:
     """Inverse-CDF sampling: one uniform number per row (the Gumbel trick needs one per vocabulary entry).
 
-    The token is searched in three steps: part of the vocabulary (one per device), block, token. The logits are read once.
+    The token is searched in three steps: part of the vocabulary (one per device), block, token. The logits are read
+    once.
     """
     B, V = logits.shape
     parts = vocabulary_parts(V)
@@ -103,7 +106,9 @@ def _inverse_cdf(logits: Float[Array, "B V"], mass: Callable, uniform: Float[Arr
     inside = mass(jax.lax.platform_dependent(blocks, block, tpu=_block_by_sum, default=_block))
     upto = jnp.cumsum(inside, -1)
     place = _first(upto, jnp.minimum(rest, upto[..., -1]))
-    place = jnp.where(_pick(inside, place) > 0, place, jnp.argmax(inside, -1))  # rounding may lead to a token without mass
+    place = jnp.where(
+        _pick(inside, place) > 0, place, jnp.argmax(inside, -1)
+    )  # rounding may lead to a token without mass
     token = np.arange(parts) * (V // parts) + block * width + place
     return jnp.sum(jnp.where(np.arange(parts) == chosen[:, None], token, 0), -1)
 
@@ -132,7 +137,8 @@ def _at(x: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
 
 
 def _likeliest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """argmax, first within each part of the vocabulary, then over the parts (a plain one would gather a row that is cut)."""
+    """argmax, first within each part of the vocabulary, then over the parts (a plain one would gather a row that is
+    cut)."""
     B, V = x.shape
     x = x.reshape(B, vocabulary_parts(V), -1)
     token = jnp.argmax(x, -1) + np.arange(x.shape[1]) * x.shape[2]
@@ -145,8 +151,8 @@ def _likeliest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
 def _less(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """A little less than x, for comparisons.
 
-    The compiler may compute the two sides of an equality in different fusions, whose last bits differ: then nothing would
-    be equal to its own maximum."""
+    The compiler may compute the two sides of an equality in different fusions, whose last bits differ: then nothing
+    would be equal to its own maximum."""
     return x - 1e-6 * (1 + jnp.abs(x))
 
 
@@ -164,10 +170,12 @@ def rollout(
 ) -> Rollout:
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
 
-    On a mesh `params` must be laid out by `decoding_layout`. Row i draws from `fold_in(rng, first_row + i)`: the text does
-    not depend on how a batch is cut or sharded. Raises `InputError` for a number that means nothing."""
+    On a mesh `params` must be laid out by `decoding_layout`. Row i draws from `fold_in(rng, first_row + i)`: the text
+    does not depend on how a batch is cut or sharded. Raises `InputError` for a number that means nothing."""
     if min(group, max_new_tokens) < 1:
-        raise InputError(f"A rollout needs a group and max_new_tokens of 1 or more; found {group} and {max_new_tokens}.")
+        raise InputError(
+            f"A rollout needs a group and max_new_tokens of 1 or more; found {group} and {max_new_tokens}."
+        )
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
     model = Transformer(config)
     cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x
@@ -202,7 +210,9 @@ class _Decoder:
         logits = self.verbalizer.model.apply({"params": params}, hidden, method="logits")
         return sample_tokens(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, self.temperature)
 
-    def write(self, state: Rollout, t: Int[Array, ""] | int, token: Int[Array, "B"], logp: Float[Array, "B"]) -> Rollout:
+    def write(
+        self, state: Rollout, t: Int[Array, ""] | int, token: Int[Array, "B"], logp: Float[Array, "B"]
+    ) -> Rollout:
         """The responses with token t; rows that have ended stay as they are."""
         running, end = ~state.finished, self.verbalizer.end
         return Rollout(
@@ -231,8 +241,8 @@ class _Decoder:
 def start_all(mesh: Mesh, sample: Callable[[int], Rollout], chunks: int) -> Iterator[Rollout]:
     """`sample(0)`, …, `sample(chunks - 1)`, in this order; all are started before the first is waited for.
 
-    Accelerators work through them one after the other, while the host reads what is done. The small matrices of decoding
-    leave the cores of a CPU half idle, so there as many chunks as cores run at a time, each in a thread."""
+    Accelerators work through them one after the other, while the host reads what is done. The small matrices of
+    decoding leave the cores of a CPU half idle, so there as many chunks as cores run at a time, each in a thread."""
     if chunks < 2 or mesh.size > 1 or jax.default_backend() != "cpu":
         return iter([sample(i) for i in range(chunks)])
     starting = threading.Lock()

@@ -73,8 +73,8 @@ class Sidecar:
 
     @classmethod
     def read(cls, folder: Path, role: str) -> "Sidecar":
-        """Reads the sidecar of a model folder of `role` "av" or "ar", in either naming generation (av/actor, ar/critic), or
-        the dataset's sidecar that EasyNLA and nanoNLA copy there.
+        """Reads the sidecar of a model folder of `role` "av" or "ar", in either naming generation (av/actor,
+        ar/critic), or the dataset's sidecar that EasyNLA and nanoNLA copy there.
 
         Raises `InputError` naming the field that is missing or wrong."""
         file = Path(folder) / FILE

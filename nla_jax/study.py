@@ -83,9 +83,13 @@ class Study:
         p = config.plan
         prompt = PromptIds(tuple(range(p.prefix)), tuple(range(p.suffix)), (0,), -1, tuple(range(p.text_prefix)))
         av, ar = autoencoder(
-            model, config.subject.layer, prompt, config.prompts.injection_scale or 1.0, injections(config),
+            model,
+            config.subject.layer,
+            prompt,
+            config.prompts.injection_scale or 1.0,
+            injections(config),
             (lora(config.sft.av.lora), lora(config.sft.ar.lora)),
-        )  # fmt: skip
+        )
         return cls(config, mesh, av, ar, -(-(p.text + config.prompts.max_new_tokens) // 8) * 8)
 
     # The steps
@@ -202,18 +206,27 @@ class Study:
             "sft_av": self._supervised(self.sft_av, c.sft.av, c.prompts.max_new_tokens, base),
             "sft_ar": self._supervised(self.sft_ar, c.sft.ar, self.text_width, base),
             "relayout": Program(
-                mesh, relayout(mesh, self.boxed[0], dtype, DECODE), (trained,), samples=B, runs=c.rl.steps,
+                mesh,
+                relayout(mesh, self.boxed[0], dtype, DECODE),
+                (trained,),
+                samples=B,
+                runs=c.rl.steps,
                 beside=kept - device_bytes(trained) + second,
             ),
             "rollout": Program(
-                mesh, rollout, (self.verbalizer, sampler, vectors, key, 0), self.rollout_options, B // chunks,
-                c.rl.steps * chunks, kept - shared,
+                mesh,
+                rollout,
+                (self.verbalizer, sampler, vectors, key, 0),
+                self.rollout_options,
+                B // chunks,
+                c.rl.steps * chunks,
+                kept - shared,
             ),
             "joint_step": Program(
                 mesh, self.joint_program, (state, frozen, self.joint_batch()), samples=B, runs=c.rl.steps, beside=second
             ),
             "reconstruct": self._reconstruct(),
-        }  # fmt: skip
+        }
 
     def joint_batch(self) -> JointBatch:
         """Shapes of a batch of the joint step."""
@@ -223,11 +236,17 @@ class Study:
         return placed_batch(
             self.mesh,
             JointBatch(
-                vectors=_floats(A, width), responses=_ints(B, R), response_mask=_bits(B, R),
-                sampler_logprobs=_floats(B, R), finished=_bits(B), texts=_ints(B, T), text_lengths=_ints(B),
-                valid=_bits(B), features={name: x for name, x in self.feature_shapes.items()},
+                vectors=_floats(A, width),
+                responses=_ints(B, R),
+                response_mask=_bits(B, R),
+                sampler_logprobs=_floats(B, R),
+                finished=_bits(B),
+                texts=_ints(B, T),
+                text_lengths=_ints(B),
+                valid=_bits(B),
+                features=dict(self.feature_shapes),
             ),
-        )  # fmt: skip
+        )
 
     @functools.cached_property
     def feature_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -241,7 +260,8 @@ class Study:
         return bool(self.verbalizer.lora or self.reconstructor.lora)
 
     def _sampler(self) -> tuple[dict, float, float]:
-        """The sampler's parameters, and the bytes of its copy of a frozen base: as a second one, and as a shared one."""
+        """The sampler's parameters, and the bytes of its copy of a frozen base: as a second one, and as a shared
+        one."""
         config = self.verbalizer.model.config
         decoding = placed(self.mesh, self.boxed[0], DECODE, config.dtype)
         if not self.verbalizer.lora:
@@ -259,9 +279,13 @@ class Study:
         batch = placed_batch(self.mesh, TextBatch(_ints(n, width), _ints(n), _floats(n, d)))
         state = placed(self.mesh, jax.eval_shape(step.init, own))
         return Program(
-            self.mesh, jit_step(step, self.mesh), (state, batch, base), samples=n, runs=settings.steps,
+            self.mesh,
+            jit_step(step, self.mesh),
+            (state, batch, base),
+            samples=n,
+            runs=settings.steps,
             beside=device_bytes(placed(self.mesh, other)),
-        )  # fmt: skip
+        )
 
     def _extract(self, host: Mesh | None) -> Program:
         hosts = {device.process_index for device in self.mesh.devices.flat}
@@ -271,9 +295,13 @@ class Study:
         tokens = placed_batch(host, _ints(ROWS, c.extract.max_tokens))
         known = c.corpus.max_documents < 10**9  # 10**9 and more: as many as there are
         return Program(
-            host, jax.jit(residual, static_argnums=0), (model, params, tokens), samples=ROWS,
-            runs=-(-c.corpus.max_documents // (ROWS * len(hosts))) if known else 0, copies=len(hosts),
-        )  # fmt: skip
+            host,
+            jax.jit(residual, static_argnums=0),
+            (model, params, tokens),
+            samples=ROWS,
+            runs=-(-c.corpus.max_documents // (ROWS * len(hosts))) if known else 0,
+            copies=len(hosts),
+        )
 
     def _reconstruct(self) -> Program:
         n = self.config.evaluate.batch
@@ -283,9 +311,12 @@ class Study:
             params = jax.eval_shape(self.reconstructor.assemble, params, base)
         rows = placed_batch(self.mesh, (_ints(n, self.text_width), _ints(n)))
         return Program(
-            self.mesh, reconstruct, (self.reconstructor, params, *rows), samples=n,
+            self.mesh,
+            reconstruct,
+            (self.reconstructor, params, *rows),
+            samples=n,
             runs=-(-self.config.evaluate.rows // n),
-        )  # fmt: skip
+        )
 
 
 # From settings to values
@@ -317,9 +348,9 @@ def make_optimizer(settings: dict, steps: int, what: str) -> optax.GradientTrans
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if "steps" in parameters:
         settings["steps"] = steps
-    if unknown := sorted(settings.keys() - parameters.keys()):
-        if not open_ended:
-            raise InputError(f"{function} takes no {unknown[0]!r}; it takes {', '.join(parameters)}.")
+    unknown = sorted(settings.keys() - parameters.keys())
+    if unknown and not open_ended:
+        raise InputError(f"{function} takes no {unknown[0]!r}; it takes {', '.join(parameters)}.")
     tx = function(**settings)
     if not isinstance(tx, optax.GradientTransformation):
         raise InputError(f"{function} returns {type(tx).__name__}, expected an optax.GradientTransformation.")

@@ -66,8 +66,8 @@ class Activations:
 def load_subject(
     name: str | Path, layer: int, dtype=jnp.float32, mesh: Mesh | None = None, attention: str = "xla"
 ) -> Subject:
-    """Loads blocks 0..`layer` of a model folder or hub id in `dtype`, on a `mesh` straight into their training place. `attention`
-    names a kernel (models/kernels.py).
+    """Loads blocks 0..`layer` of a model folder or hub id in `dtype`, on a `mesh` straight into their training place.
+    `attention` names a kernel (models/kernels.py).
 
     Raises `InputError` for a layer that the model does not have, and where the mesh does not divide it."""
     folder = locate(name)
@@ -90,12 +90,12 @@ def extract(
     max_tokens: int = 2048,
     doc_ids: Sequence[str] | None = None,
 ) -> Activations:
-    """Activations of `texts` at "last", "all", one index, or several indices of each text's tokens (negative from the end), in
-    the order of the texts; `doc_ids` name them (default: their numbers). Special tokens are left out of "all".
+    """Activations of `texts` at "last", "all", one index, or several indices of each text's tokens (negative from the
+    end), in the order of the texts; `doc_ids` name them (default: their numbers). Special tokens are left out of "all".
 
-    Raises `InputError` for positions of another kind, an index that a text does not have, an empty text, one of more than
-    `max_tokens` tokens (16 are read at a time, and the memory for it grows with the square of their length), and `doc_ids`
-    that are not as many as the texts."""
+    Raises `InputError` for positions of another kind, an index that a text does not have, an empty text, one of more
+    than `max_tokens` tokens (16 are read at a time, and the memory for it grows with the square of their length), and
+    `doc_ids` that are not as many as the texts."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         raise InputError("There is no text to extract activations from.")

@@ -1,4 +1,5 @@
-"""Shared fixtures: a tiny tokenizer, tiny random models, a tiny pair, and a tiny run. Eight CPU devices stand in for a pod."""
+"""Shared fixtures: a tiny tokenizer, tiny random models, a tiny pair, and a tiny run. Eight CPU devices stand in for a
+pod."""
 
 import os
 import subprocess
@@ -20,12 +21,14 @@ FLAGS = (
 
 
 def known_flags(flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Those flags that the installed XLA knows. XLA ends the whole process over a flag that it does not know, so another
-    process is asked: once for all of them, and flag by flag where that fails."""
+    """Those flags that the installed XLA knows. XLA ends the whole process over a flag that it does not know, so
+    another process is asked: once for all of them, and flag by flag where that fails."""
 
     def accepted(*flags: str) -> bool:
         command = [sys.executable, "-c", "import jax; jax.devices()"]
-        return not subprocess.run(command, env=os.environ | {"XLA_FLAGS": " ".join(flags)}, capture_output=True).returncode
+        return not subprocess.run(
+            command, env=os.environ | {"XLA_FLAGS": " ".join(flags)}, capture_output=True
+        ).returncode
 
     return flags if accepted(*flags) else tuple(flag for flag in flags if accepted(flag))
 
@@ -144,7 +147,9 @@ def talkative(params: dict, tokenizer) -> dict:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--core", action="store_true", help="only the quick tests: those that need no whole run of a study")
+    parser.addoption(
+        "--core", action="store_true", help="only the quick tests: those that need no whole run of a study"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -186,10 +191,16 @@ def sidecar(tokenizer) -> Sidecar:
     marker = find_marker(tokenizer, VERBALIZER_TEMPLATE)
     prompts = Prompts(tokenizer, marker, VERBALIZER_TEMPLATE, RECONSTRUCTOR_TEMPLATE)
     return Sidecar(
-        base_checkpoint="tiny", d_model=TINY.width, layer=1, injection_scale=20.0, marker=marker,
-        verbalizer_template=VERBALIZER_TEMPLATE, reconstructor_template=RECONSTRUCTOR_TEMPLATE,
-        suffix_ids=tuple(prompts.suffix_ids()), provenance={"note": "made by the tests"},
-    )  # fmt: skip
+        base_checkpoint="tiny",
+        d_model=TINY.width,
+        layer=1,
+        injection_scale=20.0,
+        marker=marker,
+        verbalizer_template=VERBALIZER_TEMPLATE,
+        reconstructor_template=RECONSTRUCTOR_TEMPLATE,
+        suffix_ids=tuple(prompts.suffix_ids()),
+        provenance={"note": "made by the tests"},
+    )
 
 
 @pytest.fixture(scope="session")

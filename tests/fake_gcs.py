@@ -1,5 +1,6 @@
-"""A bucket of Google Cloud Storage in this process: the part of its JSON interface over HTTP that gcsfs, tensorstore and
-google-cloud-storage ask for. Like the real one it knows whole objects only: no folders, no appending, no renaming."""
+"""A bucket of Google Cloud Storage in this process: the part of its JSON interface over HTTP that gcsfs, tensorstore
+and google-cloud-storage ask for. Like the real one it knows whole objects only: no folders, no appending, no
+renaming."""
 
 import contextlib
 import json
@@ -11,7 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Store:
-    """The objects of one bucket by name, with their generations; `puts` lists the name of every object written, in order."""
+    """The objects of one bucket by name, with their generations; `puts` lists the name of every object written, in
+    order."""
 
     def __init__(self):
         self.objects: dict[str, tuple[bytes, int]] = {}
@@ -46,10 +48,16 @@ class Handler(BaseHTTPRequestHandler):
     def resource(self, name: str) -> dict:
         data, generation = self.store.objects[name]
         return {
-            "kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(data)),
-            "generation": str(generation), "metageneration": "1", "contentType": "application/octet-stream",
-            "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z",
-        }  # fmt: skip
+            "kind": "storage#object",
+            "bucket": "bucket",
+            "name": name,
+            "size": str(len(data)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "contentType": "application/octet-stream",
+            "updated": "2026-01-01T00:00:00.000Z",
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+        }
 
     def handle_request(self) -> None:
         url = urlsplit(self.path)

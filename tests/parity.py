@@ -23,9 +23,17 @@ GOLDEN = Path(__file__).parent / "golden"
 VOCABULARY, LENGTH = 320, 24
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 COMMON = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    max_position_embeddings=64,
+)
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
@@ -62,7 +70,9 @@ def torch_config(name: str, **changes):
 def torch_model(name: str, seed: int = 0, **changes):
     """A random model of `MODELS`; every parameter, norms and biases too, differs from its initial value."""
     torch.manual_seed(seed)
-    made = transformers.AutoModelForCausalLM.from_config(torch_config(name, **changes), attn_implementation="eager").eval()
+    made = transformers.AutoModelForCausalLM.from_config(
+        torch_config(name, **changes), attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

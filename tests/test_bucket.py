@@ -1,4 +1,5 @@
-"""Working folders on a bucket: gcsfs, Orbax and tensorstore speak to a Google Cloud Storage of this process (fake_gcs.py)."""
+"""Working folders on a bucket: gcsfs, Orbax and tensorstore speak to a Google Cloud Storage of this process
+(fake_gcs.py)."""
 
 import json
 from pathlib import Path

@@ -290,12 +290,16 @@ def test_a_resumed_log_reads_as_if_it_had_never_stopped(tmp_path):
     log.write(4, {"loss": jnp.float32(40), "skipped": jnp.bool_(True), "worst": jnp.float32(jnp.inf)})
     log.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records == log.records == [
-        {"step": 1, "loss": 1.0, "skipped": False, "worst": None},
-        {"step": 2, "loss": 2.0, "skipped": False, "worst": None},
-        {"step": 3, "loss": 3.0, "skipped": False, "worst": None},
-        {"step": 4, "loss": 40.0, "skipped": True, "worst": None},
-    ]  # fmt: skip
+    assert (
+        records
+        == log.records
+        == [
+            {"step": 1, "loss": 1.0, "skipped": False, "worst": None},
+            {"step": 2, "loss": 2.0, "skipped": False, "worst": None},
+            {"step": 3, "loss": 3.0, "skipped": False, "worst": None},
+            {"step": 4, "loss": 40.0, "skipped": True, "worst": None},
+        ]
+    )
 
 
 def test_atomic_writes_leave_no_part(tmp_path):

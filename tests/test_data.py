@@ -74,7 +74,6 @@ def test_batches_of_similar_length(n):
     assert np.abs(np.diff([lengths[rows].mean() for rows in cut])).mean() > 10
 
 
-
 def test_pad_tokens():
     tokens, lengths = pad_tokens([[1, 2, 3], [], [4]])
     assert tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [0] * 8, [4] + [0] * 7] and lengths.tolist() == [3, 0, 1]
@@ -159,7 +158,9 @@ def test_extract_by_position(subject):
         close(last.vectors[i], everything.vectors[j], 1e-5)
         assert last.texts[i] == SENTENCES[i] and last.following[i] == ""
     close(extract(subject, SENTENCES[0], [2, -1]).vectors[1], last.vectors[0], 1e-5)
-    close(extract(subject, SENTENCES[0], np.array([-1])).vectors, extract(subject, SENTENCES[0], np.int64(-1)).vectors, 0)
+    close(
+        extract(subject, SENTENCES[0], np.array([-1])).vectors, extract(subject, SENTENCES[0], np.int64(-1)).vectors, 0
+    )
     assert extract(subject, SENTENCES[:2], doc_ids=np.array(["a", "b"])).doc_ids == ["a", "b"]
 
 

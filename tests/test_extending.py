@@ -88,23 +88,36 @@ def flags(folder, tokenizer) -> list[str]:
     """A tiny study made of the user's parts; its subject writes explanations from the start."""
     save_model(folder / "subject", talkative(random_params(TINY), tokenizer), TINY, tokenizer)
     values = {
-        "subject.path": folder / "subject", "corpus.source": "my_study:documents", "corpus.min_chars": 100,
-        "extract.max_tokens": 64, "extract.shard_documents": 4, "prompts.max_new_tokens": 40,
-        "label.labeller": "my_study:Shouting", "label.settings.words": 3,
+        "subject.path": folder / "subject",
+        "corpus.source": "my_study:documents",
+        "corpus.min_chars": 100,
+        "extract.max_tokens": 64,
+        "extract.shard_documents": 4,
+        "prompts.max_new_tokens": 40,
+        "label.labeller": "my_study:Shouting",
+        "label.settings.words": 3,
         "prompts.inject": "('nla_jax.autoencoder:replace', 'my_study:nudge@0')",
-        "sft.av.steps": 1, "sft.av.optimizer.lr": 1e-4, "sft.ar.steps": 1, "rl.steps": 2, "rl.heldout_every": 9,
-        "rl.reward": "my_study:no_copying", "rl.reader": "my_study:first_word", "rl.features": "my_study:overlap",
+        "sft.av.steps": 1,
+        "sft.av.optimizer.lr": 1e-4,
+        "sft.ar.steps": 1,
+        "rl.steps": 2,
+        "rl.heldout_every": 9,
+        "rl.reward": "my_study:no_copying",
+        "rl.reader": "my_study:first_word",
+        "rl.features": "my_study:overlap",
         "evaluate.probes": "('nla_jax.probes.fidelity:after_rl', 'my_study:long')",
-    }  # fmt: skip
+    }
     config = folder / "study.py"
-    config.write_text(textwrap.dedent(f"""
+    config.write_text(
+        textwrap.dedent(f"""
         import runpy
 
         def get_config(variant=""):
             c = runpy.run_path({CONFIG.partition(":")[0]!r})["get_config"]("tiny")
             c.rl.ar_optimizer = dict(function="my_study:descent", rate=0.01)
             return c
-    """))
+    """)
+    )
     return ["--config", str(config), *(f"--config.{name}={value}" for name, value in values.items())]
 
 
@@ -142,31 +155,94 @@ WRONG = {
     "corpus that fails": ("corpus.source", "extract", "def bad():\n    raise OSError('gone')", "OSError: gone"),
     "labeller without label": ("label.labeller", "label", "def bad(words):\n    return 3", "has no method `label"),
     "labeller that labels too few": (
-        "label.labeller", "label",
-        "class bad:\n    def __init__(self, words): pass\n    def label(self, rows):\n        return ['one']", "1 labels for",
+        "label.labeller",
+        "label",
+        "class bad:\n    def __init__(self, words): pass\n    def label(self, rows):\n        return ['one']",
+        "1 labels for",
     ),
     "labeller that fails": (
-        "label.labeller", "label",
+        "label.labeller",
+        "label",
         "class bad:\n    def __init__(self, words): pass\n    def label(self, rows):\n        return rows[0].nothing",
         "has no attribute 'nothing'",
     ),
-    "labeller with other settings": ("label.labeller", "label", "def bad():\n    pass", "unexpected keyword argument 'words'"),
-    "injection of another shape": ("prompts.inject", "sft", "def bad(states, vectors, scale):\n    return states[0]", "shape"),
-    "injection that fails": ("prompts.inject", "sft", "def bad(states, vectors, scale):\n    return states @ 3", "TypeError|Error"),
-    "optimizer that is none": ("sft.av.optimizer.function", "sft", "def bad(**settings):\n    return 3", "GradientTransformation"),
-    "optimizer that fails": ("sft.av.optimizer.function", "sft", "def bad(lr, **more):\n    return 1 / 0", "ZeroDivisionError"),
-    "reward of another shape": ("rl.reward", "rl", "def bad(s):\n    return s.mse.mean()", r"shape \(\), expected \(6,\)"),
+    "labeller with other settings": (
+        "label.labeller",
+        "label",
+        "def bad():\n    pass",
+        "unexpected keyword argument 'words'",
+    ),
+    "injection of another shape": (
+        "prompts.inject",
+        "sft",
+        "def bad(states, vectors, scale):\n    return states[0]",
+        "shape",
+    ),
+    "injection that fails": (
+        "prompts.inject",
+        "sft",
+        "def bad(states, vectors, scale):\n    return states @ 3",
+        "TypeError|Error",
+    ),
+    "optimizer that is none": (
+        "sft.av.optimizer.function",
+        "sft",
+        "def bad(**settings):\n    return 3",
+        "GradientTransformation",
+    ),
+    "optimizer that fails": (
+        "sft.av.optimizer.function",
+        "sft",
+        "def bad(lr, **more):\n    return 1 / 0",
+        "ZeroDivisionError",
+    ),
+    "reward of another shape": (
+        "rl.reward",
+        "rl",
+        "def bad(s):\n    return s.mse.mean()",
+        r"shape \(\), expected \(6,\)",
+    ),
     "reward that fails": ("rl.reward", "rl", "def bad(s):\n    return s.features['no']", "KeyError: 'no'"),
-    "reward with another signature": ("rl.reward", "rl", "def bad(mse, length):\n    return -mse", "missing 1 required"),
-    "reader of too few": ("rl.reader", "rl", "def bad(texts, rng):\n    return texts[:1]", "expected a list of 3 texts"),
+    "reward with another signature": (
+        "rl.reward",
+        "rl",
+        "def bad(mse, length):\n    return -mse",
+        "missing 1 required",
+    ),
+    "reader of too few": (
+        "rl.reader",
+        "rl",
+        "def bad(texts, rng):\n    return texts[:1]",
+        "expected a list of 3 texts",
+    ),
     "reader that fails": ("rl.reader", "rl", "def bad(texts, rng):\n    return texts + rng", "TypeError"),
-    "feature of another shape": ("rl.features", "rl", "def bad(texts, rows):\n    return {'x': [1.0]}", r"shape \(1,\)"),
-    "feature that is no mapping": ("rl.features", "rl", "def bad(texts, rows):\n    return [1.0]", "expected a mapping"),
+    "feature of another shape": (
+        "rl.features",
+        "rl",
+        "def bad(texts, rows):\n    return {'x': [1.0]}",
+        r"shape \(1,\)",
+    ),
+    "feature that is no mapping": (
+        "rl.features",
+        "rl",
+        "def bad(texts, rows):\n    return [1.0]",
+        "expected a mapping",
+    ),
     "feature that fails": ("rl.features", "rl", "def bad(texts, rows):\n    return rows[0]['no']", "KeyError: 'no'"),
-    "probe of another shape": ("evaluate.probes", "evaluate", "def bad(context):\n    return {'x': [1.0]}", r"shape \(1,\)"),
-    "probe that fails": ("evaluate.probes", "evaluate", "def bad(context):\n    return context.nothing", "no attribute 'nothing'"),
+    "probe of another shape": (
+        "evaluate.probes",
+        "evaluate",
+        "def bad(context):\n    return {'x': [1.0]}",
+        r"shape \(1,\)",
+    ),
+    "probe that fails": (
+        "evaluate.probes",
+        "evaluate",
+        "def bad(context):\n    return context.nothing",
+        "no attribute 'nothing'",
+    ),
     "probe that is no function": ("evaluate.probes", "evaluate", "bad = 3", "int, no function"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -55,11 +55,21 @@ def settings(tokenizer, tmp_path_factory) -> list[str]:
     config = folder / "study.py"
     config.write_text(CONFIG.format(quickstart=str(Path(__file__).parent.parent / "configs/quickstart.py")))
     values = {
-        "subject.path": folder / "subject", "corpus.source": corpus, "corpus.min_chars": 100,
-        "mesh.data": 2, "mesh.fsdp": 2, "extract.shard_documents": 4,
-        "extract.max_tokens": 64, "prompts.max_new_tokens": 80, "sft.av.steps": 1, "sft.av.optimizer.lr": 1e-4,
-        "sft.ar.steps": 1, "rl.steps": 3, "rl.rollout_chunks": 2, "rl.heldout_every": 3,
-    }  # fmt: skip
+        "subject.path": folder / "subject",
+        "corpus.source": corpus,
+        "corpus.min_chars": 100,
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+        "extract.shard_documents": 4,
+        "extract.max_tokens": 64,
+        "prompts.max_new_tokens": 80,
+        "sft.av.steps": 1,
+        "sft.av.optimizer.lr": 1e-4,
+        "sft.ar.steps": 1,
+        "rl.steps": 3,
+        "rl.rollout_chunks": 2,
+        "rl.heldout_every": 3,
+    }
     return ["--config", str(config), *(f"--config.{name}={value}" for name, value in values.items())]
 
 
@@ -84,7 +94,8 @@ class Hosts:
     def __init__(
         self, count: int, verb: str, workdir: Path, settings: list[str], of: dict | None = None, at: dict | None = None
     ):
-        """`of`: further flags of single hosts, None for a host that is not started. `at`: where single hosts are started."""
+        """`of`: further flags of single hosts, None for a host that is not started. `at`: where single hosts are
+        started."""
         flags = re.sub(r"device_count=\d+", f"device_count={DEVICES // count}", os.environ["XLA_FLAGS"])
         environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent.parent)}
         command = [sys.executable, "-m", "nla_jax.cli", verb, "--workdir", str(workdir), *settings]
@@ -96,9 +107,13 @@ class Hosts:
                 self.processes.append(
                     subprocess.Popen(
                         [*command, *hosts, f"--process_id={index}", *more],
-                        cwd=(at or {}).get(index), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                        cwd=(at or {}).get(index),
+                        env=environment,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
                     )
-                )  # fmt: skip
+                )
 
     def finish(self, seconds: float = 600) -> list[tuple[int, str]]:
         """Exit status and output of each host, in order."""
@@ -128,7 +143,8 @@ def said(output: str) -> str:
 
 
 def same_run(found: Path, expected: Path) -> None:
-    """Data and texts are equal, training agrees to float32 rounding: collectives between processes add in another order."""
+    """Data and texts are equal, training agrees to float32 rounding: collectives between processes add in another
+    order."""
     name = lambda file: re.sub(r"-[0-9a-f]{12}(?=\.parquet)", "", file)  # texts: without the hash of the weights
     ours, theirs = (
         {name(str(file.relative_to(folder))): pq.read_table(file) for file in folder.rglob("*.parquet")}

@@ -161,23 +161,30 @@ def test_a_dataset_sidecar_in_a_model_folder(pair, tokenizer, tmp_path):
     pair.save(tmp_path)
     m = pair.sidecar.marker
     content = {
-        "kind": "nla_dataset", "schema_version": 1, "stage": "av_sft",
+        "kind": "nla_dataset",
+        "schema_version": 1,
+        "stage": "av_sft",
         "extraction": {"base_model": "org/tiny", "d_model": TINY.width, "layer_index": 1, "norm": "none"},
         "tokens": {
-            "injection_char": m.char, "injection_token_id": m.id, "injection_left_neighbor_id": m.left,
-            "injection_right_neighbor_id": m.right, "critic_suffix_ids": None,
+            "injection_char": m.char,
+            "injection_token_id": m.id,
+            "injection_left_neighbor_id": m.left,
+            "injection_right_neighbor_id": m.right,
+            "critic_suffix_ids": None,
         },
-        "prompt_templates": {
-            "actor": pair.sidecar.verbalizer_template, "critic": pair.sidecar.reconstructor_template
-        },
-    }  # fmt: skip
+        "prompt_templates": {"actor": pair.sidecar.verbalizer_template, "critic": pair.sidecar.reconstructor_template},
+    }
     for role in ("av", "ar"):
         (tmp_path / role / FILE).write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(InputError, match="for EasyNLA and nanoNLA") as error:
         load_pair(tmp_path)
     one_sentence(error)
     loaded = load_pair(tmp_path, injections=Injection(add_norm_matched, 1))
-    assert (loaded.sidecar.layer, loaded.sidecar.injection_scale, loaded.sidecar.suffix_ids) == (1, None, pair.sidecar.suffix_ids)
+    assert (loaded.sidecar.layer, loaded.sidecar.injection_scale, loaded.sidecar.suffix_ids) == (
+        1,
+        None,
+        pair.sidecar.suffix_ids,
+    )
     close(loaded.reconstruct(["a", "b"]), pair.reconstruct(["a", "b"]), 0)
 
 

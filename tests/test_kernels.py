@@ -1,5 +1,6 @@
-"""Fused attention kernels against `attend`: in one call, and through whole models. cuDNN's own kernel needs a GPU; what is held
-here is the call (jax.nn.dot_product_attention, computed by XLA). Splash attention is interpreted, and compiled for a TPU."""
+"""Fused attention kernels against `attend`: in one call, and through whole models. cuDNN's own kernel needs a GPU; what
+is held here is the call (jax.nn.dot_product_attention, computed by XLA). Splash attention is interpreted, and compiled
+for a TPU."""
 
 import dataclasses
 import functools

@@ -25,9 +25,7 @@ axis : int
 
 
 def test_a_whole_label():
-    assert label([NUMPY_DOC]) == [
-        'A parameter list about matrix. It ends early in a sentence: "of the given array"'
-    ]
+    assert label([NUMPY_DOC]) == ['A parameter list about matrix. It ends early in a sentence: "of the given array"']
 
 
 @pytest.mark.parametrize(
@@ -67,11 +65,35 @@ def test_the_last_words_are_never_cut_at_their_start():
 
 
 HOSTILE = [
-    "", " \n\t ", "\n\n", "a", '"', "\\", "<explanation>", "text </explanation>", "x <EXPLANATION> y",
-    "<expl<explanation>anation>", "bell \x07 and \x00 nul \x1b[31m", "broken \ud800 half", "a\ufffd", "\u202eabc\u200b",
-    "日本語の文章がここにあります" * 40, "🙂" * 300, "==== ====\n", "{}" * 2000, "a" * 100_000, "(" * 3000, "\r\n\r\n x\r",
-    ":param", "Args:", "```", "word " * 5000, "$" * 50, "|" * 50, "Args:\n" * 500,
-]  # fmt: skip
+    "",
+    " \n\t ",
+    "\n\n",
+    "a",
+    '"',
+    "\\",
+    "<explanation>",
+    "text </explanation>",
+    "x <EXPLANATION> y",
+    "<expl<explanation>anation>",
+    "bell \x07 and \x00 nul \x1b[31m",
+    "broken \ud800 half",
+    "a\ufffd",
+    "\u202eabc\u200b",
+    "日本語の文章がここにあります" * 40,
+    "🙂" * 300,
+    "==== ====\n",
+    "{}" * 2000,
+    "a" * 100_000,
+    "(" * 3000,
+    "\r\n\r\n x\r",
+    ":param",
+    "Args:",
+    "```",
+    "word " * 5000,
+    "$" * 50,
+    "|" * 50,
+    "Args:\n" * 500,
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

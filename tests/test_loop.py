@@ -38,10 +38,22 @@ from nla_jax.pair import new_pair
 
 def test_summary_report_and_pair(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    for name in (
-        "fve_warm fve_rl fve_gold_text fve_shuffled fve_empty fve_no_injection cos_rl extraction_rate mean_length "
-        "logprob_gap_max subject_loss bigram_loss heldout_documents heldout_rows"
-    ).split():
+    for name in [
+        "fve_warm",
+        "fve_rl",
+        "fve_gold_text",
+        "fve_shuffled",
+        "fve_empty",
+        "fve_no_injection",
+        "cos_rl",
+        "extraction_rate",
+        "mean_length",
+        "logprob_gap_max",
+        "subject_loss",
+        "bigram_loss",
+        "heldout_documents",
+        "heldout_rows",
+    ]:
         assert np.isfinite(summary[name]), name
     assert summary["fve_rl_ci95"][0] <= summary["fve_rl"] <= summary["fve_rl_ci95"][1] <= 1
     assert summary["logprob_gap_max"] < 1e-4
@@ -297,10 +309,14 @@ WRONG = {
     "unknown variant": (["extract", "--config", CONFIG.replace("tiny", "huge")], "no variant 'huge'"),
     "unknown field": (["extract", "--config.rl.stepz=3"], "stepz"),
     "wrong type": (["extract", "--config.rl.steps=many"], "steps"),
-    "field of its own": (["rl", "--workdir={warmed}", "--config.rl.av_optimizer.b3=0.9"], "unexpected keyword argument 'b3'"),
+    "field of its own": (
+        ["rl", "--workdir={warmed}", "--config.rl.av_optimizer.b3=0.9"],
+        "unexpected keyword argument 'b3'",
+    ),
     "config with an error": (["extract", "--config", "{broken}"], "SyntaxError"),
     "empty split": (
-        ["extract", "--config.corpus.max_documents=2", "--config.subject.path={subject}"], "documents falls into split",
+        ["extract", "--config.corpus.max_documents=2", "--config.subject.path={subject}"],
+        "documents falls into split",
     ),
     "no tokens to write": (["explain", "--pair", "{run}/pair", "--text", "x", "--max-new-tokens", "0"], "1 or more"),
     "base of no adapters": (
@@ -312,9 +328,13 @@ WRONG = {
     "no such corpus": (["pretrain", "--config.corpus.source=nowhere.jsonl"], "nowhere.jsonl"),
     "documents too short": (["pretrain", "--config.corpus.min_chars=100000"], "min_chars|short"),
     "no such subject": (["extract", "--config.subject.path=nowhere"], "no model folder nowhere"),
-    "wrong layer": (["extract", "--config.subject.path={subject}", "--config.subject.layer=3"], "Layer 3 does not exist"),
+    "wrong layer": (
+        ["extract", "--config.subject.path={subject}", "--config.subject.layer=3"],
+        "Layer 3 does not exist",
+    ),
     "positions beyond every document": (
-        ["extract", "--config.subject.path={subject}", "--config.extract.min_position=5000"], "min_position = 5000",
+        ["extract", "--config.subject.path={subject}", "--config.extract.min_position=5000"],
+        "min_position = 5000",
     ),
     "no such label function": (
         ["label", "--config.label.labeller=nowhere:f", "--workdir={labelled}"],
@@ -330,29 +350,55 @@ WRONG = {
     "no text": (["explain", "--pair", "{run}/pair", "--text", " "], "no text"),
     "no such token": (["explain", "--pair", "{run}/pair", "--text", "one", "--tokens", "999"], "Position 999"),
     "only some sources": (
-        ["extract", "--config.subject.path={subject}", "--config.extract.source.rl=x"], "extract.source.av_sft is empty",
+        ["extract", "--config.subject.path={subject}", "--config.extract.source.rl=x"],
+        "extract.source.av_sft is empty",
     ),
     "data of another subject": (
         ["extract", "--config.subject.path={run}/pair_warm/av", *sources(Path("{exported}/datasets"))],
         "base_model is 'subject', expected 'av'",
     ),
     "data of another layer": (
-        ["extract", "--config.subject.path={subject}", "--config.subject.layer=0", *sources(Path("{exported}/datasets"))],
+        [
+            "extract",
+            "--config.subject.path={subject}",
+            "--config.subject.layer=0",
+            *sources(Path("{exported}/datasets")),
+        ],
         "layer_index is 1, expected 0; set subject.layer",
     ),
     "heldout in training": (
-        ["extract", "--config.subject.path={subject}", *sources(Path("{exported}/datasets"), SPLITS[:3]),
-         "--config.extract.source.heldout={exported}/datasets/rl.parquet"], "must not be trained on",
+        [
+            "extract",
+            "--config.subject.path={subject}",
+            *sources(Path("{exported}/datasets"), SPLITS[:3]),
+            "--config.extract.source.heldout={exported}/datasets/rl.parquet",
+        ],
+        "must not be trained on",
     ),
     "export of no pair": (["export", "--pair", "nowhere", "--out", "{new}"], "nowhere is not a pair"),
-    "export of no run": (["export", "--workdir", "nowhere", "--out", "{new}"], "nowhere holds no trained pair; run `nla rl`"),
+    "export of no run": (
+        ["export", "--workdir", "nowhere", "--out", "{new}"],
+        "nowhere holds no trained pair; run `nla rl`",
+    ),
     "export over files": (["export", "--pair", "{run}/pair", "--out", "{run}"], "is not an empty folder"),
     "export to a file": (["export", "--pair", "{run}/pair", "--out", "{run}/summary.json"], "is not an empty folder"),
     "export of no adapters": (["export", "--pair", "{run}/pair", "--out", "{new}", "--adapters"], "no LoRA adapters"),
-    "export with a config": (["export", "--pair", "{run}/pair", "--out", "{new}", "--config.seed=1"], "--config.seed=1"),
-    "import of nothing": (["import", "--av", "nowhere", "--ar", "nowhere", "--out", "{new}"], "no model folder nowhere"),
-    "import swapped": (["import", "--av", "{run}/pair/ar", "--ar", "{run}/pair/av", "--out", "{new}"], "were the AV and AR"),
-    "import over files": (["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{run}"], "is not an empty folder"),
+    "export with a config": (
+        ["export", "--pair", "{run}/pair", "--out", "{new}", "--config.seed=1"],
+        "--config.seed=1",
+    ),
+    "import of nothing": (
+        ["import", "--av", "nowhere", "--ar", "nowhere", "--out", "{new}"],
+        "no model folder nowhere",
+    ),
+    "import swapped": (
+        ["import", "--av", "{run}/pair/ar", "--ar", "{run}/pair/av", "--out", "{new}"],
+        "were the AV and AR",
+    ),
+    "import over files": (
+        ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{run}"],
+        "is not an empty folder",
+    ),
     "unknown injection": (
         ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{new}", "--injection", "add"],
         "replace, norm_matched_addition or a function's package.module:function; found 'add'",
@@ -361,7 +407,7 @@ WRONG = {
         ["import", "--av", "{run}/pair/av", "--ar", "{run}/pair/ar", "--out", "{new}", "--injection-block", "1"],
         "give --injection too",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -47,9 +47,10 @@ def logits(params: dict) -> np.ndarray:
 def adapters(subject_folder, sidecar) -> Pair:
     """A pair of two adapters on one base."""
     made = new_pair(
-        dataclasses.replace(sidecar, base_checkpoint=str(subject_folder)), subject_folder,
+        dataclasses.replace(sidecar, base_checkpoint=str(subject_folder)),
+        subject_folder,
         adapters=(LORA, Lora(3, 5.0, True, ("q", "o", "down"))),
-    )  # fmt: skip
+    )
     truncated, ar_lora = made.reconstructor.model.config, made.reconstructor.lora
     head = np.random.default_rng(1).normal(size=(TINY.width, TINY.width)).astype(np.float32)
     return dataclasses.replace(
@@ -205,10 +206,15 @@ def test_the_loop_with_adapters_on_a_mesh(tmp_path):
     chosen = [(name, text[:1200]) for name, text in sorted(topics.items()) if len(text) > 800][:30]
     corpus.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen))
     overrides = {
-        "corpus.source": corpus, "sft.av.lora.rank": 4, "sft.ar.lora.rank": 2, "sft.ar.lora.targets": "('q', 'down')",
-        "mesh.data": 2, "mesh.fsdp": 2, "rl.reward": "nla_jax.objective:negative_log_mse",
+        "corpus.source": corpus,
+        "sft.av.lora.rank": 4,
+        "sft.ar.lora.rank": 2,
+        "sft.ar.lora.targets": "('q', 'down')",
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+        "rl.reward": "nla_jax.objective:negative_log_mse",
         "prompts.inject": "nla_jax.autoencoder:add_norm_matched@0",
-    }  # fmt: skip
+    }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     config = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
     assert main(["quickstart", "--config", config, "--workdir", str(tmp_path / "run"), *flags]) == 0

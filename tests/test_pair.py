@@ -81,9 +81,13 @@ def test_greedy_texts_equal_generate_of_transformers(pair, saved, vectors):
         embeds = model.get_input_embeddings()(prompt).detach().clone()
         embeds[len(verbalizer.prefix)] = vector / vector.norm() * pair.sidecar.injection_scale
         ids = model.generate(
-            inputs_embeds=embeds[None], attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=24,
-            do_sample=False, eos_token_id=verbalizer.end, pad_token_id=verbalizer.end,
-        )[0].numpy()  # fmt: skip
+            inputs_embeds=embeds[None],
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=verbalizer.end,
+            pad_token_id=verbalizer.end,
+        )[0].numpy()
         ended = np.array([verbalizer.end in ids])
         expected += pair.prompts.explanations(pair.prompts.responses(ids[None], np.ones((1, len(ids)), bool)), ended)
     assert pair.verbalize(vectors, temperature=0.0, **SAMPLE) == [text or "" for text in expected]
@@ -127,7 +131,7 @@ def test_score_closed_form(pair, vectors):
 
 def test_shuffled_texts_are_no_better_than_the_mean(pair):
     """With an AR that was trained to read: a word names a direction, and the wrong word misleads."""
-    words = "river mill sea list market bread shadow margin".split()
+    words = ["river", "mill", "sea", "list", "market", "bread", "shadow", "margin"]
     rng = np.random.default_rng(0)
     which = rng.integers(0, len(words), 64)
     golds = rng.normal(size=(len(words), TINY.width)).astype(np.float32)[which] * 5
@@ -155,13 +159,16 @@ def test_a_new_pair_starts_from_the_subject(sidecar, subject_folder, params):
 # What is refused
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    (np.zeros((2, 31)), r"shape \[n, 32\], found shape \[2, 31\]"),
-    (np.zeros(32), r"shape \[n, 32\], found shape \[32\]"),
-    ([[1.0, 2.0], [3.0]], r"an array of numbers of shape \[n, 32\]"),
-    (np.full((1, 32), np.nan), "Row 0 of the activations holds NaN or infinite values"),
-    (np.diag([1.0, np.inf] + [1.0] * 30), "Row 0|Row 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros((2, 31)), r"shape \[n, 32\], found shape \[2, 31\]"),
+        (np.zeros(32), r"shape \[n, 32\], found shape \[32\]"),
+        ([[1.0, 2.0], [3.0]], r"an array of numbers of shape \[n, 32\]"),
+        (np.full((1, 32), np.nan), "Row 0 of the activations holds NaN or infinite values"),
+        (np.diag([1.0, np.inf] + [1.0] * 30), "Row 0|Row 1"),
+    ],
+)
 def test_wrong_vectors(pair, bad, message):
     for call in (lambda: pair.verbalize(bad), lambda: pair.score(["a"] * len(bad), bad)):
         with pytest.raises(InputError, match=message) as error:

@@ -1,4 +1,5 @@
-"""Pairs of every model family: texts, reconstructions and exports equal those of `transformers`, and the whole loop runs."""
+"""Pairs of every model family: texts, reconstructions and exports equal those of `transformers`, and the whole loop
+runs."""
 
 import dataclasses
 import json
@@ -53,13 +54,15 @@ def greedy(pair: Pair, vectors=VECTORS) -> np.ndarray:
     """Token ids that the AV writes, the end token no longer ending anything."""
     verbalizer = dataclasses.replace(pair.verbalizer, end=-1)
     return np.asarray(
-        rollout(verbalizer, pair.weights[0], vectors, jax.random.key(0), group=1, max_new_tokens=NEW_TOKENS, temperature=0)
-        .tokens
-    )  # fmt: skip
+        rollout(
+            verbalizer, pair.weights[0], vectors, jax.random.key(0), group=1, max_new_tokens=NEW_TOKENS, temperature=0
+        ).tokens
+    )
 
 
 def generated(model, pair: Pair, slot, vectors=VECTORS) -> np.ndarray:
-    """Token ids that `transformers` generates from the prompt's embeddings, with `slot(vector, row)` as the marker's row."""
+    """Token ids that `transformers` generates from the prompt's embeddings, with `slot(vector, row)` as the marker's
+    row."""
     prompt = torch.tensor(pair.verbalizer.prefix + pair.verbalizer.suffix)
     rows = []
     for vector in torch.tensor(vectors):
@@ -67,9 +70,14 @@ def generated(model, pair: Pair, slot, vectors=VECTORS) -> np.ndarray:
             embeds = model.get_input_embeddings()(prompt).clone()  # Gemma's module multiplies by sqrt(d)
             embeds[len(pair.verbalizer.prefix)] = slot(vector, embeds[len(pair.verbalizer.prefix)])
             ids = model.generate(
-                inputs_embeds=embeds[None], attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
+                inputs_embeds=embeds[None],
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         rows.append(ids[0].numpy())
     return np.stack(rows)
 
@@ -133,9 +141,15 @@ def joint_batch(pair: Pair) -> JointBatch:
     rng = np.random.default_rng(5)
     texts, lengths = pad_tokens(pair.prompts.reconstructor_ids(["one", "two rivers", "three", "the old mill"]))
     return JointBatch(
-        vectors=VECTORS[:2], responses=rng.integers(5, 300, (4, 6)), response_mask=np.ones((4, 6), bool),
-        sampler_logprobs=np.zeros((4, 6), np.float32), finished=np.ones(4, bool), texts=texts, text_lengths=lengths, valid=np.ones(4, bool),
-    )  # fmt: skip
+        vectors=VECTORS[:2],
+        responses=rng.integers(5, 300, (4, 6)),
+        response_mask=np.ones((4, 6), bool),
+        sampler_logprobs=np.zeros((4, 6), np.float32),
+        finished=np.ones(4, bool),
+        texts=texts,
+        text_lengths=lengths,
+        valid=np.ones(4, bool),
+    )
 
 
 def test_trained_one_step_and_exported_it_works_in_torch(pair, tmp_path):

@@ -179,7 +179,7 @@ ENTRY %main (v: f32[64,64]) -> f32[64,64] {
   %outer = (s32[], f32[64,64]{1,0}) while(%first), condition=%outer_condition, body=%outer_body, metadata={op_name="outer"}
   ROOT %result = f32[64,64]{1,0} get-tuple-element(%outer), index=1
 }
-"""  # noqa: E501 (an instruction is one line)
+"""
 
 
 def test_nested_loops_multiply():
@@ -245,7 +245,7 @@ ENTRY %main (a: f32[8,64], b: f32[64,64]) -> f32[8,64] {
   %whole = f32[64,64]{1,0} fusion(%under.way.1), kind=kCustom, output_to_operand_aliasing={{}: (0, {})}, calls=%done
   ROOT %kept = f32[8,64]{1,0} fusion(%whole), kind=kCustom, calls=%scatter
 }
-"""  # noqa: E501 (an instruction is one line)
+"""
 
 
 def test_collectives_that_the_tpu_compiler_writes_into_fusions():
@@ -285,7 +285,7 @@ def test_a_gpus_matrix_product():
   %gemm = (f32[8,16]{1,0}, s8[4096]{0}) custom-call(%p, %q), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]}}}
   ROOT %r = f32[8,16]{1,0} get-tuple-element(%gemm), index=0
 }
-"""  # noqa: E501 (an instruction is one line)
+"""
     assert Program(text).counts.flops == 2 * 8 * 32 * 16
 
 

@@ -98,15 +98,28 @@ def test_responses_round_trip(prompts):
     assert all(row[-1] == end_of_turn(prompts.tokenizer) for row in rows)
     tokens, mask = as_batch(rows)
     assert prompts.explanations(prompts.responses(tokens, mask), np.ones(3, bool)) == texts
-    assert prompts.explanations(prompts.responses(tokens, mask), np.array([True, False, True])) == [texts[0], None, texts[2]]
-    assert prompts.explanations(prompts.responses(np.where(mask, tokens, 40), mask), np.ones(3, bool)) == texts  # padding is not read
+    assert prompts.explanations(prompts.responses(tokens, mask), np.array([True, False, True])) == [
+        texts[0],
+        None,
+        texts[2],
+    ]
+    assert (
+        prompts.explanations(prompts.responses(np.where(mask, tokens, 40), mask), np.ones(3, bool)) == texts
+    )  # padding is not read
 
 
 @pytest.mark.parametrize(
     "response",
-    ["no tags", "<explanation>\nnever closed", "never opened</explanation>", "so <explanation>x</explanation>",
-     "<explanation>x</explanation> and more", "", "<explanation>"],
-)  # fmt: skip
+    [
+        "no tags",
+        "<explanation>\nnever closed",
+        "never opened</explanation>",
+        "so <explanation>x</explanation>",
+        "<explanation>x</explanation> and more",
+        "",
+        "<explanation>",
+    ],
+)
 def test_a_response_without_its_tags_is_no_explanation(prompts, response):
     tokens, mask = as_batch([plain_ids(prompts.tokenizer, [response])[0] + [end_of_turn(prompts.tokenizer)]])
     assert prompts.explanations(prompts.responses(tokens, mask), np.array([True])) == [None]

@@ -73,20 +73,34 @@ def by_hand(split: str, documents=None, vectors: pa.DataType | None = None, d: i
 def sidecar(split: str) -> dict:
     stage = "av_sft" if split == "heldout" else split
     return {
-        "dataset_id": f"{stage}_0123", "stage": stage, "row_count": 3,
+        "dataset_id": f"{stage}_0123",
+        "stage": stage,
+        "row_count": 3,
         "extraction": {
-            "base_model": "org/tiny", "d_model": D, "layer_index": LAYER, "norm": "none", "corpus": "org/web",
-            "corpus_slice": {"start": 7, "length": 100}, "positions_per_doc": 3,
+            "base_model": "org/tiny",
+            "d_model": D,
+            "layer_index": LAYER,
+            "norm": "none",
+            "corpus": "org/web",
+            "corpus_slice": {"start": 7, "length": 100},
+            "positions_per_doc": 3,
         },
-        "kind": "nla_dataset", "schema_version": 1, "keep_debug_metadata": True,
+        "kind": "nla_dataset",
+        "schema_version": 1,
+        "keep_debug_metadata": True,
         "tokens": {
-            "injection_char": MARKER.char, "injection_token_id": MARKER.id, "injection_left_neighbor_id": MARKER.left,
-            "injection_right_neighbor_id": MARKER.right, "critic_suffix_ids": [7, 8] if split == "ar_sft" else None,
+            "injection_char": MARKER.char,
+            "injection_token_id": MARKER.id,
+            "injection_left_neighbor_id": MARKER.left,
+            "injection_right_neighbor_id": MARKER.right,
+            "critic_suffix_ids": [7, 8] if split == "ar_sft" else None,
         },
         "prompt_templates": {"actor": ACTOR, "critic": CRITIC},
-        "parent_datasets": ["base_0123"], "created_at": "2026-01-01T00:00:00+00:00",
-        "created_by": "nla.datagen.stage3_build", "git_commit": "abc",
-    }  # fmt: skip
+        "parent_datasets": ["base_0123"],
+        "created_at": "2026-01-01T00:00:00+00:00",
+        "created_by": "nla.datagen.stage3_build",
+        "git_commit": "abc",
+    }
 
 
 @pytest.fixture
@@ -179,9 +193,14 @@ def test_files_without_a_sidecar(sources, tmp_path):
     (meta, *_) = sorted((tmp_path / "activations").glob("rl-*.yaml"))
     extraction = yaml.safe_load(meta.read_text())["extraction"]
     assert extraction == {
-        "base_model": "models/tiny", "d_model": D, "layer_index": LAYER, "norm": "none", "corpus": "rl.parquet",
-        "corpus_slice": {"start": 0, "length": 10}, "positions_per_doc": 3,
-    }  # fmt: skip
+        "base_model": "models/tiny",
+        "d_model": D,
+        "layer_index": LAYER,
+        "norm": "none",
+        "corpus": "rl.parquet",
+        "corpus_slice": {"start": 0, "length": 10},
+        "positions_per_doc": 3,
+    }
 
 
 def test_held_out_documents_are_split_off_rl(sources, tmp_path):
@@ -244,18 +263,32 @@ BAD_ROWS = {
     "beyond float32": ("av_sft", vectors_with(1e300, kind=pa.list_(pa.float64())), "NaN or infinite"),
     "integers": ("rl", lambda t: changed(t, "activation_vector", pa.array([[1] * D] * len(t))), "lists of int64"),
     "no lists": ("rl", lambda t: changed(t, "activation_vector", pa.array(["x"] * len(t))), "is string"),
-    "other layer": ("rl", lambda t: changed(t, "activation_layer", pa.array([1] * 29 + [2])), "activation_layer is 2 .* is 1"),
+    "other layer": (
+        "rl",
+        lambda t: changed(t, "activation_layer", pa.array([1] * 29 + [2])),
+        "activation_layer is 2 .* is 1",
+    ),
     "missing document": ("rl", text_in("doc_id", None), "row 30 has no doc_id"),
-    "response without tags": ("av_sft", text_in("response", "An explanation."), "response of row 18 is not an explanation between"),
+    "response without tags": (
+        "av_sft",
+        text_in("response", "An explanation."),
+        "response of row 18 is not an explanation between",
+    ),
     "empty response": ("heldout", text_in("response", "<explanation> </explanation>"), "response of row 9"),
     "missing response": ("heldout", text_in("response", None), "response of row 9"),
-    "prompt of another template": ("ar_sft", text_in("prompt", "Summary of <text>x</text> <summary>"), "prompt of row 12"),
+    "prompt of another template": (
+        "ar_sft",
+        text_in("prompt", "Summary of <text>x</text> <summary>"),
+        "prompt of row 12",
+    ),
     "empty explanation": ("ar_sft", text_in("prompt", CRITIC.format(explanation="")), "prompt of row 12"),
     "null label": (
-        "rl", lambda t: t.append_column("api_explanation", pa.array([None] * len(t), pa.string())), "api_explanation of row 1 ",
+        "rl",
+        lambda t: t.append_column("api_explanation", pa.array([None] * len(t), pa.string())),
+        "api_explanation of row 1 ",
     ),
     "no rows": ("rl", lambda t: t.slice(0, 0), "no rows for 'rl'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
@@ -326,8 +359,14 @@ def workdir(tmp_path, small_batches):
     for split, i in itertools.product(DOCUMENTS, range(2)):
         ids = [f"{split}/{i}{j}" for j in range(3)]
         activations = Activations(
-            rng.normal(0, 50, (3, D)).astype(np.float32), ["."] * 3, ["Text “…”"] * 3, [""] * 3, np.arange(3) + 50, ids,
-            token_ids=[[5] * (51 + i) for i in range(3)], roles=["user"] * 3,
+            rng.normal(0, 50, (3, D)).astype(np.float32),
+            ["."] * 3,
+            ["Text “…”"] * 3,
+            [""] * 3,
+            np.arange(3) + 50,
+            ids,
+            token_ids=[[5] * (51 + i) for i in range(3)],
+            roles=["user"] * 3,
         )
         facts = SUBJECT.extraction("web", 24, 3)
         table, name = activation_table(activations, LAYER), f"{split}-{i:05d}-of-00002.parquet"
@@ -350,9 +389,11 @@ def exported(workdir, pair):
 
 def test_what_is_written_has_the_references_columns(exported, pair):
     common = [
-        ("activation_vector", pa.list_(pa.float32(), D)), ("n_raw_tokens", pa.int64()), ("activation_layer", pa.int64()),
+        ("activation_vector", pa.list_(pa.float32(), D)),
+        ("n_raw_tokens", pa.int64()),
+        ("activation_layer", pa.int64()),
         ("doc_id", pa.string()),
-    ]  # fmt: skip
+    ]
     text = ("detokenized_text_truncated", pa.string())
     expected = {
         "av_sft": [("prompt", CHAT), ("response", pa.string()), *common, text],
@@ -384,17 +425,25 @@ def test_what_is_written_has_the_references_sidecar(exported, pair):
         assert meta["kind"] == "nla_dataset" and meta["schema_version"] == 1 and meta["row_count"] == 6
         assert meta["stage"] == ("av_sft" if split == "heldout" else split)
         assert meta["extraction"] == {
-            "base_model": "models/tiny", "d_model": D, "layer_index": LAYER, "norm": "none", "corpus": "web",
-            "corpus_slice": {"start": 0, "length": 24}, "positions_per_doc": 3,
-        }  # fmt: skip
+            "base_model": "models/tiny",
+            "d_model": D,
+            "layer_index": LAYER,
+            "norm": "none",
+            "corpus": "web",
+            "corpus_slice": {"start": 0, "length": 24},
+            "positions_per_doc": 3,
+        }
         assert meta["tokens"] == {
-            "injection_char": marker.char, "injection_token_id": marker.id, "injection_left_neighbor_id": marker.left,
+            "injection_char": marker.char,
+            "injection_token_id": marker.id,
+            "injection_left_neighbor_id": marker.left,
             "injection_right_neighbor_id": marker.right,
             "critic_suffix_ids": list(pair.sidecar.suffix_ids) if split == "ar_sft" else None,
-        }  # fmt: skip
+        }
         assert meta["prompt_templates"] == {
-            "actor": "Explain this: {injection_char}", "critic": "<text>{explanation}</text><summary>",
-        }  # fmt: skip
+            "actor": "Explain this: {injection_char}",
+            "critic": "<text>{explanation}</text><summary>",
+        }
         assert meta["keep_debug_metadata"] is (split != "heldout")
         assert meta["parent_datasets"] == [] and meta["git_commit"] is None
         assert {type(meta[name]) for name in ("dataset_id", "created_at", "created_by")} == {str}
@@ -412,11 +461,14 @@ def test_what_is_written_is_read_back(exported, workdir, tmp_path):
             assert b["api_explanation"].to_pylist() == [f"{id} – two\nlines" for id in a["doc_id"].to_pylist()]
 
 
-@pytest.mark.parametrize(("lost", "message"), [
-    ("labels/ar_sft-00001-of-00002.parquet", "ar_sft-00001-of-00002.parquet has no labels; run `nla label`"),
-    ("activations/rl-00001-of-00002.parquet", "1 of 2 rl shards"),
-    ("activations/rl-00000-of-00002.parquet.nla_meta.yaml", "nla_meta.yaml is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("labels/ar_sft-00001-of-00002.parquet", "ar_sft-00001-of-00002.parquet has no labels; run `nla label`"),
+        ("activations/rl-00001-of-00002.parquet", "1 of 2 rl shards"),
+        ("activations/rl-00000-of-00002.parquet.nla_meta.yaml", "nla_meta.yaml is missing"),
+    ],
+)
 def test_an_unfinished_run_cannot_be_exported(workdir, pair, lost, message):
     (workdir / lost).unlink()
     with pytest.raises(InputError, match=message) as error:
@@ -435,10 +487,12 @@ def test_rows_never_become_lists(tmp_path):
         vectors = rng.normal(size=(count, d)).astype(np.float32)
         table = {
             "activation_vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), d),
-            "doc_id": [f"{split}{i // 10}" for i in range(count)], "n_raw_tokens": [60] * count,
-            "activation_layer": [LAYER] * count, "detokenized_text_truncated": [f"{i} " * 400 for i in range(count)],
+            "doc_id": [f"{split}{i // 10}" for i in range(count)],
+            "n_raw_tokens": [60] * count,
+            "activation_layer": [LAYER] * count,
+            "detokenized_text_truncated": [f"{i} " * 400 for i in range(count)],
             "api_explanation": [f"Label {i}" for i in range(count)],
-        }  # fmt: skip
+        }
         sources[split] = tmp_path / f"{split}.parquet"
         pq.write_table(pa.table(table), sources[split], row_group_size=4096)
         if split == "rl":

@@ -73,7 +73,8 @@ def arguments(subject_folder, corpus):
 
 @pytest.fixture(scope="module")
 def talking(arguments, tokenizer, tmp_path_factory) -> Path:
-    """The working folder of an undisturbed run whose AV writes explanations from the start: RL has something to learn from."""
+    """The working folder of an undisturbed run whose AV writes explanations from the start: RL has something to learn
+    from."""
     workdir = tmp_path_factory.mktemp("talking") / "run"
     for verb in ("extract", "label", "sft"):
         assert main(arguments(verb, workdir)) == 0
@@ -81,7 +82,7 @@ def talking(arguments, tokenizer, tmp_path_factory) -> Path:
     params = talkative(pair.verbalizer_params, tokenizer)
     dataclasses.replace(pair, verbalizer_params=params).save(workdir / "pair_warm")
     assert main(arguments("rl", workdir)) == 0
-    assert all(0.2 < record["extraction_rate"] and record["reward"] > -2 for record in history(workdir))
+    assert all(record["extraction_rate"] > 0.2 and record["reward"] > -2 for record in history(workdir))
     before, after = (load_pair(workdir / name).weights for name in ("pair_warm", "pair"))
     assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)))
     return workdir
@@ -332,7 +333,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(talking, arg
 
 @pytest.mark.parametrize(("stage", "room"), [("sft", 20_000), ("rl", 20_000), ("extract", 4_000), ("evaluate", 1_000)])
 def test_a_full_disk_gets_one_sentence_and_costs_nothing(finished, corpus, tmp_path, capsys, stage, room):
-    """A limit on the size of files stands in for a full disk; with room again, the run goes on and ends as it would have."""
+    """A limit on the size of files stands in for a full disk; with room again, the run goes on and ends as it would
+    have."""
     workdir = copy_before(finished, tmp_path, stage)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -420,8 +422,8 @@ def test_broken_training_stops_and_keeps_what_was_good(talking, arguments, tmp_p
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments(talking, arguments, tmp_path):
-    """`kill -9` at twenty random moments of RL runs (start-up, rollout, step and save among them), four to a run: parameters and
-    metrics come out bit for bit those of the undisturbed run."""
+    """`kill -9` at twenty random moments of RL runs (start-up, rollout, step and save among them), four to a run:
+    parameters and metrics come out bit for bit those of the undisturbed run."""
     settings = ["rl.steps=12", "rl.checkpoint_every=3"]
 
     def finish(workdir: Path) -> Path:
@@ -453,8 +455,8 @@ def last_step(workdir: Path) -> int:
 
 
 def test_a_finished_stage_goes_on_with_more_steps(finished, corpus, tmp_path, capsys):
-    """RL continues from its last step, and what was measured is measured again; fewer steps, or more of the warm start that
-    RL began with, are refused."""
+    """RL continues from its last step, and what was measured is measured again; fewer steps, or more of the warm start
+    that RL began with, are refused."""
     workdir = shutil.copytree(finished, tmp_path / "copy")
     before = history(workdir)
     assert nla_main("quickstart", workdir, corpus, "--config.rl.steps=6") == 0

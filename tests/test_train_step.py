@@ -245,7 +245,13 @@ def test_kl_vanishes_at_the_reference(step, state, batch, result):
 
 def test_logprob_gap_vanishes_after_a_rollout(joint, step, state, reference, batch):
     sampled = rollout(
-        joint.verbalizer, parameters(state)[0], batch.vectors, jax.random.key(0), group=G, max_new_tokens=R, temperature=0.8
+        joint.verbalizer,
+        parameters(state)[0],
+        batch.vectors,
+        jax.random.key(0),
+        group=G,
+        max_new_tokens=R,
+        temperature=0.8,
     )
     mine = batch.replace(responses=sampled.tokens, response_mask=sampled.mask, sampler_logprobs=sampled.logprobs)
     _, metrics, _ = step(state, Frozen(reference), mine)
@@ -334,7 +340,9 @@ def test_identical_share_equals_a_count():
         same += any((texts[i] == texts[j]).all() for j in group)
     assert 0 < same < valid.sum()
     assert float(identical_share(texts, valid, 3)) == pytest.approx(same / valid.sum())
-    assert float(identical_share(texts, np.zeros(12, bool), 3)) == 0  # failed texts, all empty, are another metric's matter
+    assert (
+        float(identical_share(texts, np.zeros(12, bool), 3)) == 0
+    )  # failed texts, all empty, are another metric's matter
 
 
 def test_group_normalised_closed_form():

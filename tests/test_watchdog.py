@@ -128,9 +128,17 @@ def test_a_step_that_hangs_is_reported_and_goes_on(tmp_path, capsys):
     step, params = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}
     settings = ConfigDict(dict(window=4, stall_minutes=0.5 / 60))
     fit(
-        tmp_path, "sft av", step, params, ABSTRACT, make_mesh(), slow, 4,
-        Checkpoints(tmp_path / "checkpoints", every=10), settings,
-    )  # fmt: skip
+        tmp_path,
+        "sft av",
+        step,
+        params,
+        ABSTRACT,
+        make_mesh(),
+        slow,
+        4,
+        Checkpoints(tmp_path / "checkpoints", every=10),
+        settings,
+    )
     lines = [line for line in capsys.readouterr().err.splitlines() if "step 3, phase 'waiting for data'" in line]
     assert len(lines) == 2 and all(line.startswith("nla: sft av has not moved for 0.0") for line in lines)
 

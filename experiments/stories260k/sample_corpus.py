@@ -44,9 +44,14 @@ def main() -> None:
         for start in range(0, count, 100):
             n = min(100, count - start)
             drawn = rollout(
-                source, params, np.zeros((100, config.width), np.float32), jax.random.key(first), start,
-                group=1, max_new_tokens=arguments.tokens,
-            )  # fmt: skip
+                source,
+                params,
+                np.zeros((100, config.width), np.float32),
+                jax.random.key(first),
+                start,
+                group=1,
+                max_new_tokens=arguments.tokens,
+            )
             rows = [[first, *row[mask].tolist()] for row, mask in zip(np.asarray(drawn.tokens), np.asarray(drawn.mask))]
             stories |= {tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[:n]}
             progress.update(n)

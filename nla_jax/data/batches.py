@@ -24,7 +24,8 @@ class TextBatch:
 
 
 def rows_of_step(n: int, batch: int, step: int, seed: int) -> np.ndarray:
-    """The `batch` row numbers (of `n`) that step `step` (from 0) reads: consecutive pieces of one permutation an epoch."""
+    """The `batch` row numbers (of `n`) that step `step` (from 0) reads: consecutive pieces of one permutation an
+    epoch."""
     places = np.arange(step * batch, (step + 1) * batch)
     return np.array([_permutation(n, seed, epoch)[place] for epoch, place in zip(places // n, places % n)])
 
@@ -35,8 +36,8 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class LengthBatches:
-    """Batches of rows of similar length, `lengths [n]`: as `rows_of_step`, but each epoch's permutation is sorted by length
-    within windows of `WINDOW` batches, whose order is then shuffled."""
+    """Batches of rows of similar length, `lengths [n]`: as `rows_of_step`, but each epoch's permutation is sorted by
+    length within windows of `WINDOW` batches, whose order is then shuffled."""
 
     WINDOW = 32
 
@@ -51,8 +52,8 @@ class LengthBatches:
         return np.array([self.order(epoch)[place] for epoch, place in zip(places // n, places % n)])
 
     def width(self, rows: np.ndarray) -> int:
-        """The padded length of a batch: its longest row's, rounded up to an eighth of the longest of all rows (so that programs
-        are compiled for at most eight shapes) and to a multiple of 8."""
+        """The padded length of a batch: its longest row's, rounded up to an eighth of the longest of all rows (so that
+        programs are compiled for at most eight shapes) and to a multiple of 8."""
         piece = -(-int(self.lengths.max()) // 64) * 8
         return -(-int(self.lengths[rows].max()) // piece) * piece
 
@@ -70,7 +71,8 @@ class LengthBatches:
 def pad_tokens(
     rows: Sequence[Sequence[int]], length: int | None = None, multiple: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids `[B, T]` (zeros behind each row) and lengths `[B]`; T is `length`, or the longest row rounded up."""
+    """Right-padded ids `[B, T]` (zeros behind each row) and lengths `[B]`; T is `length`, or the longest row rounded
+    up."""
     lengths = np.array([len(row) for row in rows], np.int32)
     if length is None:
         length = -(-max(lengths.max(initial=1), 1) // multiple) * multiple

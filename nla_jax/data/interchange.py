@@ -1,8 +1,8 @@
-"""Datasets of the reference (kitft/natural_language_autoencoders): Parquet files with sidecars, read into a run's shards and
-written from them.
+"""Datasets of the reference (kitft/natural_language_autoencoders): Parquet files with sidecars, read into a run's
+shards and written from them.
 
-`av_sft` holds chat prompts and responses, `ar_sft` finished prompts, `rl` chat prompts alone; all of them vectors and where
-these come from. Both directions stream, and vectors never become Python lists."""
+`av_sft` holds chat prompts and responses, `ar_sft` finished prompts, `rl` chat prompts alone; all of them vectors and
+where these come from. Both directions stream, and vectors never become Python lists."""
 
 import collections
 import dataclasses
@@ -50,8 +50,8 @@ CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where activations come from: the subject (`base_model` is its folder or hub id, `base_hash` its fingerprint) and the
-    block."""
+    """Where activations come from: the subject (`base_model` is its folder or hub id, `base_hash` its fingerprint) and
+    the block."""
 
     base_model: str
     base_hash: str
@@ -72,7 +72,8 @@ class Origin:
 
 
 def sidecar_content(split: str, stage: str, rows: int, extraction: dict, **fields) -> dict:
-    """The sidecar of a dataset. `fields` replace the defaults or are added; readers ignore those that they do not know."""
+    """The sidecar of a dataset. `fields` replace the defaults or are added; readers ignore those that they do not
+    know."""
     digest = hashlib.blake2b(json.dumps([split, stage, extraction]).encode(), digest_size=4).hexdigest()
     return {
         "dataset_id": f"{split}_{digest}",
@@ -96,8 +97,9 @@ def sidecar_content(split: str, stage: str, rows: int, extraction: dict, **field
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A Parquet file that fits the subject: its columns, what its sidecar says of the extraction (an empty mapping without one) and
-    of the prompts (`templates`, by `av` and `ar`), and the AR's template around the explanation in its prompts, `(before, after)`."""
+    """A Parquet file that fits the subject: its columns, what its sidecar says of the extraction (an empty mapping
+    without one) and of the prompts (`templates`, by `av` and `ar`), and the AR's template around the explanation in its
+    prompts, `(before, after)`."""
 
     path: Path
     columns: frozenset[str]
@@ -166,11 +168,11 @@ class Dataset:
 
 
 def open_dataset(path: Path, subject: Origin, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """A dataset of the reference's form (`av_sft`, `ar_sft`, `rl`, or with `api_explanation`), its type and sidecar checked against
-    the subject and its tokenizer.
+    """A dataset of the reference's form (`av_sft`, `ar_sft`, `rl`, or with `api_explanation`), its type and sidecar
+    checked against the subject and its tokenizer.
 
-    Raises `InputError` for another subject, layer, width or normalisation, a marker that is not the tokenizer's, missing columns,
-    or a prompt whose template is not known."""
+    Raises `InputError` for another subject, layer, width or normalisation, a marker that is not the tokenizer's,
+    missing columns, or a prompt whose template is not known."""
     with readable(path):
         schema = pq.read_schema(path)
     if missing := [name for name in REQUIRED if name not in schema.names]:
@@ -210,8 +212,8 @@ def templates_of(meta: dict) -> dict[str, str]:
 
 
 def check_marker(file: Path, tokens: Any, template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `InputError` where the marker that a dataset's sidecar names is not what the tokenizer makes of it in the AV's
-    prompt; a sidecar may leave out either."""
+    """Raises `InputError` where the marker that a dataset's sidecar names is not what the tokenizer makes of it in the
+    AV's prompt; a sidecar may leave out either."""
     names = [f"injection_{name}" for name in ("char", "token_id", "left_neighbor_id", "right_neighbor_id")]
     if template is None or not isinstance(tokens, dict) or any(tokens.get(name) is None for name in names):
         return
@@ -257,14 +259,15 @@ def import_datasets(
     is_heldout: Callable[[str], bool],
     shard_rows: int,
 ) -> dict[str, dict]:
-    """Writes the rows of the files `sources` (`av_sft`, `ar_sft`, `rl` and perhaps `heldout`) as shards into `folder`, each host its
-    share of them; shards that are there already are kept. Returns `rows` and `documents` of each split, and the
-    `templates` that the warm start's data were made for, where their sidecars say so.
+    """Writes the rows of the files `sources` (`av_sft`, `ar_sft`, `rl` and perhaps `heldout`) as shards into `folder`,
+    each host its share of them; shards that are there already are kept. Returns `rows` and `documents` of each split,
+    and the `templates` that the warm start's data were made for, where their sidecars say so.
 
-    Without a `heldout` file those documents of `rl` that `is_heldout` and that neither `av_sft` nor `ar_sft` holds become it.
+    Without a `heldout` file those documents of `rl` that `is_heldout` and that neither `av_sft` nor `ar_sft` holds
+    become it.
 
-    Raises `InputError` for a missing file, one that `open_dataset` or its rows' checks refuse, and a document that is both held
-    out and trained on."""
+    Raises `InputError` for a missing file, one that `open_dataset` or its rows' checks refuse, and a document that is
+    both held out and trained on."""
     for split in TRAINING:
         if not sources[split]:
             raise InputError(f"extract.source.{split} is empty, but other files are given; name its Parquet file too.")
@@ -324,8 +327,8 @@ def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def export_datasets(workdir: AnyPath, out: Path, pair: Sidecar) -> None:
-    """Writes a run's rows as `av_sft.parquet`, `ar_sft.parquet`, `rl.parquet` and `heldout.parquet` (of the form of `av_sft`) with
-    their sidecars; `pair` is the sidecar of the run's models, whose templates and tokens they get.
+    """Writes a run's rows as `av_sft.parquet`, `ar_sft.parquet`, `rl.parquet` and `heldout.parquet` (of the form of
+    `av_sft`) with their sidecars; `pair` is the sidecar of the run's models, whose templates and tokens they get.
 
     Raises `InputError` where the run has no activations or labels."""
     for split in (*TRAINING, "heldout"):
@@ -340,7 +343,11 @@ def export_datasets(workdir: AnyPath, out: Path, pair: Sidecar) -> None:
             )
         schema = export_schema(form, pair.d_model, keep_text)
         content = sidecar_content(
-            split, form, sum(map(row_count, files)), made["extraction"], base_hash=made.get("base_hash"),
+            split,
+            form,
+            sum(map(row_count, files)),
+            made["extraction"],
+            base_hash=made.get("base_hash"),
             keep_debug_metadata=keep_text,
             tokens={
                 "injection_char": pair.marker.char,
@@ -350,7 +357,7 @@ def export_datasets(workdir: AnyPath, out: Path, pair: Sidecar) -> None:
                 "critic_suffix_ids": list(pair.suffix_ids) if form == "ar_sft" else None,
             },
             prompt_templates={"actor": pair.verbalizer_template, "critic": pair.reconstructor_template},
-        )  # fmt: skip
+        )
         write_tables(schema, export_tables(files, form, schema, pair), out / f"{split}.parquet", content)
 
 

@@ -52,7 +52,8 @@ def activation_table(activations: Activations, layer: int) -> pa.Table:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of one split: `vectors` [n, d] float32 (raw), mapped from disk, and their other columns, read when asked for.
+    """Rows of one split: `vectors` [n, d] float32 (raw), mapped from disk, and their other columns, read when asked
+    for.
 
     `at` says which rows of the shards they are, ascending; None: all of them."""
 
@@ -64,7 +65,8 @@ class Rows:
         return len(self.vectors)
 
     def column(self, name: str) -> list:
-        """A column of all rows: `doc_id`, `token`, `following`, `role`, `token_ids`, …, or `api_explanation`, the label.
+        """A column of all rows: `doc_id`, `token`, `following`, `role`, `token_ids`, …, or `api_explanation`, the
+        label.
 
         Where the shards do not have it, each row gets "". Raises `InputError` where labels are missing."""
         return list(itertools.chain.from_iterable(self.pieces(name)))
@@ -145,7 +147,8 @@ def mapped_columns(files: Sequence[AnyPath]) -> pa.Table:
 
 
 def _decoded(files: Sequence[AnyPath], suffix: str, write: Callable, whole: Callable[[Path], bool]) -> Path:
-    """The copy of some shards: beside them, or beside the local copies of shards on a bucket, which are each host's own.
+    """The copy of some shards: beside them, or beside the local copies of shards on a bucket, which are each host's
+    own.
 
     Its name depends on the sizes and times of the shards, so that changed shards are decoded again."""
     copies = [local(file) for file in files]
@@ -153,7 +156,9 @@ def _decoded(files: Sequence[AnyPath], suffix: str, write: Callable, whole: Call
     def make() -> str:
         state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in copies]
         split = copies[0].name.rsplit("-", 3)[0]
-        path = copies[0].with_name(f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}{suffix}")
+        path = copies[0].with_name(
+            f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}{suffix}"
+        )
         if not whole(path):
             for stale in path.parent.glob(f"{split}-*{suffix}"):
                 stale.unlink()

@@ -51,8 +51,8 @@ def write_table(table: pa.Table, path: AnyPath, sidecar: dict | None = None) -> 
 
 
 def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: AnyPath, sidecar: dict | None = None) -> None:
-    """Writes a Parquet file (its sidecar first), one row group or more a table; it appears under its name only once it is
-    complete."""
+    """Writes a Parquet file (its sidecar first), one row group or more a table; it appears under its name only once it
+    is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if sidecar is not None:
         with replacing(path.with_name(path.name + SIDECAR)) as scratch:
@@ -68,7 +68,9 @@ def readable(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read as a Parquet file with the columns expected ({first_line(error)}).") from None
+        raise InputError(
+            f"{path} cannot be read as a Parquet file with the columns expected ({first_line(error)})."
+        ) from None
 
 
 def read_table(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:

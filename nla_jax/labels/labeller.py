@@ -52,7 +52,9 @@ class CheckedLabeller:
             labels = self.labeller.label(rows)
         if not isinstance(labels, (list, tuple)) or len(labels) != len(rows):
             found = f"{len(labels)} labels" if isinstance(labels, (list, tuple)) else type(labels).__name__
-            raise InputError(f"{self.function} returns {found} for {len(rows)} rows; return a list with one text for each.")
+            raise InputError(
+                f"{self.function} returns {found} for {len(rows)} rows; return a list with one text for each."
+            )
         for row, text in zip(rows, labels):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(

@@ -239,7 +239,8 @@ def _laid_out(x: Shaped[Array, "..."], spec: Callable[[AbstractMesh], Sequence])
 
 
 def placed(mesh: Mesh, boxed: Any, rules=TRAIN, dtype: Any = None) -> Any:
-    """Shapes with their shardings, of (boxed) shapes with axis names; of a working copy in `dtype` where one is given."""
+    """Shapes with their shardings, of (boxed) shapes with axis names; of a working copy in `dtype` where one is
+    given."""
     boxed = padded_vocabulary(mesh, boxed, rules)
     shapes = nn.unbox(boxed)
     dtypes = working_dtypes(shapes, dtype) if dtype else jax.tree.map(lambda s: s.dtype, shapes)

@@ -67,8 +67,8 @@ def meannorm(context: Context) -> dict[str, np.ndarray]:
 
 @probe("FVE by length of the explanation’s prefix", chart="curve", axis="tokens of the explanation")
 def prefixes(context: Context) -> dict[str, np.ndarray]:
-    """The reconstructor reads only the first tokens of each explanation. A curve that still rises at its end says that the
-    last words carry information too."""
+    """The reconstructor reads only the first tokens of each explanation. A curve that still rises at its end says that
+    the last words carry information too."""
     limit = context.max_new_tokens
     texts = context.texts("rl")
     lengths = range(0, limit, max(1, limit // 8))

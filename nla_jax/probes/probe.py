@@ -4,8 +4,9 @@
         "Whether the explanation ends with a dot."
         return {"dot": np.array([text.endswith(".") for text in context.texts("rl")], float)}
 
-and `--config.evaluate.probes="('nla_jax.probes.fidelity:after_rl', 'my_file:ends_with_a_dot')"`. Each array has an entry
-for every row. Means, intervals (documents redrawn), tables and charts are made from them. `probe(...)` says more about one.
+and `--config.evaluate.probes="('nla_jax.probes.fidelity:after_rl', 'my_file:ends_with_a_dot')"`. Each array has an
+entry for every row. Means, intervals (documents redrawn), tables and charts are made from them. `probe(...)` says more
+about one.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ class Context(Protocol):
     def texts(self, name: str) -> list[str]:
         """The AV's texts of one condition; "" where a response holds no explanation.
 
-        "rl" and "warm": after and before RL, at the configured temperature. "rl_temperature_1": sampled at temperature 1.
-        "no_injection": nothing is injected. "labels": the warm start's labels."""
+        "rl" and "warm": after and before RL, at the configured temperature. "rl_temperature_1": sampled at temperature
+        1. "no_injection": nothing is injected. "labels": the warm start's labels."""
 
     def column(self, name: str) -> list:
         """A column of the rows: doc_id, token, following, role, token_ids, detokenized_text_truncated, …"""
@@ -54,9 +55,9 @@ class Context(Protocol):
 class Probe:
     """One measurement: `run(context) -> {name: [n]}`.
 
-    `needs`: what the context must have, of `NEEDS`. `chart`: "bars" shows the means with their intervals, "curve" takes the
-    names for numbers on the x axis (called `axis`), "histogram" shows the distribution of the rows. `labels`: what a name
-    is called in tables and charts. `shared`: probes of one `title` share a chart."""
+    `needs`: what the context must have, of `NEEDS`. `chart`: "bars" shows the means with their intervals, "curve" takes
+    the names for numbers on the x axis (called `axis`), "histogram" shows the distribution of the rows. `labels`: what
+    a name is called in tables and charts. `shared`: probes of one `title` share a chart."""
 
     name: str
     run: Callable[[Context], Mapping[str, np.ndarray]]

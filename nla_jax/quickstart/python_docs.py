@@ -21,15 +21,53 @@ from tqdm import tqdm
 Sources = Mapping[str, Mapping[str, Path]]  # distribution -> path inside it -> file
 
 DISTRIBUTIONS = (
-    "absl-py", "attrs", "click", "einops", "etils", "flax", "fsspec", "huggingface_hub", "humanize", "jax", "jaxlib",
-    "jaxtyping", "Jinja2", "ml_collections", "numpy", "opt_einsum", "optax", "orbax-checkpoint", "packaging", "psutil",
-    "pyarrow", "Pygments", "pytest", "PyYAML", "requests", "rich", "safetensors", "scipy", "tensorflow-datasets",
-    "tokenizers", "tqdm", "transformers", "treescope", "urllib3",
-)  # fmt: skip
+    "absl-py",
+    "attrs",
+    "click",
+    "einops",
+    "etils",
+    "flax",
+    "fsspec",
+    "huggingface_hub",
+    "humanize",
+    "jax",
+    "jaxlib",
+    "jaxtyping",
+    "Jinja2",
+    "ml_collections",
+    "numpy",
+    "opt_einsum",
+    "optax",
+    "orbax-checkpoint",
+    "packaging",
+    "psutil",
+    "pyarrow",
+    "Pygments",
+    "pytest",
+    "PyYAML",
+    "requests",
+    "rich",
+    "safetensors",
+    "scipy",
+    "tensorflow-datasets",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+    "treescope",
+    "urllib3",
+)
 SKIPPED_FOLDERS = {
-    "test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",
-    "_vendor", "vendored",
-}  # fmt: skip
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "dist-packages",
+    "_vendor",
+    "vendored",
+}
 MIN_CHARS = 400  # long enough to sample positions well past the first tokens
 MAX_CHARS = 4000  # longer documents are cut into parts
 MAX_BYTES_PER_DISTRIBUTION = 750_000  # so that no package dominates

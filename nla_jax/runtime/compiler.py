@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # What XLA's compilers are told about training steps, by platform.
 COMPILER_OPTIONS = {
-    # On one device: matrix products by Eigen instead of YNNPACK, XLA's default. Eigen is faster where there are many rows
-    # (and slower in the rollout). The option is experimental.
+    # On one device: matrix products by Eigen instead of YNNPACK, XLA's default. Eigen is faster where there are many
+    # rows (and slower in the rollout). The option is experimental.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
     # Dot merger off: it would concatenate prompt and response activations to share a weight. XLA's own
     # rematerialisation off: near the memory limit it recomputes slices and casts up to four times for almost no saving
@@ -30,7 +30,8 @@ def jit_step(step: Callable, mesh: Mesh) -> Callable:
 
 
 def compiler_knows(options: dict, mesh: Mesh) -> bool:
-    """Whether the compiler accepts the options. An unknown option makes compilation fail, so this tries an empty program."""
+    """Whether the compiler accepts the options. An unknown option makes compilation fail, so this tries an empty
+    program."""
     try:
         place = NamedSharding(mesh, PartitionSpec())
         jax.jit(lambda: 0, out_shardings=place, compiler_options=options).lower().compile()

@@ -61,7 +61,8 @@ class Run:
     def alone(self) -> Iterator[None]:
         """Keeps other processes out of the folder; the lock ends with the process, however that ends.
 
-        Buckets, and file systems without locks, keep nobody out. Raises `InputError` where another process works here."""
+        Buckets, and file systems without locks, keep nobody out. Raises `InputError` where another process works
+        here."""
         if not is_writer() or not isinstance(self.workdir, Path):
             yield
             return
@@ -164,7 +165,8 @@ class Run:
         return all(self._count(pattern) >= count for pattern, count in record["files"].items())
 
     def _goes_on(self, stage: str, record: dict) -> bool:
-        """Whether a finished stage has more to do: more steps of its own, or (if it keeps nothing) of the stages before."""
+        """Whether a finished stage has more to do: more steps of its own, or (if it keeps nothing) of the stages
+        before."""
         made, now = flat(record["basis"]), flat(self.basis(stage))
         changed = [name for name in made.keys() | now.keys() if made.get(name) != now.get(name) and not is_free(name)]
         if not changed or any(name.split(".")[-1] != "steps" or made[name] > now[name] for name in changed):

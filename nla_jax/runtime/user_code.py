@@ -84,4 +84,8 @@ def place(function: Callable) -> str:
 
 def _is_library(file: str) -> bool:
     """Whether a file belongs to this package, an installed one, or Python itself."""
-    return file.startswith((PACKAGE, "<")) or "site-packages" in file or file.startswith(str(Path(inspect.__file__).parent))
+    return (
+        file.startswith((PACKAGE, "<"))
+        or "site-packages" in file
+        or file.startswith(str(Path(inspect.__file__).parent))
+    )

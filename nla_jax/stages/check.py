@@ -1,4 +1,5 @@
-"""What can be known before anything runs: every function that a config names is found, called once, and answers rightly."""
+"""What can be known before anything runs: every function that a config names is found, called once, and answers
+rightly."""
 
 from collections.abc import Sequence
 
@@ -68,12 +69,14 @@ def check_objective(config: Config) -> None:
     shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, bits = jnp.float32, jnp.bool_
     scored = Scored(
-        mse=shape(f32, B), cosine=shape(f32, B), valid=shape(bits, B), mask=shape(bits, B, TOKENS),
-        logprobs=shape(f32, B, TOKENS), features={name: shape(x.dtype, B) for name, x in features.items()},
-    )  # fmt: skip
-    joint = JointStep(
-        None, None, None, None, resolve(c.reward, "rl.reward"), resolve(c.advantage, "rl.advantage")
+        mse=shape(f32, B),
+        cosine=shape(f32, B),
+        valid=shape(bits, B),
+        mask=shape(bits, B, TOKENS),
+        logprobs=shape(f32, B, TOKENS),
+        features={name: shape(x.dtype, B) for name, x in features.items()},
     )
+    joint = JointStep(None, None, None, None, resolve(c.reward, "rl.reward"), resolve(c.advantage, "rl.advantage"))
     jax.eval_shape(lambda scored: joint.judge(scored, ACTIVATIONS), scored)
 
 

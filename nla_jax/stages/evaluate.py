@@ -80,9 +80,14 @@ class RunContext:
     def _load(self, name: str) -> Pair:
         c = self.run.config
         return load_pair(
-            self.run.workdir / name, None, c.compute.dtype, c.compute.remat, c.compute.attention,
-            injections=injections(c), mesh=self.run.mesh,
-        )  # fmt: skip
+            self.run.workdir / name,
+            None,
+            c.compute.dtype,
+            c.compute.remat,
+            c.compute.attention,
+            injections=injections(c),
+            mesh=self.run.mesh,
+        )
 
     @functools.cache  # noqa: B019 (one context a process)
     def column(self, name: str) -> list:

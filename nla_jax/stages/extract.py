@@ -105,7 +105,8 @@ def sample_activations(subject: Subject, documents: Sequence[Document], settings
 def sample_positions(document_id: str, candidates: Sequence[int], count: int, seed: int) -> list[int]:
     """`count` of the candidate positions, in order.
 
-    A function of seed and document alone: neither the order of a corpus nor its shards change which positions are read."""
+    A function of seed and document alone: neither the order of a corpus nor its shards change which positions are
+    read."""
     key = int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big")
     rng = np.random.Generator(np.random.Philox(key=[seed, key]))
     return sorted(rng.permutation(np.asarray(candidates, np.int64))[:count].tolist())

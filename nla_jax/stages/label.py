@@ -15,8 +15,8 @@ from nla_jax.runtime.run import Run
 def label(run: Run) -> None:
     """Writes `{workdir}/labels/{shard}.parquet` with one `api_explanation` for each row of a shard of activations.
 
-    Labels that a shard has already are taken over; the others are made by `label.labeller`. Each host labels its share of
-    the shards."""
+    Labels that a shard has already are taken over; the others are made by `label.labeller`. Each host labels its share
+    of the shards."""
     c = run.config.label
     with run.stage("label") as result:
         if result is None:

@@ -16,8 +16,8 @@ from nla_jax.runtime.watchdog import Phases, Watchdog
 class Loop(contextlib.AbstractContextManager):
     """One training loop of `steps` steps, as a context: on the run's mesh, under `{workdir}/train/{name}`.
 
-    `stage` is the stage that it belongs to. `base`: hashes of the frozen weights that it reads. `limits`: the lowest and
-    highest healthy values of metrics."""
+    `stage` is the stage that it belongs to. `base`: hashes of the frozen weights that it reads. `limits`: the lowest
+    and highest healthy values of metrics."""
 
     def __init__(
         self, run: Run, stage: str, name: str, steps: int, base: dict[str, str], limits: Mapping | None = None
@@ -39,8 +39,8 @@ class Loop(contextlib.AbstractContextManager):
     def resume(self, abstract: TrainState, make: Callable[[], TrainState], discard: Any) -> TrainState:
         """The state of the newest checkpoint, else the one that `make` makes.
 
-        `abstract`: its shapes and shardings. `discard`: arrays that only `make` needs, deleted before a checkpoint is read,
-        so that one state is in memory at a time."""
+        `abstract`: its shapes and shardings. `discard`: arrays that only `make` needs, deleted before a checkpoint is
+        read, so that one state is in memory at a time."""
         found = self.checkpoints.restore(abstract, self.total, discard)
         self.start, state = found or (0, make())
         project = self.run.config.log.wandb

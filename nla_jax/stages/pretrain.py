@@ -26,8 +26,8 @@ from nla_jax.subject import SHIPPED
 
 def pretrain(run: Run) -> None:
     """Trains (or continues from `pretrain.init_from`, for `pretrain.steps` steps) the subject of a run and writes
-    `{workdir}/subject`. Documents of the held-out split are never trained on; the loss on them is reported beside those of
-    a unigram and a bigram model of the same tokens."""
+    `{workdir}/subject`. Documents of the held-out split are never trained on; the loss on them is reported beside those
+    of a unigram and a bigram model of the same tokens."""
     c = run.config.pretrain
     with run.stage("pretrain") as result:
         if result is None:
@@ -51,7 +51,9 @@ def pretrain(run: Run) -> None:
             params = init_params(model, jax.random.key(run.config.seed))
             params = nn.unbox(params)
         train, heldout = (token_stream(tokenizer, texts[held]) for held in (False, True))
-        step = SupervisedStep("subject", language_model_loss(model), make_optimizer(c.optimizer, c.steps, "pretrain.optimizer"))
+        step = SupervisedStep(
+            "subject", language_model_loss(model), make_optimizer(c.optimizer, c.steps, "pretrain.optimizer")
+        )
         windows = lambda i: text_windows(train, i, c.batch, c.length, run.config.seed)
         with Loop(run, "pretrain", "pretrain", c.steps, {}) as loop:
             params = fit(loop, step, params, abstract_params(model.config), windows)
@@ -70,7 +72,8 @@ def token_stream(tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def heldout_loss(model: Transformer, params: dict, tokens: np.ndarray, length: int, batch: int = 32) -> float:
-    """Mean cross-entropy (nats per token) over consecutive windows of `length` tokens, the first token of each unscored."""
+    """Mean cross-entropy (nats per token) over consecutive windows of `length` tokens, the first token of each
+    unscored."""
     windows = tokens[: len(tokens) // length * length].reshape(-1, length)
     if not len(windows):
         raise InputError(f"The held-out documents have {len(tokens)} tokens, fewer than one window of {length}.")

@@ -32,9 +32,14 @@ def rl(run: Run) -> None:
         data = load_rows(run.workdir, "rl")
         heldout = spread(load_rows(run.workdir, "heldout"), c.heldout_rows).vectors
         pair = load_pair(
-            run.workdir / "pair_warm", None, compute.dtype, compute.remat, compute.attention,
-            injections=injections(run.config), mesh=mesh,
-        )  # fmt: skip
+            run.workdir / "pair_warm",
+            None,
+            compute.dtype,
+            compute.remat,
+            compute.attention,
+            injections=injections(run.config),
+            mesh=mesh,
+        )
         width = pair.prompts.text_width(run.config.prompts.max_new_tokens)
         study = Study(run.config, mesh, pair.verbalizer, pair.reconstructor, width)
         base = {"warm_av": fingerprint(run.workdir / "pair_warm/av")}

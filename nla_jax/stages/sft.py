@@ -44,9 +44,15 @@ def sft(run: Run) -> None:
         check_source(run, subject["subject"])
         compute = run.config.compute
         pair = new_pair(
-            sidecar, locate(run.subject_folder), compute.dtype, compute.remat, compute.attention,
-            adapters=(lora(c.av.lora), lora(c.ar.lora)), seed=run.config.seed, mesh=run.mesh,
-        )  # fmt: skip
+            sidecar,
+            locate(run.subject_folder),
+            compute.dtype,
+            compute.remat,
+            compute.attention,
+            adapters=(lora(c.av.lora), lora(c.ar.lora)),
+            seed=run.config.seed,
+            mesh=run.mesh,
+        )
         study = Study(run.config, run.mesh, pair.verbalizer, pair.reconstructor, pair.prompts.text_width(limit))
         result["injection_scale"] = sidecar.injection_scale
 
@@ -77,9 +83,9 @@ def fit(
 ) -> dict:
     """Trains `params` (which are consumed) and returns them, sharded; continues from the newest checkpoint.
 
-    `abstract`: the shapes of `params` with logical axis names. `batch_of_step(i)` is a pure function, so that a resumed run
-    sees the batches it would have seen. `base`: the frozen model beneath an adapter. Raises `Stopped` on SIGTERM, and where
-    the loss stays NaN."""
+    `abstract`: the shapes of `params` with logical axis names. `batch_of_step(i)` is a pure function, so that a resumed
+    run sees the batches it would have seen. `base`: the frozen model beneath an adapter. Raises `Stopped` on SIGTERM,
+    and where the loss stays NaN."""
     mesh, boxed = loop.run.mesh, jax.eval_shape(step.init, abstract)
     layout = shardings(mesh, boxed)
 
@@ -112,8 +118,8 @@ def save(run: Run, pair: Pair, name: str) -> None:
 def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
     """The sidecar of the pair that a run is about to train on the activations `vectors` [n, d].
 
-    Their mean norm is the injection scale where the config sets none; their variance makes the FVE of a single activation
-    meaningful."""
+    Their mean norm is the injection scale where the config sets none; their variance makes the FVE of a single
+    activation meaningful."""
     c, folder = run.config.prompts, locate(run.subject_folder)
     if (slots := c.verbalizer_template.count("{injection_char}")) != 1:
         raise InputError(

@@ -71,9 +71,9 @@ def explain_text(
 ) -> list[dict]:
     """One dict for each token asked for: `position, token, explanation, cosine, fve`.
 
-    `tokens`: "last", "all", or indices such as "3,-1". fve = 1 - mse / variance, with the variance of the pair's training
-    activations (None where its sidecar records none). `injections`: as for `load_pair`. Raises `InputError` where text,
-    pair or subject cannot be used."""
+    `tokens`: "last", "all", or indices such as "3,-1". fve = 1 - mse / variance, with the variance of the pair's
+    training activations (None where its sidecar records none). `injections`: as for `load_pair`. Raises `InputError`
+    where text, pair or subject cannot be used."""
     if not text.strip():
         raise InputError("There is no text to explain; give --text, --file or standard input.")
     loaded = load_pair(pair, base=subject, injections=injections)

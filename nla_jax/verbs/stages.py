@@ -60,7 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
             getattr(importlib.import_module(module), function)(run)
             if distributed.is_writer():
                 result = run.result(stage)
-                print(f"{stage}: {'already done' if result == before else 'done'} ({result['seconds']:.0f} s)", file=sys.stderr)
+                print(
+                    f"{stage}: {'already done' if result == before else 'done'} ({result['seconds']:.0f} s)",
+                    file=sys.stderr,
+                )
     if stages[-1] == "report" and distributed.is_writer():
         print_headline(run.workdir)
     distributed.leave()
