@@ -200,9 +200,7 @@ def load_config(file: str, overrides: list[str]) -> Config:
     from ml_collections import ConfigDict, config_flags
 
     path, colon, variant = file.partition(":")
-    if not Path(
-        path
-    ).is_file():  # of a checkout, whose configs lie beside the package, or installed, with configs inside
+    if not Path(path).is_file():  # configs lie beside the package in a checkout, and inside it where it is installed
         shipped = [found for found in (PACKAGE.parent / path, PACKAGE / path) if found.is_file()]
         if not shipped:
             raise InputError(f"There is no config file {path}.")

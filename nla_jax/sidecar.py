@@ -17,6 +17,35 @@ LARGEST = 1 << 20  # bytes of a sidecar that is worth reading
 
 
 @dataclasses.dataclass(frozen=True)
+class _Fields:
+    """The fields of a sidecar `file` by dotted names. Where several names are given, the first one that is there counts."""
+
+    file: Path
+    content: dict
+
+    def get(self, *names: str, kind=object, default=...):
+        """The value of a field. Raises `InputError` where it is missing and has no default, or is of another type."""
+        for name in names:
+            value = self.content
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                    raise InputError(f"{self.file}: field {name} is {reprlib.repr(value)}, of the wrong type.")
+                return value
+        if default is ...:
+            raise InputError(f"{self.file} lacks the field {names[0]}.")
+        return default
+
+    def count(self, *names: str, least: int, **default) -> int | None:
+        """The value of an integer field. Raises `InputError` where it is below `least`."""
+        value = self.get(*names, kind=int, **default)
+        if value is not None and value < least:
+            raise InputError(f"{self.file}: field {names[0]} is {value}, expected at least {least}.")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
 class Sidecar:
     """The facts shared by an AV, its AR and their data. None: the folder's sidecar does not say (its partner's may).
 
@@ -78,27 +107,8 @@ class Sidecar:
 
         Raises `InputError` naming the field that is missing or wrong."""
         file = Path(folder) / FILE
-        content = read_yaml(file, f"{folder} has no {FILE}: it is not an NLA model folder.")
-
-        def get(*names: str, kind=object, default=...):
-            for name in names:
-                value = content
-                for key in name.split("."):
-                    value = value.get(key) if isinstance(value, dict) else None
-                if value is not None:
-                    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                        raise InputError(f"{file}: field {name} is {reprlib.repr(value)}, of the wrong type.")
-                    return value
-            if default is ...:
-                raise InputError(f"{file} lacks the field {names[0]}.")
-            return default
-
-        def count(*names: str, least: int, **default) -> int:
-            value = get(*names, kind=int, **default)
-            if value is not None and value < least:
-                raise InputError(f"{file}: field {names[0]} is {value}, expected at least {least}.")
-            return value
-
+        fields = _Fields(file, read_yaml(file, f"{folder} has no {FILE}: it is not an NLA model folder."))
+        get, count = fields.get, fields.count
         kind = get("kind", kind=str, default="nla_model")
         if kind not in ("nla_model", "nla_dataset"):
             raise InputError(f"{file}: kind is {reprlib.repr(kind)}, expected 'nla_model'.")

@@ -48,10 +48,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
-from nla_jax.cli import main
+from nla_jax.cli import load_config, main
+from nla_jax.config import read
 from nla_jax.io.folders import save_model
 from nla_jax.joint_step import JointBatch
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
@@ -59,7 +61,9 @@ from nla_jax.pair import Pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.metrics import read_metrics
+from nla_jax.runtime.run import Run
 from nla_jax.sidecar import Sidecar
+from nla_jax.stages.loop import Loop
 from nla_jax.stages.table import STAGES
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
@@ -121,6 +125,15 @@ def one_sentence(error) -> None:
     """What a user reads: one line that ends."""
     message = str(error.value)
     assert "\n" not in message and message.endswith((".", "?")), message
+
+
+def supervised_loop(folder: Path, steps: int, *, every: int = 100, sizes: tuple[int, ...] = (1, 1, 1), **watchdog):
+    """A loop of `steps` steps under `{folder}/train/test` that saves a checkpoint after every `every`-th."""
+    settings = ConfigDict(load_config(CONFIG, []).to_dict())
+    settings.pretrain.checkpoint_every = every
+    settings.mesh = dict(zip(("data", "fsdp", "tensor"), sizes))
+    settings.watchdog.update(watchdog)
+    return Loop(Run(read(settings.to_dict(), "test"), folder, STAGES), "pretrain", "test", steps, {})
 
 
 def talkative(params: dict, tokenizer) -> dict:

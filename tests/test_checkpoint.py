@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import one_sentence
+from conftest import one_sentence, supervised_loop
 from flax import struct
-from ml_collections import ConfigDict
 
+from nla_jax.config import is_free
 from nla_jax.joint_step import JointStep, SupervisedStep
 from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.runtime.checkpoint import Checkpoints, differences
 from nla_jax.runtime.errors import InputError, Stopped, silence_unfinished_work
 from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
+from nla_jax.runtime.run import free_until_finished
+from nla_jax.stages import sft
 from nla_jax.stages.sft import fit
 
 
@@ -98,15 +100,13 @@ def test_restored_onto_another_mesh(tmp_path, pair):
 
     def state_on(sizes, fill):
         boxed = pair.verbalizer.abstract_params(), pair.reconstructor.abstract_params()
-        abstract = jax.eval_shape(step.init, jax.random.key(0), *boxed)
+        abstract = jax.eval_shape(step.init, *boxed)
         layout, rng = shardings(make_mesh(*sizes), abstract), np.random.default_rng(0)
         draw = lambda x: rng.normal(size=x.shape).astype(x.dtype) if fill else np.zeros(x.shape, x.dtype)
-        state = jax.tree.map(draw, nn.unbox(abstract).replace(rng=jax.ShapeDtypeStruct((2,), np.uint32)))
-        state = state.replace(rng=jax.random.wrap_key_data(state.rng))
-        return jax.device_put(state, layout)
+        return jax.device_put(jax.tree.map(draw, nn.unbox(abstract)), layout)
 
     made = state_on((1, 8, 1), True)
-    assert not made.verbalizer["blocks"]["q"]["kernel"].is_fully_replicated
+    assert not made.models["verbalizer"].params["blocks"]["q"]["kernel"].is_fully_replicated
     with Checkpoints(tmp_path, every=1) as checkpoints:
         checkpoints.save(1, made)
     for sizes in (8, 1, 1), (2, 2, 2), (1, 1, 1):
@@ -148,17 +148,18 @@ def test_other_settings_are_refused_with_all_that_differ(tmp_path):
         "mesh": {"data": 8},
         "rl": {"lr": 0.2, "steps": 9, "keys": [1, 2], "checkpoint_every": 7, "kl": None},
     }
-    with Checkpoints(tmp_path, every=1, settings=old) as checkpoints:
+    free = free_until_finished
+    with Checkpoints(tmp_path, every=1, settings=old, free=free) as checkpoints:
         checkpoints.save(1, {"a": jnp.zeros(2)})
     with pytest.raises(
         InputError, match=re.escape("(old -> new): rl.kl = (not there) -> None; rl.lr = 0.1 -> 0.2. Go")
     ) as error:
-        Checkpoints(tmp_path, every=1, settings=new).restore(shapes({"a": jnp.ones(2)}), 9)
+        Checkpoints(tmp_path, every=1, settings=new, free=free).restore(shapes({"a": jnp.ones(2)}), 9)
     one_sentence(error)
     shutil.rmtree(tmp_path / "1/settings")  # as the message says
-    assert Checkpoints(tmp_path, every=1, settings=new).restore(shapes({"a": jnp.ones(2)}), 9)[0] == 1
+    assert Checkpoints(tmp_path, every=1, settings=new, free=free).restore(shapes({"a": jnp.ones(2)}), 9)[0] == 1
     del new["rl"]["kl"]
-    assert differences(old, new | {"rl": new["rl"] | {"lr": 0.1}}) == ["rl.steps = 5 -> 9"]
+    assert differences(old, new | {"rl": new["rl"] | {"lr": 0.1}}, is_free) == ["rl.steps = 5 -> 9"]
 
 
 @contextlib.contextmanager
@@ -261,17 +262,15 @@ def test_ctrl_c_saves_the_step_under_way_and_a_second_one_stops_at_once(tmp_path
                 signal.raise_signal(signal.SIGINT)
         return batch_of_step(step)
 
-    step_fn, params = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}
-    checkpoints = Checkpoints(tmp_path / "checkpoints", every=100)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt if again else Stopped) as stopped:
-        fit(tmp_path, "test", step_fn, params, ABSTRACT, make_mesh(), interrupted, 9, checkpoints, WATCHDOG)
+        train(tmp_path, 9, optax.sgd(0.1), interrupted)
     assert signal.getsignal(signal.SIGINT) is before
     assert "press Ctrl-C again to stop at once" in capfd.readouterr().err
     if not again:
         assert stopped.value.status == 130
         assert "stopped by Ctrl-C; step 4 is saved under" in str(stopped.value)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"] * (not again)
+    assert [path.name for path in (tmp_path / "train/test/checkpoints").iterdir()] == ["4"] * (not again)
 
 
 # Metrics
@@ -311,7 +310,6 @@ def test_atomic_writes_leave_no_part(tmp_path):
 
 # The supervised loop
 
-WATCHDOG = ConfigDict({"window": 3, "stall_minutes": 10.0})
 ABSTRACT = {"w": jax.ShapeDtypeStruct((5, 3), np.float32)}
 
 
@@ -324,18 +322,23 @@ def batch_of_step(step):
     return rng.normal(size=(8, 5)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
-    step_fn = SupervisedStep(regression, optax.adam(optax.linear_schedule(0.1, 0.0, 9)))
-    params = {"w": np.ones((5, 3), np.float32)}
+def train(folder, steps, tx, batches=batch_of_step, **settings) -> dict:
+    """The parameters of the regression after `steps` steps from ones."""
+    step = SupervisedStep("regression", regression, tx)
+    with supervised_loop(folder, steps, **settings) as loop:
+        return fit(loop, step, {"w": np.ones((5, 3), np.float32)}, ABSTRACT, batches)
 
-    def train(folder, batches=batch_of_step):
-        run = step_fn, params, ABSTRACT, make_mesh(2), batches, 9
-        checkpoints = Checkpoints(tmp_path / folder / "checkpoints", every=3)
-        return fit(tmp_path / folder, "test", *run, checkpoints, WATCHDOG, log_every=2)
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "LOG_EVERY", 2)
+
+    def trained(folder, batches=batch_of_step):
+        tx = optax.adam(optax.linear_schedule(0.1, 0.0, 9))
+        return train(tmp_path / folder, 9, tx, batches, every=3, sizes=(2, 1, 1))
 
     def interrupted(step):
         if step == 7:
-            while not (tmp_path / "cut/checkpoints/6").exists():  # saves are asynchronous
+            while not (tmp_path / "cut/train/test/checkpoints/6").exists():  # saves are asynchronous
                 pass
             raise KeyboardInterrupt
         return batch_of_step(step)
@@ -344,14 +347,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         assert step >= 6, "steps before the checkpoint must not be repeated"
         return batch_of_step(step)
 
-    whole = train("whole")
+    whole = trained("whole")
     with pytest.raises(KeyboardInterrupt):
-        train("cut", interrupted)
-    assert bits(train("cut", resumed)) == bits(whole)
-    records = lambda folder: read_metrics(tmp_path / folder / "metrics.jsonl")
+        trained("cut", interrupted)
+    assert bits(trained("cut", resumed)) == bits(whole)
+    records = lambda folder: read_metrics(tmp_path / folder / "train/test/metrics.jsonl")
     values = lambda folder: [{k: v for k, v in record.items() if k != "seconds"} for record in records(folder)]
     assert values("cut") == values("whole") and [record["step"] for record in values("whole")] == [2, 4, 6, 8, 9]
-    assert bits(train("whole", lambda step: pytest.fail("a finished loop runs no step"))) == bits(whole)
+    assert bits(trained("whole", lambda step: pytest.fail("a finished loop runs no step"))) == bits(whole)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1)])
@@ -361,7 +364,7 @@ def test_resuming_holds_one_state(tmp_path, sizes):
     one = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((width, width), np.float32), ("embed", "mlp"))
     abstract = dict.fromkeys(names, one)
     loss = lambda params, batch, base=None: (sum(jnp.mean(x**2) for x in params.values()), {})
-    step_fn = SupervisedStep(loss, optax.adam(0.1))
+    step_fn = SupervisedStep("squares", loss, optax.adam(0.1))
     peak, over = 0, threading.Event()
 
     def live() -> int:
@@ -384,18 +387,18 @@ def test_resuming_holds_one_state(tmp_path, sizes):
             peak = max(peak, live() - before)
             raise EOFError
 
-    def train(steps):
+    def trained(steps):
         zeros = lambda: {name: jnp.zeros((width, width)) for name in names}
         params = jax.jit(zeros, out_shardings=shardings(mesh, abstract))()
-        checkpoints = Checkpoints(tmp_path / "checkpoints", every=1)
-        fit(tmp_path, "test", step_fn, params, abstract, mesh, resumed, steps, checkpoints, WATCHDOG)
+        with supervised_loop(tmp_path, steps, every=1, sizes=sizes) as loop:
+            fit(loop, step_fn, params, abstract, resumed)
 
-    train(1)
+    trained(1)
     before, thread = live(), threading.Thread(target=watch)
     thread.start()
     try:
         with pytest.raises(EOFError):
-            train(2)
+            trained(2)
     finally:
         over.set()
         thread.join()
@@ -403,13 +406,13 @@ def test_resuming_holds_one_state(tmp_path, sizes):
     assert state <= peak < 1.1 * state
 
 
-def test_a_nan_step_is_skipped_and_said(tmp_path):
-    def train(steps):
-        run = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}, ABSTRACT, make_mesh()
-        broken = lambda step: [np.where(step == 1, np.float32(np.nan), x) for x in batch_of_step(step)]
-        checkpoints = Checkpoints(tmp_path / str(steps) / "checkpoints", every=10)
-        return fit(tmp_path / str(steps), "test", *run, broken, steps, checkpoints, WATCHDOG, log_every=1)
+def test_a_nan_step_is_skipped_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "LOG_EVERY", 1)
 
-    assert bits(train(2)) == bits(train(1))
-    first, second = read_metrics(tmp_path / "2" / "metrics.jsonl")
+    def trained(steps):
+        broken = lambda step: [np.where(step == 1, np.float32(np.nan), x) for x in batch_of_step(step)]
+        return train(tmp_path / str(steps), steps, optax.sgd(0.1), broken)
+
+    assert bits(trained(2)) == bits(trained(1))
+    first, second = read_metrics(tmp_path / "2/train/test/metrics.jsonl")
     assert (first["skipped"], second["skipped"], second["loss"]) == (False, True, None)

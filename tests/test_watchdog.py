@@ -6,18 +6,14 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
-from test_checkpoint import ABSTRACT, batch_of_step, regression
+from test_checkpoint import batch_of_step, train
 
-from nla_jax.joint_step import SupervisedStep
-from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.checkpoint import Checkpoints
 from nla_jax.runtime.errors import Stopped
 from nla_jax.runtime.watchdog import Phases, Watchdog
-from nla_jax.stages.sft import fit
+from nla_jax.stages import sft
 
 LIMITS = {"rate": (0.5, math.inf), "length": (2, 20)}
 GOOD = {"rate": 1.0, "length": 10.0, "loss": 0.1, "skipped": False}
@@ -93,29 +89,14 @@ def test_records_that_are_far_apart_count_by_their_steps():
     assert (step, good) == (60, 19) and "from 40 to 60" in words
 
 
-def test_supervised_training_that_diverges_stops(tmp_path):
+def test_supervised_training_that_diverges_stops(tmp_path, monkeypatch):
     """Gradient descent far beyond the stable step size: the loss overflows after some steps."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=1)
-    step, params = SupervisedStep(regression, optax.sgd(1e4)), {"w": np.ones((5, 3), np.float32)}
-    settings = ConfigDict(dict(window=4, stall_minutes=10.0))
+    monkeypatch.setattr(sft, "LOG_EVERY", 1)
     with pytest.raises(Stopped, match="not finite at every recorded step from") as stopped:
-        fit(
-            tmp_path,
-            "test",
-            step,
-            params,
-            ABSTRACT,
-            make_mesh(),
-            batch_of_step,
-            100,
-            checkpoints,
-            settings,
-            log_every=1,
-        )
-    good, newest = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert f"from {good + 2} to {newest + 1} " in str(stopped.value) and f"checkpoints/{good} is from before" in str(
-        stopped.value
-    )
+        train(tmp_path, 100, optax.sgd(1e4), every=1, window=4)
+    good, *_, newest = sorted(int(path.name) for path in (tmp_path / "train/test/checkpoints").iterdir())
+    words = str(stopped.value)
+    assert f"from {good + 2} to {newest + 1} " in words and f"checkpoints/{good} is from before" in words
     assert newest == good + 4
 
 
@@ -125,22 +106,9 @@ def test_a_step_that_hangs_is_reported_and_goes_on(tmp_path, capsys):
             time.sleep(1.2)
         return batch_of_step(step)
 
-    step, params = SupervisedStep(regression, optax.sgd(0.1)), {"w": np.ones((5, 3), np.float32)}
-    settings = ConfigDict(dict(window=4, stall_minutes=0.5 / 60))
-    fit(
-        tmp_path,
-        "sft av",
-        step,
-        params,
-        ABSTRACT,
-        make_mesh(),
-        slow,
-        4,
-        Checkpoints(tmp_path / "checkpoints", every=10),
-        settings,
-    )
+    train(tmp_path, 4, optax.sgd(0.1), slow, stall_minutes=0.5 / 60)
     lines = [line for line in capsys.readouterr().err.splitlines() if "step 3, phase 'waiting for data'" in line]
-    assert len(lines) == 2 and all(line.startswith("nla: sft av has not moved for 0.0") for line in lines)
+    assert len(lines) == 2 and all(line.startswith("nla: test has not moved for 0.0") for line in lines)
 
 
 def test_phases_tell_their_seconds():

@@ -14,13 +14,13 @@ from nla_jax.data.rows import LABEL, TEXT, Rows, load_rows, spread
 from nla_jax.fve import row_fve
 from nla_jax.io.hub import fingerprint
 from nla_jax.io.parquet import read_table, write_table
-from nla_jax.pair import Pair, load_pair
+from nla_jax.pair import Pair
 from nla_jax.probes.probe import NEEDS, figures, load_probes, run_probe
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.run import Run
-from nla_jax.study import injections
+from nla_jax.stages.sft import load
 
 
 def evaluate(run: Run) -> None:
@@ -70,24 +70,12 @@ class RunContext:
     @functools.cached_property
     def pair(self) -> Pair:
         """The pair after RL."""
-        return self._load("pair")
+        return load(self.run, "pair")
 
     @functools.cached_property
     def warm(self) -> Pair:
         """The pair before RL."""
-        return self._load("pair_warm")
-
-    def _load(self, name: str) -> Pair:
-        c = self.run.config
-        return load_pair(
-            self.run.workdir / name,
-            None,
-            c.compute.dtype,
-            c.compute.remat,
-            c.compute.attention,
-            injections=injections(c),
-            mesh=self.run.mesh,
-        )
+        return load(self.run, "pair_warm")
 
     @functools.cache  # noqa: B019 (one context a process)
     def column(self, name: str) -> list:

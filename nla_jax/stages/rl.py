@@ -12,34 +12,26 @@ from nla_jax.fve import fve
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import JointBatch, TrainState
 from nla_jax.models.sharding import RowsOf, cut_batch, place_batch
-from nla_jax.pair import Pair, load_pair
+from nla_jax.pair import Pair
 from nla_jax.runtime.run import Run
 from nla_jax.stages.loop import Loop, healthy
 from nla_jax.stages.reading import Reading
-from nla_jax.stages.sft import save
-from nla_jax.study import Study, injections
+from nla_jax.stages.sft import load, save
+from nla_jax.study import Study
 
 
 def rl(run: Run) -> None:
     """Each step samples explanations, reads them on the host, and makes one optimiser step on both models.
 
     Writes the pair to `{workdir}/pair`."""
-    c, mesh, compute = run.config.rl, run.mesh, run.config.compute
+    c, mesh = run.config.rl, run.mesh
     with run.stage("rl") as result:
         if result is None:
             return
         run.require("sft")
         data = load_rows(run.workdir, "rl")
         heldout = spread(load_rows(run.workdir, "heldout"), c.heldout_rows).vectors
-        pair = load_pair(
-            run.workdir / "pair_warm",
-            None,
-            compute.dtype,
-            compute.remat,
-            compute.attention,
-            injections=injections(run.config),
-            mesh=mesh,
-        )
+        pair = load(run, "pair_warm")
         width = pair.prompts.text_width(run.config.prompts.max_new_tokens)
         study = Study(run.config, mesh, pair.verbalizer, pair.reconstructor, width)
         base = {"warm_av": fingerprint(run.workdir / "pair_warm/av")}
