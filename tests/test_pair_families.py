@@ -173,7 +173,7 @@ def test_trained_one_step_and_exported_it_works_in_torch(pair, tmp_path):
     rows = transformers.AutoTokenizer.from_pretrained(tmp_path / "ar")(["<text>mill</text><summary>"]).input_ids
     head = load_file(tmp_path / "ar" / HEAD)["weight"].T
     close(trained.reconstruct(["mill"]), torch_reconstruct(ar, head, rows, pair.sidecar.layer), 1e-4)
-    close(load_pair(tmp_path).verbalizer_params, state.verbalizer, 0)
+    close(load_pair(tmp_path).verbalizer_params, trained.verbalizer_params, 0)
 
 
 @pytest.mark.slow  # a loop for each family; one of Gemma 3 is in test_configs.py, Llama is the quickstart
