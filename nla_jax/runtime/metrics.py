@@ -1,5 +1,6 @@
 """What a run says about itself: metrics and texts of every step, and a progress line with an ETA."""
 
+import contextlib
 import json
 import math
 import secrets
@@ -7,10 +8,13 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar, text
 
 from nla_jax.io.files import AnyPath, replacing, upload
 from nla_jax.runtime.distributed import barrier, is_writer
@@ -32,7 +36,7 @@ class MetricLog:
     Nothing can be appended to a file on a bucket. There the files are written in a scratch folder, and uploaded every
     `UPLOAD_SECONDS`, by `flush`, and at the end.
 
-    Raises `InputError` if Weights & Biases is asked for but cannot start."""
+    Raises `InputError` if Weights & Biases is asked for but cannot start, and where the disk takes no more."""
 
     def __init__(self, folder: AnyPath, step: int = 0, wandb: dict | None = None, config: dict | None = None):
         self.folder, self.path = folder, folder / METRICS
@@ -47,7 +51,7 @@ class MetricLog:
         for name, records in kept.items():
             if (folder / name).exists():
                 write_atomically(self.written / name, "".join(json.dumps(record) + "\n" for record in records))
-        self.board = SummaryWriter(str(self.written / "tensorboard"), purge_step=step + 1)
+        self.board = Board(self.written / "tensorboard", step)
         self.wandb = _start_wandb(folder, self.written, wandb, config) if wandb else None
 
     def write(self, step: int, values: dict[str, Any]) -> dict:
@@ -55,10 +59,10 @@ class MetricLog:
         record = {"step": step} | {name: _number(value) for name, value in values.items()}
         self.records.append(record)
         if is_writer():
-            self._append(METRICS, [record])
             numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
+            with self._writing():
+                self._append(METRICS, [record])
+                self.board.write(step, *(scalar(name, value) for name, value in numbers.items()))
             if self.wandb:
                 self.wandb.log(numbers, step=step)
             if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
@@ -70,15 +74,29 @@ class MetricLog:
         if not is_writer():
             return
         rows = [{name: _number(value) for name, value in row.items()} for row in rows]
-        self._append(TEXTS, [{"step": step} | row for row in rows])
         # Markdown shows what is indented as it is, markup and all.
-        self.board.add_text("texts", "\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows), step)
+        shown = "\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
+        with self._writing():
+            self._append(TEXTS, [{"step": step} | row for row in rows])
+            self.board.write(step, text("texts", shown))
         if self.wandb:
             from wandb import Table
 
             columns = list(dict.fromkeys(name for row in rows for name in row))
             table = Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
             self.wandb.log({"texts": table}, step=step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in one sentence that the disk takes no more."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"The metrics of a step cannot be written to {self.written} ({error.strerror or first_line(error)}); "
+                f"the checkpoint and the records of the steps before it are intact. Make room (or the folder writable) "
+                f"and run the same command again."
+            ) from None
 
     def _append(self, name: str, records: list[dict]) -> None:
         with open(self.written / name, "a", encoding="utf-8") as stream:
@@ -87,17 +105,37 @@ class MetricLog:
     def flush(self) -> None:
         """Returns when everything logged so far is in the folder (which matters on a bucket only)."""
         if is_writer() and self.scratch:
-            self.board.flush()
             upload(self.written, self.folder)
             self.uploaded = time.monotonic()
 
     def close(self) -> None:
         """Ends the log; it cannot be written to afterwards."""
         if is_writer():
-            self.board.close()
+            self.board.file.close()
             if self.wandb:
                 self.wandb.finish()
             self.flush()
+
+
+class Board:
+    """A file of TensorBoard's events. It is complete after every write: tensorboardX's own writer keeps a queue that
+    stands still when its thread has met a full disk, and the training loop would wait for it forever."""
+
+    def __init__(self, folder: Path, step: int):
+        """What older files in `folder` say of the steps after `step` counts no more."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"), filename_suffix=f".{step}")
+        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, *summaries: Any) -> None:
+        """Adds summaries (tensorboardX.summary) of a step. Raises `OSError` where the disk takes no more."""
+        for summary in summaries:
+            self._add(Event(step=step, summary=summary))
+        self.file.flush()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self.file.write_event(event)
 
 
 def _start_wandb(folder: AnyPath, scratch: Path, settings: dict, config: dict | None) -> Any:
