@@ -58,12 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
             before = run.result(stage)
             module, _, function = STAGES[stage].run.partition(":")
             getattr(importlib.import_module(module), function)(run)
+            result = run.result(stage)  # every host asks: they count such questions alike
             if distributed.is_writer():
-                result = run.result(stage)
-                print(
-                    f"{stage}: {'already done' if result == before else 'done'} ({result['seconds']:.0f} s)",
-                    file=sys.stderr,
-                )
+                done = "already done" if result == before else "done"
+                print(f"{stage}: {done} ({result['seconds']:.0f} s)", file=sys.stderr)
     if stages[-1] == "report" and distributed.is_writer():
         print_headline(run.workdir)
     distributed.leave()
