@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -28,7 +28,7 @@ class Loop(contextlib.AbstractContextManager):
         self.phases = Phases(name.replace("_", " "), run.config.watchdog.stall_minutes)
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Loop":
         for context in (jax.set_mesh(self.run.mesh), self.checkpoints, self.phases):
             self._stack.enter_context(context)
         return self
