@@ -12,7 +12,7 @@ about one.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +25,7 @@ NEEDS = ("pair", "warm", "labels")
 CHARTS = ("bars", "curve", "histogram")
 
 
+@runtime_checkable
 class Context(Protocol):
     """What a probe may read. All lists and arrays have an entry for each of the n held-out rows."""
 
@@ -119,7 +120,11 @@ def run_probe(function: UserFunction, probe: Probe, context: Context) -> dict[st
 
 
 def clustered_interval(
-    scores: Float[np.ndarray, "n"], clusters: Sequence[str], level: float = 0.95, draws: int = 2000, seed: int = 0
+    scores: Float[np.ndarray, "n"],
+    clusters: Sequence[str] | np.ndarray,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Bootstrap interval of the mean of `scores`; whole clusters (documents) are redrawn.
 
