@@ -40,3 +40,6 @@ for version in 5.20.0 5.23.0; do
   "$folder/$version/bin/pip" install -q "transformers==$version" torch==2.13.0 numpy
   "$folder/$version/bin/python" "$folder/probe.py" | tee -a "$folder/seen"
 done
+grep -q "5.20.0: kernel sdpa; from eager with cap [1-9]" "$folder/seen"
+grep -q "5.23.0: kernel eager; from eager with cap 0," "$folder/seen"
+echo "as found"
