@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
 from nla_jax.data.batches import pad_tokens
@@ -20,11 +23,11 @@ from nla_jax.io.adapters import CONFIG as ADAPTER
 from nla_jax.io.adapters import load_adapter, read_settings, save_adapter
 from nla_jax.io.files import AnyPath, new_folder, path_to
 from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model, save_tokenizer
+from nla_jax.io.heads import HEAD, read_head, write_head
 from nla_jax.io.hub import locate
-from nla_jax.io.safetensors import read_tensors
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.lora import Lora
-from nla_jax.models.sharding import TRAIN, place_batch, shardings
+from nla_jax.models.sharding import TRAIN, place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import (
     Transformer,
     TransformerConfig,
@@ -32,15 +35,23 @@ from nla_jax.models.transformer import (
     truncate,
 )
 from nla_jax.prompts import Prompts
-from nla_jax.runtime.distributed import is_writer, to_host
+from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
+from nla_jax.user_input import padded_rows, similar_lengths, usable_rows, whole_number
 
-HEAD = "value_head.safetensors"
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What an AV wrote about one activation."""
+
+    text: str  # as the pair's convention reads the response; "" where it says nothing
+    cut: bool  # it had not ended at the limit of new tokens; what it said till then is kept
+    accepted: str | None  # the text where training accepts it: it ended, and stood alone in its tags
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pair:
     """A verbalizer and a reconstructor with their parameters, prompts and sidecar.
 
@@ -55,6 +66,15 @@ class Pair:
     reconstructor_params: dict
     base: dict | None = None
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        of = lambda model: (
+            f"{model.model.config.family} of {model.model.config.layers} blocks{', LoRA' * bool(model.lora)}"
+        )
+        return (
+            f"Pair(subject {self.sidecar.base_checkpoint!r}, layer {self.sidecar.layer}, width {self.sidecar.d_model}; "
+            f"AV: {of(self.verbalizer)}; AR: {of(self.reconstructor)})"
+        )
 
     @functools.cached_property
     def weights(self) -> tuple[dict, dict]:
@@ -75,8 +95,8 @@ class Pair:
 
     def verbalize(
         self,
-        vectors: np.ndarray,
-        max_new_tokens: int = 150,
+        vectors: ArrayLike,
+        max_new_tokens: int = 200,
         temperature: float = 1.0,
         seed: int = 0,
         *,
@@ -85,21 +105,42 @@ class Pair:
         first: int = 0,
     ) -> list[str]:
         """One explanation for each row of `vectors`, raw activations [n, d] ([n, slots, d] for a prompt of several
-        slots).
+        slots): the texts of `explain`, which has the same arguments."""
+        options = {"inject": inject, "batch": batch, "first": first}
+        return [found.text for found in self.explain(vectors, max_new_tokens, temperature, seed, **options)]
 
-        A text is "" where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the
-        same texts, whatever the `batch`. `first` numbers the first row: rows given in pieces get the texts they would
-        get together. With `inject=False` the slot keeps the marker's embedding: a control that shows what the prompt
-        alone says."""
+    def explain(
+        self,
+        vectors: ArrayLike,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        seed: int = 0,
+        *,
+        inject: bool = True,
+        batch: int = 64,
+        first: int = 0,
+    ) -> list[Explanation]:
+        """What the AV says of each row of `vectors`, and whether it came to an end within `max_new_tokens`.
+
+        Temperature 0 is greedy. The same seed gives the same texts, whatever the `batch`. `first` numbers the first
+        row: rows given in pieces get the texts they would get together. With `inject=False` the slot keeps the marker's
+        embedding: a control that shows what the prompt alone says.
+
+        Raises `InputError` for vectors that are no numbers, not finite or zero, and for a setting out of range."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
+        batch, first = whole_number("batch", batch, 1), whole_number("first", first, 0)
+        limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
+        if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
+            raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {temperature!r}.")
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
         parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
         with self._on_mesh() as mesh:
-            sampler, texts = self.sampler, []
+            sampler, found = self.sampler, []
+            rows = batch if len(parts) > 1 else padded_rows(len(vectors), batch, mesh)
 
             def sample(i: int) -> Rollout:
-                padding = [(0, batch - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
+                padding = [(0, rows - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
                 return rollout(
                     verbalizer,
                     sampler,
@@ -107,29 +148,36 @@ class Pair:
                     jax.random.key(seed),
                     first + i * batch,
                     group=1,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
+                    max_new_tokens=limit,
+                    temperature=float(temperature),
                 )
 
             for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
                 tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
-                found = self.prompts.explanations(self.prompts.responses(tokens, mask), finished)
-                texts += [text or "" for text in found[: len(part)]]
-        return texts
+                responses = self.prompts.responses(tokens, mask)[: len(part)]
+                strict = self.prompts.explanations(responses, finished)
+                texts = self.prompts.read(responses)
+                found += [Explanation(*row) for row in zip(texts, (~finished).tolist(), strict)]
+        return found
 
-    def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:
+    def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> Float[np.ndarray, "n D"]:
         """ĥ [n, d], float32, from explanations: the AR's raw output. Compare it after normalising (`score`,
-        `nla.fve`)."""
+        `nla.fve`).
+
+        Texts of similar length are read together, at most `batch` at a time, so that a long one costs its own length
+        alone. Raises `InputError` where `texts` is no list of texts."""
+        batch = whole_number("batch", batch, 1)
         if isinstance(texts, str):
             raise InputError("reconstruct and score take a list of texts; put a single one in a list.")
-        rows = self.prompts.reconstructor_ids(list(texts))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for i, text in enumerate(texts := list(texts)):
+            if not isinstance(text, str):
+                raise InputError(f"reconstruct and score take a list of texts; entry {i} is {text!r:.50}.")
+        rows = self.prompts.reconstructor_ids(texts)
         out = np.zeros((len(rows), self.sidecar.d_model), np.float32)
         with self._on_mesh() as mesh:
-            for start in range(0, len(order), batch):
-                part = order[start : start + batch]
-                padded = [rows[i] for i in part] + [[0]] * (batch - len(part))
-                placed = place_batch(mesh, pad_tokens(padded, multiple=16))
+            for part in similar_lengths([len(row) for row in rows], batch):
+                padding = [[0]] * (padded_rows(len(part), batch, mesh) - len(part))
+                placed = place_batch(mesh, pad_tokens([rows[i] for i in part] + padding, multiple=16))
                 out[part] = to_host(reconstruct(self.reconstructor, self.weights[1], *placed))[: len(part)]
         return out
 
@@ -142,7 +190,7 @@ class Pair:
         with jax.set_mesh(self.mesh):
             yield self.mesh
 
-    def score(self, texts: Sequence[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
+    def score(self, texts: Sequence[str], vectors: ArrayLike) -> dict[str, np.ndarray]:
         """How well each text brings back its row of `vectors`: `mse` = 2(1 - cos) in [0, 4], and `cosine`, both
         `[n]`."""
         vectors = self._checked(vectors)
@@ -170,16 +218,20 @@ class Pair:
             base=None,
         )
 
-    def save(self, folder: str | Path, dtype: Any = np.float32) -> None:
+    def save(self, folder: str | Path, dtype: Any = np.float32, *, overwrite: bool = False) -> None:
         """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are
         such (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are
-        float32."""
+        float32.
+
+        Raises `InputError` where `av` or `ar` is there already and holds anything (unless `overwrite`, which replaces
+        them with all that they hold), and for weights that are not finite."""
         folder, d = path_to(folder), self.sidecar.d_model
         if not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(f"Weights are saved as floating point numbers, not as {dtype}.")
-        weight = np.asarray(to_host(self.reconstructor_params["head"]), np.float32)
-        head = {"weight": np.ascontiguousarray(weight.T).reshape(d, d)}
-        extra = {"av": {}, "ar": {HEAD: lambda path: save_file(head, path)}}
+        if problem := from_writer(lambda: _taken(folder, overwrite)):
+            raise InputError(problem)
+        head = np.asarray(to_host(self.reconstructor_params["head"]), np.float32).reshape(d, d)
+        extra = {"av": {}, "ar": {HEAD: lambda path: write_head(path, head)}}
         for role, model, params in (
             ("av", self.verbalizer, self.verbalizer_params),
             ("ar", self.reconstructor, self.reconstructor_params["backbone"]),
@@ -206,18 +258,21 @@ class Pair:
                 for name, write in files.items():
                     write(scratch / name)
 
-    def _checked(self, vectors: np.ndarray, slots: int | None = None) -> np.ndarray:
+    def _checked(self, vectors: ArrayLike, slots: int | None = None) -> Float[np.ndarray, "n *slots D"]:
+        """Activations as float32 rows. Raises `InputError` where they cannot be that."""
         shape = ([slots] if slots else []) + [self.sidecar.d_model]
-        expected = ", ".join(map(str, ["n", *shape]))
-        try:
-            vectors = np.asarray(vectors, np.float32)
-        except (TypeError, ValueError):
-            raise InputError(f"Activations must be an array of numbers of shape [{expected}].") from None
-        if list(vectors.shape[1:]) != shape or not vectors.ndim > 1:
-            raise InputError(f"Activations must be of shape [{expected}], found shape {list(vectors.shape)}.")
-        if not (finite := np.isfinite(vectors).all(tuple(range(1, vectors.ndim)))).all():
-            raise InputError(f"Row {int(np.argmin(finite))} of the activations holds NaN or infinite values.")
-        return vectors
+        keeps_length = self.sidecar.injection_scale is None and Injection() in self.verbalizer.injections
+        return usable_rows(vectors, shape, keeps_length)
+
+
+def _taken(folder: AnyPath, overwrite: bool) -> str:
+    """Why a pair cannot be saved in `folder`; "" where it can."""
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is a file; a pair is saved as a folder with `av` and `ar`."
+    for path in (folder / "av", folder / "ar"):
+        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            return f"{path} exists and is not empty; save under another name, or pass overwrite=True to replace it."
+    return ""
 
 
 def new_pair(
@@ -235,6 +290,7 @@ def new_pair(
 
     `adapters` of AV and AR: None trains the whole model, else a new adapter to the subject, which is then held once, in
     `dtype`. On a `mesh` every parameter is read straight into its training place."""
+    mesh = usable_mesh(mesh)
     config, (av_lora, ar_lora) = _config(folder, dtype, remat, attention, mesh), adapters
     prompts = sidecar.prompts(load_tokenizer(folder))
     verbalizer, reconstructor = autoencoder(
@@ -269,6 +325,7 @@ def load_pair(
     training place.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
+    mesh = usable_mesh(mesh)
     if ar is None:
         if not (path_to(av) / "av").is_dir():
             raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`.")
@@ -308,18 +365,6 @@ def load_pair(
     backbone = backbone or _load(ar, truncated, mesh, truncated=True)
     ar_params = {"backbone": backbone, "head": head}
     return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh)
-
-
-def read_head(file: Path, d: int) -> np.ndarray:
-    """The AR's head as it acts here, `x @ head`; the file holds its transpose under `weight`."""
-    weight = read_tensors(file).get("weight")
-    if weight is None or weight.shape != (d, d):
-        found = "no tensor 'weight'" if weight is None else f"weight of shape {weight.shape}"
-        raise InputError(f"{file} holds {found}, expected weight of shape {(d, d)}.")
-    head = weight.read().T.astype(np.float32)
-    if not np.isfinite(head).all():
-        raise InputError(f"{file}: weight holds NaN or infinite values.")
-    return np.ascontiguousarray(head)
 
 
 def find_base(recorded: str, beside: AnyPath) -> str | AnyPath:

@@ -20,6 +20,12 @@ VERBALIZER_TEMPLATE = (
 RECONSTRUCTOR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
 RESPONSE = "<explanation>\n{explanation}\n</explanation>"
 MARKERS = "㈎㈜㎡㊙㋿™~§¤¬|^"  # rare characters, tried in this order where no marker is named
+READINGS = {  # how a response is read at inference; training accepts only what stands alone in its tags
+    "tags": "what stands in the tags, or behind an opening one; nothing where there is none",
+    "search": "what stands in the tags, or behind an opening one; the whole response where there is none",
+    "whole": "the whole response",
+}
+TAGGED = re.compile(r"<explanation>\s*(.*?)\s*(?:</explanation>|\Z)", re.DOTALL)
 EXPLANATION = re.compile(r"\s*<explanation>\s*((?:(?!</?explanation>).)*?)\s*</explanation>\s*", re.DOTALL)
 
 
@@ -40,6 +46,15 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, content: str, answer: str | No
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=answer is None, enable_thinking=False
     )
+
+
+def read_response(text: str, reading: str) -> str:
+    """What a response says, by one of `READINGS`."""
+    if reading == "whole":
+        return text.strip()
+    if found := TAGGED.search(text):
+        return found[1]
+    return text.strip() if reading == "search" else ""
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -97,6 +112,7 @@ class Prompts:
     verbalizer_template: str = VERBALIZER_TEMPLATE
     reconstructor_template: str = RECONSTRUCTOR_TEMPLATE
     special_tokens: bool = True
+    reading: str = "tags"
 
     def verbalizer_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """`(prefix, suffix, slots)`: the ids before the first marker, those from it to the response, and where in the
@@ -142,6 +158,10 @@ class Prompts:
         """The explanation in each response; None where it was cut, is empty, or is not alone in its tags."""
         matches = [EXPLANATION.fullmatch(text) if done else None for text, done in zip(responses, finished)]
         return [match[1] or None if match else None for match in matches]
+
+    def read(self, responses: Sequence[str]) -> list[str]:
+        """The text of each response, cut or not, as `reading` says (see `READINGS`); "" where it says nothing."""
+        return [read_response(text, self.reading) for text in responses]
 
     @functools.cached_property
     def reconstructor_prefix(self) -> tuple[int, ...]:

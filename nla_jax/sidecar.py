@@ -13,6 +13,7 @@ from nla_jax.runtime.errors import InputError, first_line
 
 FILE = "nla_meta.yaml"
 INJECTIONS = {"replace": replace, "norm_matched_addition": add_norm_matched}  # by their names in a sidecar
+JOINT = ("d_model", "layer", "reconstructor_template")  # what AV and AR of a pair must agree in
 LARGEST = 1 << 20  # bytes of a sidecar that is worth reading
 
 
@@ -159,9 +160,14 @@ class Sidecar:
 
         Raises `InputError` naming the field in which the two disagree."""
         short = lambda name: name.rstrip("/").rsplit("/", 1)[-1]
-        for field in ("base_checkpoint", "d_model", "layer", "reconstructor_template"):
-            a, b = getattr(self, field), getattr(other, field)
-            if a is not None and (short(a) != short(b) if field == "base_checkpoint" else a != b):
+        hashes = [sidecar.provenance.get("base_hash") for sidecar in (self, other)]
+        facts = {field: (getattr(self, field), getattr(other, field)) for field in JOINT}
+        if all(hashes):  # says more than a name, which is another wherever a folder was copied or moved to
+            facts["provenance.base_hash"] = tuple(hashes)
+        else:
+            facts["base_checkpoint"] = (short(self.base_checkpoint), short(other.base_checkpoint))
+        for field, (a, b) in facts.items():
+            if a is not None and a != b:
                 raise InputError(
                     f"{av} and {ar} are not a pair: {field} is {reprlib.repr(a)} in one and {reprlib.repr(b)} in the other."
                 )

@@ -19,7 +19,7 @@ from nla_jax.data.batches import pad_tokens
 from nla_jax.io.folders import load_params, load_tokenizer, model_config, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.kernels import with_kernel
-from nla_jax.models.sharding import place_batch, shardings
+from nla_jax.models.sharding import place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.runtime.errors import InputError, first_line
 
@@ -70,7 +70,7 @@ def load_subject(
     `attention` names a kernel (models/kernels.py).
 
     Raises `InputError` for a layer that the model does not have, and where the mesh does not divide it."""
-    folder = locate(name)
+    folder, mesh = locate(name), usable_mesh(mesh)
     config = with_kernel(read_config(folder, dtype), attention, mesh)
     if not 0 <= layer < config.layers:
         raise InputError(

@@ -20,7 +20,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["io"],
     ["autoencoder", "objective", "data.batches", "data.corpus", "quickstart"],
     ["losses", "sampling"],
-    ["joint_step", "prompts", "runtime.metrics", "runtime.checkpoint"],
+    ["joint_step", "prompts", "user_input", "runtime.metrics", "runtime.checkpoint"],
     ["sidecar", "subject", "runtime.watchdog"],
     ["data", "pair", "runtime.run"],
     ["labels", "study", "probes"],

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,9 @@ from jaxtyping import Array, Bool
 class TextBatch:
     """Right-padded rows of token ids; `lengths` counts the real tokens. `vectors` belong to the rows (if any do)."""
 
-    tokens: Array  # [B, T]
-    lengths: Array  # [B]
-    vectors: Array | None = None  # [B, D]
+    tokens: Any  # [B, T]; an array of NumPy or JAX, or what `place_batch` reads rows of
+    lengths: Any  # [B]
+    vectors: Any = None  # [B, D]
 
     @property
     def mask(self) -> Bool[Array, "B T"]:

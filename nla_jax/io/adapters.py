@@ -34,6 +34,8 @@ def save_adapter(folder: Path, adapter: dict, lora: Lora, config: TransformerCon
         for layer in range(config.layers):
             tensors[_key(name, layer, "A")] = np.ascontiguousarray(a[layer].reshape(-1, lora.rank).T)
             tensors[_key(name, layer, "B")] = np.ascontiguousarray(b[layer].reshape(lora.rank, -1).T)
+    if broken := [key for key, value in tensors.items() if not np.isfinite(value).all()]:
+        raise InputError(f"Tensor {broken[0]!r} holds NaN or infinite values; it is not saved.")
     if not is_writer():
         return
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

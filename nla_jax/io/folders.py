@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
 from nla_jax.io.files import AnyName, new_folder
@@ -204,16 +204,22 @@ def _new_tensors(params: dict, config: TransformerConfig, truncated: bool, dtype
         whole = arrays[tensor.path]
         shape = _hf_shape(tensor, config, whole.shape[layer is not None :])
 
-        def read(whole=whole, layer=layer, shape=shape, linear=tensor.linear):
-            return to_host(_export(whole if layer is None else whole[layer], shape, linear, dtype))
+        def read(name=name, whole=whole, layer=layer, shape=shape, linear=tensor.linear):
+            value, finite = _export(whole if layer is None else whole[layer], shape, linear, dtype)
+            if not jax.device_get(finite):
+                raise InputError(f"Tensor {name!r} holds NaN or infinite values in {dtype.name}; it is not saved.")
+            return to_host(value)
 
         yield name, jax.ShapeDtypeStruct(shape, dtype), read
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _export(value: Float[Array, "..."], shape: tuple[int, ...], linear: bool, dtype: np.dtype) -> Float[Array, "..."]:
-    """An array of our tree as it is stored."""
-    return (value.reshape(shape[::-1]).T if linear else value.reshape(shape)).astype(dtype)
+def _export(
+    value: Float[Array, "..."], shape: tuple[int, ...], linear: bool, dtype: np.dtype
+) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
+    """An array of our tree as it is stored, and whether it is finite."""
+    stored = (value.reshape(shape[::-1]).T if linear else value.reshape(shape)).astype(dtype)
+    return stored, jnp.isfinite(stored).all()
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -112,7 +112,7 @@ def fit(
 def save(run: Run, pair: Pair, name: str) -> None:
     """Writes a pair to `{workdir}/{name}`."""
     with jax.set_mesh(run.mesh):
-        pair.save(run.workdir / name)
+        pair.save(run.workdir / name, overwrite=True)
 
 
 def load(run: Run, name: str) -> Pair:
