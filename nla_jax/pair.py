@@ -17,14 +17,16 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
+from nla_jax.conventions import Conventions
 from nla_jax.data.batches import pad_tokens
 from nla_jax.fve import cosine, mse
 from nla_jax.io.adapters import CONFIG as ADAPTER
-from nla_jax.io.adapters import load_adapter, read_settings, save_adapter
+from nla_jax.io.adapters import load_adapter, save_adapter
 from nla_jax.io.files import AnyPath, new_folder, path_to
-from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model, save_tokenizer
+from nla_jax.io.folders import is_wrapped, load_params, load_tokenizer, read_config, save_model, save_tokenizer
 from nla_jax.io.heads import HEAD, read_head, write_head
 from nla_jax.io.hub import locate
+from nla_jax.io.pairs import base_of, pair_folders, with_tokenizer
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import TRAIN, place_batch, shardings, usable_mesh
@@ -38,7 +40,7 @@ from nla_jax.prompts import Prompts
 from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
-from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
+from nla_jax.sidecar import FILE, Sidecar, with_ids
 from nla_jax.user_input import padded_rows, similar_lengths, usable_rows, whole_number
 
 
@@ -56,7 +58,7 @@ class Pair:
     """A verbalizer and a reconstructor with their parameters, prompts and sidecar.
 
     Where one of them is a LoRA adapter, its parameters are the adapter's, and `base` holds the frozen model that both
-    share. `mesh`: the devices over which the parameters are cut (None: they are on one device)."""
+    share, read from the folder `base_at`. `mesh`: the devices over which the parameters are cut (None: they are on one device)."""
 
     sidecar: Sidecar
     prompts: Prompts
@@ -66,6 +68,7 @@ class Pair:
     reconstructor_params: dict
     base: dict | None = None
     mesh: Mesh | None = None
+    base_at: Path | None = None
 
     def __repr__(self) -> str:
         of = lambda model: (
@@ -251,7 +254,9 @@ class Pair:
                 )
                 continue
             with new_folder(folder / role) as scratch:
-                save_adapter(scratch, params, model.lora, config, self.sidecar.base_checkpoint)
+                save_adapter(
+                    scratch, params, model.lora, config, self.sidecar.base_checkpoint, wrapped=is_wrapped(self.base_at)
+                )
                 if not is_writer():
                     continue
                 save_tokenizer(tokenizer, scratch)
@@ -293,6 +298,7 @@ def new_pair(
     mesh = usable_mesh(mesh)
     config, (av_lora, ar_lora) = _config(folder, dtype, remat, attention, mesh), adapters
     prompts = sidecar.prompts(load_tokenizer(folder))
+    sidecar = with_ids(sidecar, prompts)
     verbalizer, reconstructor = autoencoder(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, adapters
     )
@@ -301,7 +307,9 @@ def new_pair(
     av = av_lora.init_params(keys[0], config) if av_lora else _load(folder, config, mesh)
     truncated = reconstructor.model.config
     backbone = ar_lora.init_params(keys[1], truncated) if ar_lora else _load(folder, truncated, mesh, truncated=True)
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base, mesh)
+    return Pair(
+        sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base, mesh, folder
+    )
 
 
 def load_pair(
@@ -312,7 +320,7 @@ def load_pair(
     attention: str = "xla",
     *,
     base: str | Path | None = None,
-    injections: tuple[Injection, ...] | Injection | None = None,
+    conventions: Conventions = Conventions(),  # noqa: B008 (frozen)
     mesh: Mesh | None = None,
 ) -> Pair:
     """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`,
@@ -320,73 +328,55 @@ def load_pair(
 
     Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names. Whole parameters are
     float32, a frozen base `dtype`, which is also what they compute in. `remat` is the name of a
-    `jax.checkpoint_policies` policy, `attention` that of a kernel (models/kernels.py). `injections` say how activations
-    enter the prompt where that is not what the sidecar says. On a `mesh` every parameter is read straight into its
+    `jax.checkpoint_policies` policy, `attention` that of a kernel (models/kernels.py). `conventions` say what the
+    sidecar leaves open or has wrong. On a `mesh` every parameter is read straight into its
     training place.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     mesh = usable_mesh(mesh)
-    if ar is None:
-        if not (path_to(av) / "av").is_dir():
-            raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`.")
-        av, ar = path_to(av) / "av", path_to(av) / "ar"
-    av, ar = locate(av), locate(ar)
+    av, ar = pair_folders(av, ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
-    given = (injections,) if isinstance(injections, Injection) else injections
-    sidecar = dataclasses.replace(sidecar, injections=given or sidecar.injections)
-    if sidecar.injections is None:
-        raise InputError(
-            f"{av / FILE} names no injection that is known here ({', '.join(INJECTIONS)}); pass load_pair "
-            f"`injections`, e.g. Injection(add_norm_matched, block=1) for EasyNLA and nanoNLA (`nla`: --injection and "
-            f"--injection-block)."
-        )
-
+    sidecar = sidecar.settled(conventions, av)
     adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}
-    base_folder = _base_folder(base, [folder for folder in (av, ar) if adapters[folder]])
+    base = base_of(base, [folder for folder in (av, ar) if adapters[folder]])
+    base_at = locate(base) if base else None
+    if base and sidecar.maker != "nla_jax":  # which name a checkpoint of training
+        sidecar = dataclasses.replace(sidecar, base_checkpoint=str(base))
     read = lambda folder: _config(folder, dtype, remat, attention, mesh)
-    config = read(base_folder if adapters[av] else av)
-    truncated = read(base_folder).truncated(sidecar.layer + 1) if adapters[ar] else read(ar)
+    config = read(base_at if adapters[av] else av)
+    truncated = read(base_at).truncated(sidecar.layer + 1) if adapters[ar] else read(ar)
     if (config.width, truncated.width, truncated.layers) != (sidecar.d_model, sidecar.d_model, sidecar.layer + 1):
         raise InputError(
             f"The sidecar of {ar} says d_model {sidecar.d_model} and layer {sidecar.layer} ({sidecar.layer + 1} blocks), but "
             f"config.json says width {truncated.width} and {truncated.layers} blocks (AV: width {config.width})."
         )
-    head = read_head(ar / HEAD, sidecar.d_model)
+    head = read_head(ar, sidecar.d_model)
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
-    prompts = sidecar.prompts(load_tokenizer(av))
+    prompts = sidecar.prompts(load_tokenizer(with_tokenizer(av, ar, base_at)))
+    check_tokenizer(ar, prompts)
     verbalizer, reconstructor = autoencoder(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, (av_lora, ar_lora)
     )
     reconstructor = dataclasses.replace(reconstructor, model=Transformer(truncated))  # whose config.json is its own
-    frozen = _load(base_folder, read(base_folder), mesh, dtype=dtype) if base_folder else None
-    sidecar = dataclasses.replace(sidecar, suffix_ids=tuple(prompts.suffix_ids()))  # some sidecars do not say them
+    frozen = _load(base_at, read(base_at), mesh, dtype=dtype) if base_at else None
+    sidecar = with_ids(sidecar, prompts)  # some sidecars do not say them
     av_params = av_params or _load(av, config, mesh)
     backbone = backbone or _load(ar, truncated, mesh, truncated=True)
     ar_params = {"backbone": backbone, "head": head}
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh)
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh, base_at)
 
 
-def find_base(recorded: str, beside: AnyPath) -> str | AnyPath:
-    """The subject that a pair was made from: the folder or hub id `recorded`; else `subject` beside the pair's folder.
-
-    Raises `InputError` where there is neither."""
-    here = path_to(recorded).is_dir()
-    if not here and (beside.parent / "subject").is_dir():
-        return beside.parent / "subject"
-    if here or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
-        return recorded
-    raise InputError(f"The subject {recorded} that {beside} was made from is not here; name its folder or hub id.")
-
-
-def _base_folder(given: str | Path | None, adapters: list[Path]) -> Path | None:
-    """The folder of the adapters' base model. Raises `InputError` where two name different ones."""
-    names = {read_settings(folder).get("base_model_name_or_path") for folder in adapters}
-    if not adapters:
-        return None
-    if given is None and (len(names) > 1 or not isinstance(min(names, key=str), str)):
-        raise InputError(f"The adapters {adapters[0]} and {adapters[-1]} name the base models {names}; pass `base`.")
-    return locate(given or find_base(names.pop(), adapters[0].parent))
+def check_tokenizer(ar: Path, prompts: Prompts) -> None:
+    """Raises `InputError` where the AR's folder holds a tokenizer that cuts the AR's prompt into other ids than the
+    AV's, with which its texts are read."""
+    if with_tokenizer(ar) != ar or not (ar / "tokenizer.json").is_file():
+        return
+    theirs = dataclasses.replace(prompts, tokenizer=load_tokenizer(ar), recorded=None)
+    probe = ["The river turns, north.\n\n1. It's 2026 — naïve 漢字?"]
+    ours = dataclasses.replace(prompts, recorded=None)
+    if theirs.reconstructor_ids(probe) != ours.reconstructor_ids(probe):
+        raise InputError(f"The tokenizer of {ar} cuts text otherwise than the AV's; AV and AR must share one.")
 
 
 def _config(folder: Path, dtype, remat, attention, mesh) -> TransformerConfig:

@@ -105,6 +105,8 @@ def extract(
     if len(doc_ids) != len(texts):
         raise InputError(f"There are {len(doc_ids)} doc_ids for {len(texts)} texts; they must be as many.")
     rows = subject.tokenizer(texts, verbose=False).input_ids
+    bos = subject.tokenizer.bos_token_id
+    rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]  # a chat's rendered text has its own already
     special = set(subject.tokenizer.all_special_ids)
     wanted = []
     for text, row in zip(texts, rows):

@@ -18,10 +18,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Shaped
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nla_jax.io.files import AnyName, new_folder
-from nla_jax.io.safetensors import NewTensor, Stored, save_tensors, stored_tensors
+from nla_jax.io.safetensors import INSIDE, NewTensor, Stored, save_tensors, stored_tensors
 from nla_jax.models import families
 from nla_jax.models.transformer import TransformerConfig, abstract_params, projections
 from nla_jax.runtime.distributed import is_writer, to_host
@@ -65,6 +66,12 @@ def model_config(c: Any, source: str, dtype: Any = jnp.float32) -> TransformerCo
     except Exception as error:  # its validation raises many kinds
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"{source} cannot be used: {reason}.") from None
+
+
+def is_wrapped(folder: AnyName | None) -> bool:
+    """Whether a folder's model is the text part of a multimodal one, as `transformers` loads it."""
+    file = Path(folder) / "config.json" if folder else None
+    return bool(file and file.is_file() and "text_config" in json.loads(file.read_text(encoding="utf-8")))
 
 
 def load_params(
@@ -113,7 +120,7 @@ def _text_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of the text model, under the names of a text-only checkpoint."""
     found = {}
     for name, tensor in stored_tensors(folder).items():
-        if name.startswith(families.OTHER_TOWERS) or name.endswith(families.CONSTANTS):
+        if name.startswith(families.OTHER_TOWERS) or name.endswith((*families.CONSTANTS, INSIDE)):
             continue
         for prefix, plain in families.TEXT_PREFIXES.items():
             if name.startswith(prefix):
@@ -238,7 +245,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def load_tokenizer(folder: AnyName) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises `InputError` if the folder has none that can be read."""
+    options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        if not _cuts_as_its_file(tokenizer, Path(folder) / "tokenizer.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+        return tokenizer
     except Exception as error:  # many kinds, by tokenizer class
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from None
+
+
+def _cuts_as_its_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether a tokenizer normalises and splits text as its tokenizer.json says.
+
+    transformers 5 rebuilds these two by the class that tokenizer_config.json names, which may be another model's:
+    SmolLM2's says GPT2Tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not file.is_file():
+        return True
+    parts = {"normalizer", "pre_tokenizer"}
+    stored = {name: part for name, part in json.loads(file.read_text(encoding="utf-8")).items() if name in parts}
+    bare = json.loads(Tokenizer(models.BPE()).to_str()) | stored
+    state = lambda part: None if part is None else part.__getstate__()
+    theirs = Tokenizer.from_str(json.dumps(bare))
+    return all(state(getattr(theirs, name)) == state(getattr(backend, name)) for name in parts)

@@ -5,13 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from nla_jax.autoencoder import Injection
+from nla_jax.conventions import Conventions
 from nla_jax.io.files import path_to
-from nla_jax.pair import find_base, load_pair
+from nla_jax.io.pairs import find_base
+from nla_jax.pair import load_pair
 from nla_jax.runtime.compiler import enable_compile_cache
 from nla_jax.runtime.errors import InputError
 from nla_jax.subject import extract, load_subject
-from nla_jax.verbs.injection import add_injection, given_injection
+from nla_jax.verbs.conventions import add_conventions, given_conventions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    add_injection(parser)
+    add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
-        injections=given_injection(arguments),
+        conventions=given_conventions(arguments),
     )
     for row in rows:
         if arguments.json:
@@ -67,16 +68,16 @@ def explain_text(
     temperature: float = 0.0,
     max_new_tokens: int = 150,
     seed: int = 0,
-    injections: tuple[Injection, ...] | Injection | None = None,
+    conventions: Conventions = Conventions(),
 ) -> list[dict]:
     """One dict for each token asked for: `position, token, explanation, cosine, fve`.
 
     `tokens`: "last", "all", or indices such as "3,-1". fve = 1 - mse / variance, with the variance of the pair's
-    training activations (None where its sidecar records none). `injections`: as for `load_pair`. Raises `InputError`
+    training activations (None where its sidecar records none). `conventions`: as for `load_pair`. Raises `InputError`
     where text, pair or subject cannot be used."""
     if not text.strip():
         raise InputError("There is no text to explain; give --text, --file or standard input.")
-    loaded = load_pair(pair, base=subject, injections=injections)
+    loaded = load_pair(pair, base=subject, conventions=conventions)
     model = load_subject(subject or find_base(loaded.sidecar.base_checkpoint, path_to(pair)), loaded.sidecar.layer)
     if model.model.config.width != loaded.sidecar.d_model:
         raise InputError(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nla_jax.verbs.injection import add_injection, given_injection
+from nla_jax.verbs.conventions import add_conventions, given_conventions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--adapters", action="store_true", help="write LoRA adapters as they are (default: merged)")
-    add_injection(parser)
+    add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
-    pair = load_pair(folder, injections=given_injection(arguments))
+    pair = load_pair(folder, conventions=given_conventions(arguments))
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
     if arguments.workdir:

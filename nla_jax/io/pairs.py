@@ -1,0 +1,61 @@
+"""Where the parts of a pair lie: the folders of AV and AR, the subject beneath adapters, a tokenizer."""
+
+from pathlib import Path
+
+from nla_jax.io.adapters import read_settings
+from nla_jax.io.files import AnyName, AnyPath, path_to
+from nla_jax.io.hub import locate
+from nla_jax.runtime.errors import InputError
+
+ROLES = (("av", "ar"), ("av_lora", "ar_lora"), ("actor", "critic"))  # what makers call the two folders
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is there where a tokenizer is
+
+
+def pair_folders(av: AnyName, ar: AnyName | None) -> tuple[Path, Path]:
+    """The local folders of AV and AR. Where only one name is given, it is that of a folder (or hub id) that holds both,
+    or of a run's working folder.
+
+    Raises `InputError` saying what is there where there is no pair."""
+    if ar is not None:
+        return locate(av), locate(ar)
+    root = path_to(av)
+    root = root if root.is_dir() else locate(av)
+    both = lambda folder, names: all((folder / name).is_dir() for name in names)
+    for names in ROLES:
+        for folder in (root, root / "pair"):
+            if both(folder, names):
+                return locate(folder / names[0]), locate(folder / names[1])
+        if root.name in names and both(root.parent, names):
+            raise InputError(f"{av} is not a pair but half of one; name {root.parent}.")
+    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`, but {found}; name AV and AR apart.")
+
+
+def find_base(recorded: str, beside: AnyPath) -> str | AnyPath:
+    """The subject that a pair was made from: the folder or hub id `recorded`; else `subject` beside the pair's folder.
+
+    Raises `InputError` where there is neither."""
+    here = path_to(recorded).is_dir()
+    if not here and (beside.parent / "subject").is_dir():
+        return beside.parent / "subject"
+    if here or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
+        return recorded
+    raise InputError(
+        f"The subject {recorded} that {beside} was made from is not here; name its folder or hub id (`nla`: --subject)."
+    )
+
+
+def base_of(given: AnyName | None, adapters: list[Path]) -> AnyName | None:
+    """The folder or hub id of the adapters' base model. Raises `InputError` where two name different ones."""
+    names = {read_settings(folder).get("base_model_name_or_path") for folder in adapters}
+    if not adapters:
+        return None
+    if given is None and (len(names) > 1 or not isinstance(min(names, key=str), str)):
+        raise InputError(f"The adapters {adapters[0]} and {adapters[-1]} name the base models {names}; pass `base`.")
+    return given or find_base(names.pop(), adapters[0].parent)
+
+
+def with_tokenizer(*folders: Path | None) -> Path:
+    """The first of the folders that holds a tokenizer; else the first of them."""
+    present = [folder for folder in folders if folder and any((folder / name).is_file() for name in TOKENIZER)]
+    return (present or folders)[0]
