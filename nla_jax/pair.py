@@ -22,11 +22,19 @@ from nla_jax.data.batches import pad_tokens
 from nla_jax.fve import cosine, mse
 from nla_jax.io.adapters import CONFIG as ADAPTER
 from nla_jax.io.adapters import load_adapter, save_adapter
-from nla_jax.io.files import AnyPath, new_folder, path_to
-from nla_jax.io.folders import is_wrapped, load_params, load_tokenizer, read_config, save_model, save_tokenizer
+from nla_jax.io.files import new_folder, path_to
+from nla_jax.io.folders import (
+    dtypes_of,
+    is_wrapped,
+    load_params,
+    load_tokenizer,
+    read_config,
+    save_model,
+    save_tokenizer,
+)
 from nla_jax.io.heads import HEAD, read_head, write_head
 from nla_jax.io.hub import locate
-from nla_jax.io.pairs import base_of, pair_folders, with_tokenizer
+from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_tokenizer
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import TRAIN, place_batch, shardings, usable_mesh
@@ -42,6 +50,13 @@ from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sidecar import FILE, Sidecar, with_ids
 from nla_jax.user_input import padded_rows, similar_lengths, usable_rows, whole_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a pair that is to be trained is loaded. `remat`: the name of a policy of `jax.checkpoint_policies`."""
+
+    remat: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,17 +236,17 @@ class Pair:
             base=None,
         )
 
-    def save(self, folder: str | Path, dtype: Any = np.float32, *, overwrite: bool = False) -> None:
+    def save(self, folder: str | Path, dtype: Any = None, *, overwrite: bool = False) -> None:
         """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are
-        such (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are
-        float32.
+        such (`merged().save(…)` writes plain folders). `dtype` is that of whole models (None: in which
+        they are held); adapters and the AR's head are float32.
 
         Raises `InputError` where `av` or `ar` is there already and holds anything (unless `overwrite`, which replaces
         them with all that they hold), and for weights that are not finite."""
         folder, d = path_to(folder), self.sidecar.d_model
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(f"Weights are saved as floating point numbers, not as {dtype}.")
-        if problem := from_writer(lambda: _taken(folder, overwrite)):
+        if problem := from_writer(lambda: taken(folder, overwrite)):
             raise InputError(problem)
         head = np.asarray(to_host(self.reconstructor_params["head"]), np.float32).reshape(d, d)
         extra = {"av": {}, "ar": {HEAD: lambda path: write_head(path, head)}}
@@ -248,7 +263,7 @@ class Pair:
                     config,
                     tokenizer,
                     truncated=role == "ar",
-                    dtype=dtype,
+                    dtype=dtype or params["embedding"].dtype,
                     end_ids=(self.verbalizer.end,),
                     extra_files=files,
                 )
@@ -268,16 +283,6 @@ class Pair:
         shape = ([slots] if slots else []) + [self.sidecar.d_model]
         keeps_length = self.sidecar.injection_scale is None and Injection() in self.verbalizer.injections
         return usable_rows(vectors, shape, keeps_length)
-
-
-def _taken(folder: AnyPath, overwrite: bool) -> str:
-    """Why a pair cannot be saved in `folder`; "" where it can."""
-    if folder.exists() and not folder.is_dir():
-        return f"{folder} is a file; a pair is saved as a folder with `av` and `ar`."
-    for path in (folder / "av", folder / "ar"):
-        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            return f"{path} exists and is not empty; save under another name, or pass overwrite=True to replace it."
-    return ""
 
 
 def new_pair(
@@ -315,22 +320,22 @@ def new_pair(
 def load_pair(
     av: str | Path,
     ar: str | Path | None = None,
-    dtype: Any = jnp.float32,
-    remat: str | None = None,
+    dtype: Any = None,
     attention: str = "xla",
     *,
     base: str | Path | None = None,
     conventions: Conventions = Conventions(),  # noqa: B008 (frozen)
     mesh: Mesh | None = None,
+    training: Training | None = None,
 ) -> Pair:
     """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`,
     `ar`.
 
     Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names. Whole parameters are
-    float32, a frozen base `dtype`, which is also what they compute in. `remat` is the name of a
-    `jax.checkpoint_policies` policy, `attention` that of a kernel (models/kernels.py). `conventions` say what the
-    sidecar leaves open or has wrong. On a `mesh` every parameter is read straight into its
-    training place.
+    held, and compute, in `dtype` (None: the one that they are stored in, float16 computing in float32); adapters, norms
+    and the AR's head are float32. `attention` names a kernel (models/kernels.py). `conventions` say what the sidecar
+    leaves open or has wrong. On a `mesh` every parameter is read straight into its training place. With `training` all
+    that is trained is float32.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     mesh = usable_mesh(mesh)
@@ -342,7 +347,12 @@ def load_pair(
     base_at = locate(base) if base else None
     if base and sidecar.maker != "nla_jax":  # which name a checkpoint of training
         sidecar = dataclasses.replace(sidecar, base_checkpoint=str(base))
-    read = lambda folder: _config(folder, dtype, remat, attention, mesh)
+    remat, dtypes = (
+        training and training.remat,
+        {f: dtypes_of(f, dtype) for f in (base_at, av, ar) if f and not (f / ADAPTER).is_file()},
+    )
+    read = lambda folder: _config(folder, dtypes[folder][1], remat, attention, mesh)
+    held = lambda folder: jnp.float32 if training else dtypes[folder][0]
     config = read(base_at if adapters[av] else av)
     truncated = read(base_at).truncated(sidecar.layer + 1) if adapters[ar] else read(ar)
     if (config.width, truncated.width, truncated.layers) != (sidecar.d_model, sidecar.d_model, sidecar.layer + 1):
@@ -354,29 +364,18 @@ def load_pair(
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
     prompts = sidecar.prompts(load_tokenizer(with_tokenizer(av, ar, base_at)))
-    check_tokenizer(ar, prompts)
+    if has_tokenizer(ar) and not prompts.reads_as(load_tokenizer(ar)):
+        raise InputError(f"The tokenizer of {ar} cuts text otherwise than the AV's; AV and AR must share one.")
     verbalizer, reconstructor = autoencoder(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, (av_lora, ar_lora)
     )
     reconstructor = dataclasses.replace(reconstructor, model=Transformer(truncated))  # whose config.json is its own
-    frozen = _load(base_at, read(base_at), mesh, dtype=dtype) if base_at else None
+    frozen = _load(base_at, read(base_at), mesh, dtype=dtypes[base_at][0]) if base_at else None
     sidecar = with_ids(sidecar, prompts)  # some sidecars do not say them
-    av_params = av_params or _load(av, config, mesh)
-    backbone = backbone or _load(ar, truncated, mesh, truncated=True)
+    av_params = av_params or _load(av, config, mesh, dtype=held(av))
+    backbone = backbone or _load(ar, truncated, mesh, truncated=True, dtype=held(ar))
     ar_params = {"backbone": backbone, "head": head}
     return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh, base_at)
-
-
-def check_tokenizer(ar: Path, prompts: Prompts) -> None:
-    """Raises `InputError` where the AR's folder holds a tokenizer that cuts the AR's prompt into other ids than the
-    AV's, with which its texts are read."""
-    if with_tokenizer(ar) != ar or not (ar / "tokenizer.json").is_file():
-        return
-    theirs = dataclasses.replace(prompts, tokenizer=load_tokenizer(ar), recorded=None)
-    probe = ["The river turns, north.\n\n1. It's 2026 — naïve 漢字?"]
-    ours = dataclasses.replace(prompts, recorded=None)
-    if theirs.reconstructor_ids(probe) != ours.reconstructor_ids(probe):
-        raise InputError(f"The tokenizer of {ar} cuts text otherwise than the AV's; AV and AR must share one.")
 
 
 def _config(folder: Path, dtype, remat, attention, mesh) -> TransformerConfig:
@@ -390,4 +389,4 @@ def _load(
 ) -> dict:
     """The parameters of a folder, on a mesh each in its training place."""
     layout = shardings(mesh, abstract_params(config, truncated), TRAIN) if mesh else None
-    return load_params(folder, config, truncated=truncated, dtype=dtype, layout=layout)
+    return load_params(folder, config, truncated=truncated, dtype=dtype, scales=np.float32, layout=layout)

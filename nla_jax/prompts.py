@@ -267,6 +267,12 @@ class Prompts:
             rows[i] = row
         return rows
 
+    def reads_as(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether another tokenizer would give the AR the same ids."""
+        probe = ["The river turns, north.\n\n1. It's 2026 — naïve 漢字?"]
+        ours, theirs = (dataclasses.replace(self, tokenizer=t, recorded=None) for t in (self.tokenizer, tokenizer))
+        return ours.reconstructor_ids(probe) == theirs.reconstructor_ids(probe)
+
     def reconstructor_batch(self, explanations: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Those ids as `[B, length]` with their lengths."""
         return pad_tokens(self.reconstructor_ids(explanations, length), length)

@@ -26,11 +26,11 @@ IDS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9))
 # Tokenizers
 
 
-def digits_tokenizer(folder):
-    """A llama folder's tokenizer.json that takes digits one by one, with the class name of another family's."""
+def own_tokenizer(folder):
+    """A llama folder's tokenizer.json that splits at spaces alone, with the class name of another family's."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(" ", "merged_with_next"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -50,10 +50,12 @@ def digits_tokenizer(folder):
 
 
 def test_text_is_cut_as_tokenizer_json_says(tmp_path):
-    """SmolLM2's folder is such a case: model_type llama, GPT2Tokenizer, digits one by one."""
-    stored = digits_tokenizer(tmp_path / "theirs")
-    texts = ["In 2026 or 1999.", "Steps:\n\n1.  Go", "It's 12,345"]
+    """SmolLM2's folder is such a case: model_type llama, GPT2Tokenizer, a way of its own to split."""
+    stored = own_tokenizer(tmp_path / "theirs")
+    texts = ["At the sea.", "the margin.", "It's  left. 2026"]
     expected = [stored.encode(text).ids for text in texts]
+    stored.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    assert expected != [stored.encode(text).ids for text in texts]  # GPT-2's way to split is another
     tokenizer = load_tokenizer(tmp_path / "theirs")
     assert tokenizer(texts, add_special_tokens=False).input_ids == expected
     assert (tokenizer.eos_token, tokenizer.bos_token_id) == ("<|endoftext|>", 0)

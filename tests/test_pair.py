@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import shutil
 
 import jax
@@ -16,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 import nla_jax.pair
 from nla_jax.data.batches import TextBatch
 from nla_jax.fve import fve
+from nla_jax.io import hub
 from nla_jax.joint_step import SupervisedStep
 from nla_jax.losses import reconstructor_loss
-from nla_jax.pair import HEAD, Pair, load_pair, new_pair
+from nla_jax.pair import HEAD, Pair, Training, load_pair, new_pair
 from nla_jax.probes.fidelity import derangement
 from nla_jax.runtime.errors import InputError
 from nla_jax.subject import extract, load_subject
@@ -390,3 +392,56 @@ def test_a_bfloat16_head_is_read(copy, pair):
 
     safetensors.torch.save_file({"weight": head}, copy / "ar" / HEAD)
     close(load_pair(copy).reconstructor_params["head"], head.float().numpy().T, 0)
+
+
+# Memory
+
+
+def dtypes(tree) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_weights_are_held_as_they_are_stored_or_asked_for(pair, tmp_path, vectors, stored):
+    pair.save(tmp_path / "pair", stored)
+    loaded = load_pair(tmp_path / "pair")
+    assert dtypes(loaded.verbalizer_params) == {stored, "float32"}  # the scales of norms
+    assert dtypes(loaded.verbalizer_params["blocks"]["q"]) == dtypes(loaded.verbalizer_params["embedding"]) == {stored}
+    assert dtypes(loaded.reconstructor_params["backbone"]["blocks"]["up"]) == {stored}
+    assert loaded.verbalizer.model.config.dtype == ("float32" if stored == "float16" else stored)
+    assert loaded.sampler is loaded.weights[0]  # no second copy to sample from
+    loaded.save(tmp_path / "again")
+    for file in ("av/model.safetensors", "ar/model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "pair" / file).read_bytes()
+    asked = load_pair(tmp_path / "pair", dtype="bfloat16")
+    assert dtypes(asked.verbalizer_params["blocks"]["q"]) == {"bfloat16"}
+    close(asked.reconstruct(TEXTS), pair.reconstruct(TEXTS), 0.1)
+    assert len(asked.verbalize(vectors, 4)) == 4
+    trained = load_pair(tmp_path / "pair", dtype="bfloat16", training=Training())
+    assert dtypes(trained.verbalizer_params) == dtypes(trained.reconstructor_params) == {"float32"}
+    assert trained.verbalizer.model.config.dtype == "bfloat16"
+    for wrong in ("int32", "tall"):
+        with pytest.raises(InputError, match="held as floating point numbers") as error:
+            load_pair(tmp_path / "pair", dtype=wrong)
+        one_sentence(error)
+
+
+def test_a_fingerprint_is_read_once_and_every_change_is_noticed(subject_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "SETTLED_SECONDS", -1.0)
+    folder, read, whole = tmp_path / "subject", [], hub._hash
+    monkeypatch.setattr(hub, "_hash", lambda files: read.append(files) or whole(files))
+    shutil.copytree(subject_folder, folder)
+    first = hub.fingerprint(folder)
+    assert hub.fingerprint(folder) == first and len(read) == 1
+    shutil.copytree(folder, tmp_path / "copy")
+    assert hub.fingerprint(tmp_path / "copy") == first and len(read) == 2
+    file = folder / "model.safetensors"
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-3] ^= 1  # one bit at the end; size and time of change as before
+    with open(file, "r+b") as stream:
+        stream.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hub.fingerprint(folder) != first and len(read) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # a cache that cannot be written costs only time
+    assert hub.fingerprint(tmp_path / "copy") == first

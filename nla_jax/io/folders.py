@@ -75,9 +75,16 @@ def is_wrapped(folder: AnyName | None) -> bool:
 
 
 def load_params(
-    folder: AnyName, config: TransformerConfig, *, truncated: bool = False, dtype: Any = jnp.float32, layout: Any = None
+    folder: AnyName,
+    config: TransformerConfig,
+    *,
+    truncated: bool = False,
+    dtype: Any = jnp.float32,
+    scales: Any = None,
+    layout: Any = None,
 ) -> dict:
-    """The parameters of a checkpoint in `dtype`, each tensor read straight into its place: `layout` is the tree of
+    """The parameters of a checkpoint in `dtype` (those of norms in `scales`, if that is given), each tensor read
+    straight into its place: `layout` is the tree of
     their shardings (`sharding.shardings`; None: the default device). Hosts read only what their devices hold.
 
     `config.layers` may be smaller than the checkpoint's (the first blocks are read); `truncated` leaves out final norm
@@ -94,26 +101,52 @@ def load_params(
 
     shapes = flatten_dict(nn.unbox(abstract_params(config, truncated)))
     places = flatten_dict(layout) if layout is not None else dict.fromkeys(shapes)
-    arrays, finite, dtype = {}, {}, jnp.dtype(dtype)
+    arrays, finite = {}, {}
     for name, tensor, layer in rows:
         path, source = tensor.path, stored[name]
         shape, sharding = shapes[path].shape, places[path]
         slot = shape[layer is not None :]
+        kept = jnp.dtype(scales if scales and path[-1] == "scale" else dtype)
         if source.shape != (expected := _hf_shape(tensor, config, slot)):
             raise InputError(f"{source.file}: tensor {source.name!r} has shape {source.shape}, expected {expected}.")
         if layer is not None and path not in arrays:
-            arrays[path] = _zeros(shape, dtype, sharding)()
+            arrays[path] = _zeros(shape, kept, sharding)()
         if isinstance(sharding, NamedSharding):
             spec = (*sharding.spec, *[None] * len(shape))[layer is not None :]
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(slot)]))
         part = _placed(source, _hf_axes(tensor, config, len(slot)), sharding)
-        value, finite[name] = _converted(slot, tensor.linear, dtype, sharding)(part)
+        value, finite[name] = _converted(slot, tensor.linear, kept, sharding)(part)
         arrays[path] = value if layer is None else _insert(arrays[path], value, layer)
         arrays[path].block_until_ready()  # else the parts of many tensors would be on their way at once
     for name, good in jax.device_get(finite).items():
         if not good:
             raise InputError(f"{stored[name].file}: tensor {stored[name].name!r} holds NaN or infinite values.")
     return unflatten_dict(arrays)
+
+
+def dtypes_of(folder: Path, asked: Any) -> tuple[np.dtype, np.dtype]:
+    """In which dtype a folder's weights are held, and in which they compute. Raises `InputError` for one that is no
+    floating point."""
+    if asked is None:
+        stored = stored_dtype(folder)
+        stored = stored if stored.itemsize <= 4 else np.dtype(np.float32)
+        return stored, np.dtype(np.float32) if stored == np.float16 else stored
+    try:
+        dtype = jnp.dtype(asked)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"Weights are held as floating point numbers, such as bfloat16 or float32, not as {asked!r}.")
+    return dtype, dtype
+
+
+def stored_dtype(folder: AnyName) -> np.dtype:
+    """The dtype in which most of a checkpoint's bytes are stored."""
+    bytes_of: dict[np.dtype, int] = {}
+    for tensor in _text_tensors(Path(folder)).values():
+        dtype = np.dtype(tensor.dtype)
+        bytes_of[dtype] = bytes_of.get(dtype, 0) + math.prod(tensor.shape) * dtype.itemsize
+    return max(bytes_of, key=bytes_of.get)
 
 
 def _text_tensors(folder: Path) -> dict[str, Stored]:

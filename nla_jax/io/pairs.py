@@ -19,7 +19,11 @@ def pair_folders(av: AnyName, ar: AnyName | None) -> tuple[Path, Path]:
     if ar is not None:
         return locate(av), locate(ar)
     root = path_to(av)
-    root = root if root.is_dir() else locate(av)
+    if not root.is_dir():
+        try:
+            root = locate(av)
+        except InputError as error:
+            raise InputError(f"{av} is not a pair: {str(error)[0].lower()}{str(error)[1:]}") from None
     both = lambda folder, names: all((folder / name).is_dir() for name in names)
     for names in ROLES:
         for folder in (root, root / "pair"):
@@ -57,5 +61,19 @@ def base_of(given: AnyName | None, adapters: list[Path]) -> AnyName | None:
 
 def with_tokenizer(*folders: Path | None) -> Path:
     """The first of the folders that holds a tokenizer; else the first of them."""
-    present = [folder for folder in folders if folder and any((folder / name).is_file() for name in TOKENIZER)]
-    return (present or folders)[0]
+    return next((folder for folder in folders if folder and has_tokenizer(folder)), folders[0])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def taken(folder: AnyPath, overwrite: bool) -> str:
+    """Why a pair cannot be saved in `folder`; "" where it can."""
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is a file; a pair is saved as a folder with `av` and `ar`."
+    for path in (folder / "av", folder / "ar"):
+        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            return f"{path} exists and is not empty; save under another name, or pass overwrite=True to replace it."
+    return ""

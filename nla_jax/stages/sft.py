@@ -19,7 +19,7 @@ from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import SupervisedStep, TrainState
 from nla_jax.models.sharding import RowsOf, place_batch, placed, shardings
-from nla_jax.pair import Pair, load_pair, new_pair
+from nla_jax.pair import Pair, Training, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.runtime.compiler import jit_step
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
@@ -121,7 +121,7 @@ def save(run: Run, pair: Pair, name: str) -> None:
 def load(run: Run, name: str) -> Pair:
     """Reads the pair in `{workdir}/{name}` with the run's injections, onto its mesh."""
     c = run.config.compute
-    how = {"dtype": c.dtype, "remat": c.remat, "attention": c.attention}
+    how = {"dtype": c.dtype, "attention": c.attention, "training": Training(c.remat)}
     return load_pair(
         run.workdir / name, conventions=Conventions(injections=injections(run.config)), mesh=run.mesh, **how
     )
