@@ -1,10 +1,11 @@
 """Where the parts of a pair lie: the folders of AV and AR, the subject beneath adapters, a tokenizer."""
 
+import contextlib
 from pathlib import Path
 
 from nla_jax.io.adapters import read_settings
 from nla_jax.io.files import AnyName, AnyPath, path_to
-from nla_jax.io.hub import locate
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.runtime.errors import InputError
 
 ROLES = (("av", "ar"), ("av_lora", "ar_lora"), ("actor", "critic"))  # what makers call the two folders
@@ -35,14 +36,20 @@ def pair_folders(av: AnyName, ar: AnyName | None) -> tuple[Path, Path]:
     raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`, but {found}; name AV and AR apart.")
 
 
-def find_base(recorded: str, beside: AnyPath) -> str | AnyPath:
-    """The subject that a pair was made from: the folder or hub id `recorded`; else `subject` beside the pair's folder.
+def find_base(recorded: str, beside: AnyPath, base_hash: str | None = None) -> str | AnyPath:
+    """The subject that a pair was made from: the folder `recorded`, or `subject` beside the pair's folder, whichever
+    has the hash that is recorded; else the hub id.
 
-    Raises `InputError` where there is neither."""
-    here = path_to(recorded).is_dir()
-    if not here and (beside.parent / "subject").is_dir():
-        return beside.parent / "subject"
-    if here or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
+    Raises `InputError` where there is none of them."""
+    places = [recorded] * path_to(recorded).is_dir()
+    places += [folder / "subject" for folder in (beside.parent, beside) if (folder / "subject").is_dir()]
+    for place in places if base_hash else []:
+        with contextlib.suppress(InputError):
+            if fingerprint(place) == base_hash:
+                return place
+    if places:
+        return places[0]
+    if recorded.count("/") == 1 and not recorded.startswith((".", "/")):
         return recorded
     raise InputError(
         f"The subject {recorded} that {beside} was made from is not here; name its folder or hub id (`nla`: --subject)."
