@@ -197,6 +197,21 @@ def test_a_closed_pipe_is_no_error(place):
     assert process.returncode == 0 and "Broken pipe" not in said, said
 
 
+def test_only_what_is_used_is_imported(place):
+    """torch, which transformers imports where it finds it, takes seconds."""
+    command = [sys.executable, "-X", "importtime", "-m", "nla_jax.cli", "explain", "--pair", str(place / "pair")]
+    done = subprocess.run(
+        [*command, "--text", TEXT, "--json", "--max-new-tokens", "4"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["token"] == "."
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "transformers" in imported and not imported & {"torch", "tensorboardX", "optax", "orbax", "tensorflow"}
+    assert not [line for line in done.stderr.splitlines() if not line.startswith(("import time", "note:"))]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtype_of_all_three_models(explain, monkeypatch, dtype):
     import nla_jax.explain as module

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from nla_jax.runtime.environment import import_transformers_alone
 from nla_jax.runtime.errors import InputError
 from nla_jax.verbs.conventions import add_conventions, given_conventions
 
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints or writes, for each row, the explanation and how much of the activation it carries."""
     out, tokens = new_file(arguments.out), chosen_tokens(arguments.tokens)
+    if not arguments.injection:  # which may be a function of the user's
+        import_transformers_alone()
     material = None if arguments.vectors else read_material(arguments)
     from nla_jax.explain import Sampling, expected_rows, explain_rows, of_chats, of_texts, read_vectors, subject_of
     from nla_jax.io.files import path_to
@@ -126,14 +129,16 @@ def document(content: bytes, name: str) -> str:
 
 def counted(batches: Iterator[list[dict]], expected: int, limit: int) -> Iterator[list[dict]]:
     """The batches as they come, with progress; at the end it is said how many texts were cut, and how many are none."""
-    from nla_jax.runtime.metrics import Progress
-
     total = cut = empty = 0
-    progress = Progress("explain", expected)
+    progress = None
     for rows in batches:
+        if progress is None and expected > len(rows):
+            from nla_jax.runtime.metrics import Progress
+
+            progress = Progress("explain", expected)
         total, cut = total + len(rows), cut + sum(row["cut"] for row in rows)
         empty += sum(not row["explanation"] for row in rows)
-        if expected > len(rows):
+        if progress:
             progress.update(len(rows))
         yield rows
     if not total:
