@@ -74,6 +74,7 @@ class Sidecar:
     provenance: dict = dataclasses.field(default_factory=dict, hash=False)
     maker: str = dataclasses.field(default="nla_jax", compare=False)
     guessed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    foreign: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # names of injections not known here
 
     def write(self, path: Path, role: str) -> None:
         """Writes `nla_meta.yaml` for a model of `role` "av" or "ar"."""
@@ -187,6 +188,7 @@ class Sidecar:
             ids=_read_ids(fields),
             maker=maker,
             guessed=tuple(guessed),
+            foreign=_foreign_injections(injections),
             provenance=get("provenance", kind=dict, default={}),
         )
 
@@ -237,8 +239,9 @@ class Sidecar:
             raise InputError(f"{av} records the ids of its prompts, which {changed[0]} does not change; leave it out.")
         sidecar = dataclasses.replace(self, guessed=(), **given)
         if sidecar.injections is None:
+            named = f"the injection {', '.join(self.foreign)}, which is not" if self.foreign else "no injection that is"
             raise InputError(
-                f"{av / FILE} names no injection that is known here ({', '.join(INJECTIONS)}); pass load_pair "
+                f"{av / FILE} names {named} known here ({', '.join(INJECTIONS)}); pass load_pair "
                 f"`conventions`, e.g. Conventions(injections=Injection(add_norm_matched, block=1)) for EasyNLA and "
                 f"nanoNLA (`nla`: --injection and --injection-block)."
             )
@@ -348,6 +351,12 @@ def injection_fields(injection: Injection) -> dict:
     function = getattr(injection.function, "function", injection.function)  # of a `UserFunction`
     method = names.get(function, f"{function.__module__}:{function.__qualname__}")
     return {"injection_method": method, "injection_block": injection.block}
+
+
+def _foreign_injections(found: list) -> tuple[str, ...]:
+    """What a sidecar calls the injections that are not known here, as `--injection` takes them."""
+    named = [x for x in found if isinstance(x, dict) and x.get("injection_method") not in (None, *INJECTIONS)]
+    return tuple(f"{x['injection_method']!s:.60} behind block {x.get('injection_block', -1)}" for x in named)
 
 
 def read_injections(found: list) -> tuple[Injection, ...] | None:

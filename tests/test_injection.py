@@ -144,7 +144,9 @@ def test_a_function_of_the_users_is_named_but_never_imported(pair, tmp_path):
     dataclasses.replace(pair, sidecar=sidecar).save(tmp_path)
     content = yaml.safe_load((tmp_path / "av" / FILE).read_text(encoding="utf-8"))
     assert content["extraction"]["injection_method"].endswith(":mine")
-    with pytest.raises(InputError, match="pass load_pair `conventions`") as error:
+    with pytest.raises(
+        InputError, match="names the injection .*:mine behind block 0, .*pass load_pair `conventions`"
+    ) as error:
         load_pair(tmp_path)
     one_sentence(error)
     assert (
