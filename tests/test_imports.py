@@ -24,7 +24,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["conventions"],
     ["sidecar", "subject", "runtime.watchdog"],
     ["data", "pair", "runtime.run"],
-    ["labels", "study", "probes", "explain"],
+    ["labels", "study", "probes", "explain", "golden"],
     ["stages", "tools"],
     ["verbs"],
     ["cli"],
