@@ -4,6 +4,7 @@ as they were trained."""
 import dataclasses
 import datetime
 import json
+import re
 import shutil
 
 import numpy as np
@@ -232,7 +233,10 @@ def test_the_references_pairs(pair, vectors, tmp_path, capsys, scale):
     )
     prompt = tokenizer(text, add_special_tokens=False).input_ids
     ids = torch_ids(folder / "av", prompt, prompt.index(pair.sidecar.marker.id), vectors, 20.0)
-    theirs = [read_response(tokenizer.decode(row, skip_special_tokens=True), "search") for row in ids]
+    theirs = []
+    for text in (tokenizer.decode(row, skip_special_tokens=True) for row in ids):
+        found = re.search(r"<explanation>\s*(.*?)\s*</explanation>", text, re.DOTALL)
+        theirs.append(found[1] if found else text.removeprefix("<explanation>").strip())
     assert loaded.verbalize(vectors, **GREEDY) == theirs and any(theirs)
 
 
