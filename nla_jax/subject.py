@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,10 +86,10 @@ def load_subject(
 def extract(
     subject: Subject,
     texts: Sequence[str],
-    positions: str | int | Sequence[int] = "last",
+    positions: Any = "last",
     *,
     max_tokens: int = 2048,
-    doc_ids: Sequence[str] | None = None,
+    doc_ids: Sequence[str] | np.ndarray | None = None,
 ) -> Activations:
     """Activations of `texts` at "last", "all", one index, or several indices of each text's tokens (negative from the
     end), in the order of the texts; `doc_ids` name them (default: their numbers). Special tokens are left out of "all".
@@ -124,7 +125,7 @@ def extract(
     return activations_at(subject, rows, wanted, doc_ids)
 
 
-def _indices(positions: int | Sequence[int], length: int) -> list[int]:
+def _indices(positions: Any, length: int) -> list[int]:
     """Indices from 0 of a text of `length` tokens."""
     try:
         chosen = [operator.index(i) for i in np.atleast_1d(positions).tolist()]

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +13,9 @@ from jaxtyping import Array, Bool
 class TextBatch:
     """Right-padded rows of token ids; `lengths` counts the real tokens. `vectors` belong to the rows (if any do)."""
 
-    tokens: Any  # [B, T]; an array of NumPy or JAX, or what `place_batch` reads rows of
-    lengths: Any  # [B]
-    vectors: Any = None  # [B, D]
+    tokens: Array  # [B, T]
+    lengths: Array  # [B]
+    vectors: Array | None = None  # [B, D]
 
     @property
     def mask(self) -> Bool[Array, "B T"]:
@@ -28,7 +27,7 @@ def rows_of_step(n: int, batch: int, step: int, seed: int) -> np.ndarray:
     """The `batch` row numbers (of `n`) that step `step` (from 0) reads: consecutive pieces of one permutation an
     epoch."""
     places = np.arange(step * batch, (step + 1) * batch)
-    return np.array([_permutation(n, seed, epoch)[place] for epoch, place in zip(places // n, places % n)])
+    return np.array([_permutation(n, seed, epoch)[place] for epoch, place in zip((places // n).tolist(), places % n)])
 
 
 @functools.lru_cache(maxsize=4)
@@ -50,7 +49,7 @@ class LengthBatches:
         """The row numbers of step `step` (from 0)."""
         n = len(self.lengths)
         places = np.arange(step * self.batch, (step + 1) * self.batch)
-        return np.array([self.order(epoch)[place] for epoch, place in zip(places // n, places % n)])
+        return np.array([self.order(epoch)[place] for epoch, place in zip((places // n).tolist(), places % n)])
 
     def width(self, rows: np.ndarray) -> int:
         """The padded length of a batch: its longest row's, rounded up to an eighth of the longest of all rows (so that
