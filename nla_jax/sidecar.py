@@ -137,18 +137,8 @@ class Sidecar:
         maker = _maker(kind, fields)
         stated = get("extraction.injection_scale", default=None)
         scale = read_scale(f"{file}: extraction.injection_scale", stated, d_model)
-        guessed = [] if stated is not None or maker == "nla_jax" or role == "ar" else ["injection_scale"]
-
-        def convention(field: str, name: str, kind: type, choices: dict | None = None):
-            """A fact of the maker's where the sidecar does not say it."""
-            value = get(field, kind=kind, default=None)
-            if value is None:
-                guessed.extend([name] * (maker != "nla_jax"))
-                return getattr(MAKERS[maker], name)
-            if choices and value not in choices:
-                raise InputError(f"{file}: {field} is {value!r:.50}, expected one of {', '.join(choices)}.")
-            return value
-
+        conventions, guessed = _conventions(fields, maker)
+        guessed += ["injection_scale"] * (stated is None and maker != "nla_jax" and role == "av")
         method = get("extraction.injection_method", kind=str, default="replace" if kind == "nla_model" else None)
         first = {"injection_method": method, "injection_block": get("extraction.injection_block", kind=int, default=-1)}
         injections = [first, *get("extraction.more_injections", kind=list, default=[])]
@@ -182,9 +172,7 @@ class Sidecar:
             ),
             suffix_ids=None if suffix_ids is None else tuple(suffix_ids),
             injections=read_injections(injections),
-            special_tokens=convention("critic.add_special_tokens", "special_tokens", bool),
-            thinking=convention("conventions.thinking", "thinking", str, THINKING),
-            reading=convention("conventions.reading", "reading", str, READINGS),
+            **conventions,
             ids=_read_ids(fields),
             maker=maker,
             guessed=tuple(guessed),
@@ -293,14 +281,11 @@ class Sidecar:
 
 
 def sidecar_file(folder: Path) -> tuple[Path, bool]:
-    """The sidecar of a model folder, and whether it is one that folders beside each other share, a level higher.
-
-    Raises `InputError` naming what is there where there is none."""
+    """The sidecar of a model folder, and whether folders beside each other share it. Raises `InputError` for none."""
     for file, shared in ((folder / FILE, False), (folder.parent / FILE, True)):
         if file.is_file():
             return file, shared
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    held = f"; it holds {', '.join(found[:8])}" if found else ""
+    held = f"; it holds {', '.join(sorted(path.name for path in folder.iterdir())[:8])}" if folder.is_dir() else ""
     raise InputError(f"{folder} has no {FILE}: it is not an NLA model folder{held}.")
 
 
@@ -311,6 +296,24 @@ def _maker(kind: str, fields: _Fields) -> str:
         return "EasyNLA or nanoNLA"
     ours = ("conventions", "extraction.injection_method", "critic.add_special_tokens")
     return "nla_jax" if any(fields.get(name, default=None) is not None for name in ours) else "the reference"
+
+
+def _conventions(fields: _Fields, maker: str) -> tuple[dict[str, bool | str], list[str]]:
+    """The facts of `Conventions` that a sidecar states, else those of its maker; and which ones it does not state.
+
+    Raises `InputError` for a value that there is not."""
+    values, guessed = {}, []
+    for field, name, kind, known in (
+        ("critic.add_special_tokens", "special_tokens", bool, None),
+        ("conventions.thinking", "thinking", str, THINKING),
+        ("conventions.reading", "reading", str, READINGS),
+    ):
+        value = fields.get(field, kind=kind, default=None)
+        if value is not None and known and value not in known:
+            raise InputError(f"{fields.file}: {field} is {value!r:.50}, expected one of {', '.join(known)}.")
+        values[name] = getattr(MAKERS[maker], name) if value is None else value
+        guessed += [name] * (value is None and maker != "nla_jax")
+    return values, guessed
 
 
 ID_FIELDS = {  # as the sidecar names them
