@@ -70,14 +70,15 @@ class PromptIds:
     """The literal token ids of a pair's prompts.
 
     `prefix`: the AV's prompt before the first marker. `suffix`: from that marker up to the response; `slots`: where in
-    the suffix the markers stand. `end`: the token that ends a response. `text_prefix`: with what every input of the AR
-    begins."""
+    the suffix the markers stand. `end`: the token that ends a response. `text_prefix`, `text_suffix`: with what every
+    input of the AR begins and ends."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     slots: tuple[int, ...]
     end: int
     text_prefix: tuple[int, ...]
+    text_suffix: tuple[int, ...] = ()
 
 
 def _inject(

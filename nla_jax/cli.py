@@ -37,6 +37,7 @@ VERBS = {
         "nla_jax.verbs.export",
         "a pair as plain Hugging Face folders, and a run's datasets in the reference's form",
     ),
+    "accept": ("nla_jax.verbs.accept", "does a pair do here what the reference's golden dump of it says"),
     "import": ("nla_jax.verbs.import_pair", "anybody's AV and AR as a checked pair of this package"),
     "settings": ("nla_jax.verbs.settings", "every setting of a config: meaning, default, limits"),
     "plan": ("nla_jax.verbs.plan", "what a config needs on a TPU slice, from its programs compiled without one"),

@@ -19,6 +19,9 @@ def normalise(x: Rows, scale: float | None = None) -> Rows:
     """`x` at length `scale` (default sqrt(D), so that the mean square is 1); a zero vector stays zero."""
     if isinstance(x, np.ndarray):
         x = x.astype(np.float64, copy=False)
+        largest = np.abs(x).max(-1, keepdims=True, initial=0)
+        if ((extreme := (largest > 1e100) | (largest < 1e-30)) & (largest > 0) & np.isfinite(largest)).any():
+            x = np.where(extreme, x / np.where(largest > 0, largest, 1), x)  # else its squares are infinite or zero
     xp = x.__array_namespace__()
     if xp is not np:
         x = x.astype(np.float32)
@@ -52,6 +55,8 @@ def row_fve(recon: ArrayLike, vectors: ArrayLike, baseline: str = "mean") -> Flo
 
     Raises `InputError` where shapes differ and where the activations have no variance."""
     try:
+        if np.iscomplexobj(recon) or np.iscomplexobj(vectors):
+            raise TypeError("complex numbers")
         recon, vectors = np.asarray(recon, np.float64), np.asarray(vectors, np.float64)
     except (TypeError, ValueError):
         raise InputError("FVE needs two arrays of numbers, reconstructions and activations [n, d].") from None

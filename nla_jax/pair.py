@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 from numpy.typing import ArrayLike
-from safetensors.numpy import save_file
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
+from nla_jax.conventions import Conventions
 from nla_jax.data.batches import pad_tokens
 from nla_jax.fve import cosine, mse
 from nla_jax.io.adapters import CONFIG as ADAPTER
-from nla_jax.io.adapters import load_adapter, read_settings, save_adapter
-from nla_jax.io.files import AnyPath, new_folder, path_to
-from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model, save_tokenizer
+from nla_jax.io.adapters import load_adapter, save_adapter
+from nla_jax.io.files import new_folder, path_to
+from nla_jax.io.folders import (
+    dtypes_of,
+    is_wrapped,
+    load_params,
+    load_tokenizer,
+    read_config,
+    save_model,
+    save_tokenizer,
+)
+from nla_jax.io.heads import HEAD, read_head, write_head
 from nla_jax.io.hub import locate
-from nla_jax.io.safetensors import read_tensors
+from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_tokenizer
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.lora import Lora
-from nla_jax.models.sharding import TRAIN, place_batch, shardings
+from nla_jax.models.sharding import TRAIN, place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import (
     Transformer,
     TransformerConfig,
@@ -33,20 +45,35 @@ from nla_jax.models.transformer import (
     truncate,
 )
 from nla_jax.prompts import Prompts
-from nla_jax.runtime.distributed import is_writer, to_host
+from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
-from nla_jax.sidecar import FILE, INJECTIONS, Sidecar
+from nla_jax.sidecar import FILE, Sidecar, with_ids
+from nla_jax.user_input import padded_rows, similar_lengths, usable_rows, whole_number
 
-HEAD = "value_head.safetensors"
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a pair that is to be trained is loaded. `remat`: the name of a policy of `jax.checkpoint_policies`."""
+
+    remat: str | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What an AV wrote about one activation."""
+
+    text: str  # as the pair's convention reads the response; "" where it says nothing
+    cut: bool  # it had not ended at the limit of new tokens; what it said till then is kept
+    accepted: str | None  # the text where training accepts it: it ended, and stood alone in its tags
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pair:
     """A verbalizer and a reconstructor with their parameters, prompts and sidecar.
 
     Where one of them is a LoRA adapter, its parameters are the adapter's, and `base` holds the frozen model that both
-    share. `mesh`: the devices over which the parameters are cut (None: they are on one device)."""
+    share, read from the folder `base_at`. `mesh`: the devices over which the parameters are cut (None: they are on one device)."""
 
     sidecar: Sidecar
     prompts: Prompts
@@ -56,6 +83,16 @@ class Pair:
     reconstructor_params: dict
     base: dict | None = None
     mesh: Mesh | None = None
+    base_at: Path | None = None
+
+    def __repr__(self) -> str:
+        of = lambda model: (
+            f"{model.model.config.family} of {model.model.config.layers} blocks{', LoRA' * bool(model.lora)}"
+        )
+        return (
+            f"Pair(subject {self.sidecar.base_checkpoint!r}, layer {self.sidecar.layer}, width {self.sidecar.d_model}; "
+            f"AV: {of(self.verbalizer)}; AR: {of(self.reconstructor)})"
+        )
 
     @functools.cached_property
     def weights(self) -> tuple[dict, dict]:
@@ -77,7 +114,7 @@ class Pair:
     def verbalize(
         self,
         vectors: ArrayLike,
-        max_new_tokens: int = 150,
+        max_new_tokens: int = 200,
         temperature: float = 1.0,
         seed: int = 0,
         *,
@@ -86,21 +123,42 @@ class Pair:
         first: int = 0,
     ) -> list[str]:
         """One explanation for each row of `vectors`, raw activations [n, d] ([n, slots, d] for a prompt of several
-        slots).
+        slots): the texts of `explain`, which has the same arguments."""
+        options = {"inject": inject, "batch": batch, "first": first}
+        return [found.text for found in self.explain(vectors, max_new_tokens, temperature, seed, **options)]
 
-        A text is "" where the AV wrote none within `max_new_tokens`. Temperature 0 is greedy. The same seed gives the
-        same texts, whatever the `batch`. `first` numbers the first row: rows given in pieces get the texts they would
-        get together. With `inject=False` the slot keeps the marker's embedding: a control that shows what the prompt
-        alone says."""
+    def explain(
+        self,
+        vectors: ArrayLike,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        seed: int = 0,
+        *,
+        inject: bool = True,
+        batch: int = 64,
+        first: int = 0,
+    ) -> list[Explanation]:
+        """What the AV says of each row of `vectors`, and whether it came to an end within `max_new_tokens`.
+
+        Temperature 0 is greedy. The same seed gives the same texts, whatever the `batch`. `first` numbers the first
+        row: rows given in pieces get the texts they would get together. With `inject=False` the slot keeps the marker's
+        embedding: a control that shows what the prompt alone says.
+
+        Raises `InputError` for vectors that are no numbers, not finite or zero, and for a setting out of range."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
+        batch, first = whole_number("batch", batch, 1), whole_number("first", first, 0)
+        limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
+        if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
+            raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {temperature!r}.")
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
         parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
         with self._on_mesh() as mesh:
-            sampler, texts = self.sampler, []
+            sampler, found = self.sampler, []
+            rows = batch if len(parts) > 1 else padded_rows(len(vectors), batch, mesh)
 
             def sample(i: int) -> Rollout:
-                padding = [(0, batch - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
+                padding = [(0, rows - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
                 return rollout(
                     verbalizer,
                     sampler,
@@ -108,29 +166,36 @@ class Pair:
                     jax.random.key(seed),
                     first + i * batch,
                     group=1,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
+                    max_new_tokens=limit,
+                    temperature=float(temperature),
                 )
 
             for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
                 tokens, mask, finished = to_host((sampled.tokens, sampled.mask, sampled.finished))
-                found = self.prompts.explanations(self.prompts.responses(tokens, mask), finished)
-                texts += [text or "" for text in found[: len(part)]]
-        return texts
+                responses = self.prompts.responses(tokens, mask)[: len(part)]
+                strict = self.prompts.explanations(responses, finished)
+                texts = self.prompts.read(responses)
+                found += [Explanation(*row) for row in zip(texts, (~finished).tolist(), strict)]
+        return found
 
-    def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:
+    def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> Float[np.ndarray, "n D"]:
         """ĥ [n, d], float32, from explanations: the AR's raw output. Compare it after normalising (`score`,
-        `nla.fve`)."""
+        `nla.fve`).
+
+        Texts of similar length are read together, at most `batch` at a time, so that a long one costs its own length
+        alone. Raises `InputError` where `texts` is no list of texts."""
+        batch = whole_number("batch", batch, 1)
         if isinstance(texts, str):
             raise InputError("reconstruct and score take a list of texts; put a single one in a list.")
-        rows = self.prompts.reconstructor_ids(list(texts))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for i, text in enumerate(texts := list(texts)):
+            if not isinstance(text, str):
+                raise InputError(f"reconstruct and score take a list of texts; entry {i} is {text!r:.50}.")
+        rows = self.prompts.reconstructor_ids(texts)
         out = np.zeros((len(rows), self.sidecar.d_model), np.float32)
         with self._on_mesh() as mesh:
-            for start in range(0, len(order), batch):
-                part = order[start : start + batch]
-                padded = [rows[i] for i in part] + [[0]] * (batch - len(part))
-                placed = place_batch(mesh, pad_tokens(padded, multiple=16))
+            for part in similar_lengths([len(row) for row in rows], batch):
+                padding = [[0]] * (padded_rows(len(part), batch, mesh) - len(part))
+                placed = place_batch(mesh, pad_tokens([rows[i] for i in part] + padding, multiple=16))
                 out[part] = to_host(reconstruct(self.reconstructor, self.weights[1], *placed))[: len(part)]
         return out
 
@@ -171,16 +236,20 @@ class Pair:
             base=None,
         )
 
-    def save(self, folder: str | Path, dtype: Any = np.float32) -> None:
+    def save(self, folder: str | Path, dtype: Any = None, *, overwrite: bool = False) -> None:
         """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are
-        such (`merged().save(…)` writes plain folders). `dtype` is that of whole models; adapters and the AR's head are
-        float32."""
+        such (`merged().save(…)` writes plain folders). `dtype` is that of whole models (None: in which
+        they are held); adapters and the AR's head are float32.
+
+        Raises `InputError` where `av` or `ar` is there already and holds anything (unless `overwrite`, which replaces
+        them with all that they hold), and for weights that are not finite."""
         folder, d = path_to(folder), self.sidecar.d_model
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(f"Weights are saved as floating point numbers, not as {dtype}.")
-        weight = np.asarray(to_host(self.reconstructor_params["head"]), np.float32)
-        head = {"weight": np.ascontiguousarray(weight.T).reshape(d, d)}
-        extra = {"av": {}, "ar": {HEAD: lambda path: save_file(head, path)}}
+        if problem := from_writer(lambda: taken(folder, overwrite)):
+            raise InputError(problem)
+        head = np.asarray(to_host(self.reconstructor_params["head"]), np.float32).reshape(d, d)
+        extra = {"av": {}, "ar": {HEAD: lambda path: write_head(path, head)}}
         for role, model, params in (
             ("av", self.verbalizer, self.verbalizer_params),
             ("ar", self.reconstructor, self.reconstructor_params["backbone"]),
@@ -194,31 +263,26 @@ class Pair:
                     config,
                     tokenizer,
                     truncated=role == "ar",
-                    dtype=dtype,
+                    dtype=dtype or params["embedding"].dtype,
                     end_ids=(self.verbalizer.end,),
                     extra_files=files,
                 )
                 continue
             with new_folder(folder / role) as scratch:
-                save_adapter(scratch, params, model.lora, config, self.sidecar.base_checkpoint)
+                save_adapter(
+                    scratch, params, model.lora, config, self.sidecar.base_checkpoint, wrapped=is_wrapped(self.base_at)
+                )
                 if not is_writer():
                     continue
                 save_tokenizer(tokenizer, scratch)
                 for name, write in files.items():
                     write(scratch / name)
 
-    def _checked(self, vectors: ArrayLike, slots: int | None = None) -> np.ndarray:
+    def _checked(self, vectors: ArrayLike, slots: int | None = None) -> Float[np.ndarray, "n *slots D"]:
+        """Activations as float32 rows. Raises `InputError` where they cannot be that."""
         shape = ([slots] if slots else []) + [self.sidecar.d_model]
-        expected = ", ".join(map(str, ["n", *shape]))
-        try:
-            vectors = np.asarray(vectors, np.float32)
-        except (TypeError, ValueError):
-            raise InputError(f"Activations must be an array of numbers of shape [{expected}].") from None
-        if list(vectors.shape[1:]) != shape or not vectors.ndim > 1:
-            raise InputError(f"Activations must be of shape [{expected}], found shape {list(vectors.shape)}.")
-        if not (finite := np.isfinite(vectors).all(tuple(range(1, vectors.ndim)))).all():
-            raise InputError(f"Row {int(np.argmin(finite))} of the activations holds NaN or infinite values.")
-        return vectors
+        keeps_length = self.sidecar.injection_scale is None and Injection() in self.verbalizer.injections
+        return usable_rows(vectors, shape, keeps_length)
 
 
 def new_pair(
@@ -236,8 +300,10 @@ def new_pair(
 
     `adapters` of AV and AR: None trains the whole model, else a new adapter to the subject, which is then held once, in
     `dtype`. On a `mesh` every parameter is read straight into its training place."""
+    mesh = usable_mesh(mesh)
     config, (av_lora, ar_lora) = _config(folder, dtype, remat, attention, mesh), adapters
     prompts = sidecar.prompts(load_tokenizer(folder))
+    sidecar = with_ids(sidecar, prompts)
     verbalizer, reconstructor = autoencoder(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, adapters
     )
@@ -246,103 +312,70 @@ def new_pair(
     av = av_lora.init_params(keys[0], config) if av_lora else _load(folder, config, mesh)
     truncated = reconstructor.model.config
     backbone = ar_lora.init_params(keys[1], truncated) if ar_lora else _load(folder, truncated, mesh, truncated=True)
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base, mesh)
+    return Pair(
+        sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base, mesh, folder
+    )
 
 
 def load_pair(
     av: str | Path,
     ar: str | Path | None = None,
-    dtype: Any = jnp.float32,
-    remat: str | None = None,
+    dtype: Any = None,
     attention: str = "xla",
     *,
     base: str | Path | None = None,
-    injections: tuple[Injection, ...] | Injection | None = None,
+    conventions: Conventions = Conventions(),  # noqa: B008 (frozen)
     mesh: Mesh | None = None,
+    training: Training | None = None,
 ) -> Pair:
     """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`,
     `ar`.
 
     Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names. Whole parameters are
-    float32, a frozen base `dtype`, which is also what they compute in. `remat` is the name of a
-    `jax.checkpoint_policies` policy, `attention` that of a kernel (models/kernels.py). `injections` say how activations
-    enter the prompt where that is not what the sidecar says. On a `mesh` every parameter is read straight into its
-    training place.
+    held, and compute, in `dtype` (None: the one that they are stored in, float16 computing in float32); adapters, norms
+    and the AR's head are float32. `attention` names a kernel (models/kernels.py). `conventions` say what the sidecar
+    leaves open or has wrong. On a `mesh` every parameter is read straight into its training place. With `training` all
+    that is trained is float32.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
-    if ar is None:
-        if not (path_to(av) / "av").is_dir():
-            raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`.")
-        av, ar = path_to(av) / "av", path_to(av) / "ar"
-    av, ar = locate(av), locate(ar)
+    mesh = usable_mesh(mesh)
+    av, ar = pair_folders(av, ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
-    given = (injections,) if isinstance(injections, Injection) else injections
-    sidecar = dataclasses.replace(sidecar, injections=given or sidecar.injections)
-    if sidecar.injections is None:
-        raise InputError(
-            f"{av / FILE} names no injection that is known here ({', '.join(INJECTIONS)}); pass load_pair "
-            f"`injections`, e.g. Injection(add_norm_matched, block=1) for EasyNLA and nanoNLA (`nla`: --injection and "
-            f"--injection-block)."
-        )
-
+    sidecar = sidecar.settled(conventions, av)
     adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}
-    base_folder = _base_folder(base, [folder for folder in (av, ar) if adapters[folder]])
-    read = lambda folder: _config(folder, dtype, remat, attention, mesh)
-    config = read(base_folder if adapters[av] else av)
-    truncated = read(base_folder).truncated(sidecar.layer + 1) if adapters[ar] else read(ar)
+    base = base_of(base, [folder for folder in (av, ar) if adapters[folder]])
+    base_at = locate(base) if base else None
+    if base and sidecar.maker != "nla_jax":  # which name a checkpoint of training
+        sidecar = dataclasses.replace(sidecar, base_checkpoint=str(base))
+    remat, dtypes = (
+        training and training.remat,
+        {f: dtypes_of(f, dtype) for f in (base_at, av, ar) if f and not (f / ADAPTER).is_file()},
+    )
+    read = lambda folder: _config(folder, dtypes[folder][1], remat, attention, mesh)
+    held = lambda folder: jnp.float32 if training else dtypes[folder][0]
+    config = read(base_at if adapters[av] else av)
+    truncated = read(base_at).truncated(sidecar.layer + 1) if adapters[ar] else read(ar)
     if (config.width, truncated.width, truncated.layers) != (sidecar.d_model, sidecar.d_model, sidecar.layer + 1):
         raise InputError(
             f"The sidecar of {ar} says d_model {sidecar.d_model} and layer {sidecar.layer} ({sidecar.layer + 1} blocks), but "
             f"config.json says width {truncated.width} and {truncated.layers} blocks (AV: width {config.width})."
         )
-    head = read_head(ar / HEAD, sidecar.d_model)
+    head = read_head(ar, sidecar.d_model)
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
-    prompts = sidecar.prompts(load_tokenizer(av))
+    prompts = sidecar.prompts(load_tokenizer(with_tokenizer(av, ar, base_at)))
+    if has_tokenizer(ar) and not prompts.reads_as(load_tokenizer(ar)):
+        raise InputError(f"The tokenizer of {ar} cuts text otherwise than the AV's; AV and AR must share one.")
     verbalizer, reconstructor = autoencoder(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, (av_lora, ar_lora)
     )
     reconstructor = dataclasses.replace(reconstructor, model=Transformer(truncated))  # whose config.json is its own
-    frozen = _load(base_folder, read(base_folder), mesh, dtype=dtype) if base_folder else None
-    sidecar = dataclasses.replace(sidecar, suffix_ids=tuple(prompts.suffix_ids()))  # some sidecars do not say them
-    av_params = av_params or _load(av, config, mesh)
-    backbone = backbone or _load(ar, truncated, mesh, truncated=True)
+    frozen = _load(base_at, read(base_at), mesh, dtype=dtypes[base_at][0]) if base_at else None
+    sidecar = with_ids(sidecar, prompts)  # some sidecars do not say them
+    av_params = av_params or _load(av, config, mesh, dtype=held(av))
+    backbone = backbone or _load(ar, truncated, mesh, truncated=True, dtype=held(ar))
     ar_params = {"backbone": backbone, "head": head}
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh)
-
-
-def read_head(file: Path, d: int) -> np.ndarray:
-    """The AR's head as it acts here, `x @ head`; the file holds its transpose under `weight`."""
-    weight = read_tensors(file).get("weight")
-    if weight is None or weight.shape != (d, d):
-        found = "no tensor 'weight'" if weight is None else f"weight of shape {weight.shape}"
-        raise InputError(f"{file} holds {found}, expected weight of shape {(d, d)}.")
-    head = weight.read().T.astype(np.float32)
-    if not np.isfinite(head).all():
-        raise InputError(f"{file}: weight holds NaN or infinite values.")
-    return np.ascontiguousarray(head)
-
-
-def find_base(recorded: str, beside: AnyPath) -> str | AnyPath:
-    """The subject that a pair was made from: the folder or hub id `recorded`; else `subject` beside the pair's folder.
-
-    Raises `InputError` where there is neither."""
-    here = path_to(recorded).is_dir()
-    if not here and (beside.parent / "subject").is_dir():
-        return beside.parent / "subject"
-    if here or recorded.count("/") == 1 and not recorded.startswith((".", "/")):
-        return recorded
-    raise InputError(f"The subject {recorded} that {beside} was made from is not here; name its folder or hub id.")
-
-
-def _base_folder(given: str | Path | None, adapters: list[Path]) -> Path | None:
-    """The folder of the adapters' base model. Raises `InputError` where two name different ones."""
-    names = {read_settings(folder).get("base_model_name_or_path") for folder in adapters}
-    if not adapters:
-        return None
-    if given is None and (len(names) > 1 or not isinstance(min(names, key=str), str)):
-        raise InputError(f"The adapters {adapters[0]} and {adapters[-1]} name the base models {names}; pass `base`.")
-    return locate(given or find_base(names.pop(), adapters[0].parent))
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh, base_at)
 
 
 def _config(folder: Path, dtype, remat, attention, mesh) -> TransformerConfig:
@@ -356,4 +389,4 @@ def _load(
 ) -> dict:
     """The parameters of a folder, on a mesh each in its training place."""
     layout = shardings(mesh, abstract_params(config, truncated), TRAIN) if mesh else None
-    return load_params(folder, config, truncated=truncated, dtype=dtype, layout=layout)
+    return load_params(folder, config, truncated=truncated, dtype=dtype, scales=np.float32, layout=layout)

@@ -17,16 +17,37 @@ VERBALIZER_TEMPLATE = (
     "model. Your overall task is to describe the semantic content of that activation vector.\n\nHere is the vector: "
     "<concept>{injection_char}</concept>\n\nPlease provide an explanation within <explanation> tags."
 )
+PROMPT_PARTS = {
+    "prefix": "the AV's prompt before the marker",
+    "suffix": "the AV's prompt from the marker on",
+    "slots": "the AV's prompt",
+    "end": "the end of a response",
+    "text_prefix": "the beginning of the AR's input",
+    "text_suffix": "the end of the AR's input",
+}
 RECONSTRUCTOR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
 RESPONSE = "<explanation>\n{explanation}\n</explanation>"
 MARKERS = "㈎㈜㎡㊙㋿™~§¤¬|^"  # rare characters, tried in this order where no marker is named
+READINGS = {  # how a response is read at inference; training accepts only what stands alone in its tags
+    "tags": "what stands in the tags, or behind an opening one; nothing where there is none",
+    "search": "what stands in the tags, or behind an opening one; the whole response where there is none",
+    "whole": "the whole response",
+}
+THINKING = {  # what the chat template is told about thinking; it is left as it is where it is told nothing
+    "off": {"enable_thinking": False},
+    "on": {"enable_thinking": True},
+    "template": {},
+}
+TAGGED = re.compile(r"<explanation>\s*(.*?)\s*(?:</explanation>|\Z)", re.DOTALL)
 EXPLANATION = re.compile(r"\s*<explanation>\s*((?:(?!</?explanation>).)*?)\s*</explanation>\s*", re.DOTALL)
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, content: str, answer: str | None = None) -> str:
-    """The text of a conversation up to the model's turn (or with its `answer`), by the tokenizer's chat template; a
-    tokenizer without one gets its BOS, the content and a line break. Raises `InputError` where nothing ends an
-    answer."""
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, content: str, answer: str | None = None, thinking: str = "off"
+) -> str:
+    """The text of a conversation up to the model's turn (or with its `answer`), by the tokenizer's chat template
+    (`thinking`: one of `THINKING`); a tokenizer without one gets its BOS, the content and a line break. Raises
+    `InputError` where nothing ends an answer."""
     if tokenizer.chat_template is None:
         if tokenizer.eos_token is None:
             raise InputError(
@@ -38,8 +59,17 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, content: str, answer: str | No
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer is None, enable_thinking=False
+        messages, tokenize=False, add_generation_prompt=answer is None, **THINKING[thinking]
     )
+
+
+def read_response(text: str, reading: str) -> str:
+    """What a response says, by one of `READINGS`."""
+    if reading == "whole":
+        return text.strip()
+    if found := TAGGED.search(text):
+        return found[1]
+    return text.strip() if reading == "search" else ""
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -47,9 +77,9 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, thinking: str = "off") -> int:
     """The token that ends an assistant's turn: the first one after its words in the chat template."""
-    text = chat_text(tokenizer, "question", "answer")
+    text = chat_text(tokenizer, "question", "answer", thinking)
     tail = plain_ids(tokenizer, [text[text.rindex("answer") + len("answer") :]])[0]
     return tail[0] if tail and tokenizer.chat_template is not None else tokenizer.eos_token_id
 
@@ -90,20 +120,26 @@ def find_marker(tokenizer: PreTrainedTokenizerBase, template: str, char: str = "
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """The templates of one pair with its live tokenizer. `special_tokens`: the AR's input begins with the BOS that the
-    tokenizer adds."""
+    tokenizer adds. `thinking`, `reading`: of `THINKING`, `READINGS`.
+
+    `recorded`: the ids with which the pair was trained. They are used whatever the live tokenizer would render: a chat
+    template may write the date, or change with a version."""
 
     tokenizer: PreTrainedTokenizerBase
     marker: Marker
     verbalizer_template: str = VERBALIZER_TEMPLATE
     reconstructor_template: str = RECONSTRUCTOR_TEMPLATE
     special_tokens: bool = True
+    thinking: str = "off"
+    reading: str = "tags"
+    recorded: PromptIds | None = None
 
     def verbalizer_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """`(prefix, suffix, slots)`: the ids before the first marker, those from it to the response, and where in the
+        """`(prefix, suffix, slots)` under the live tokenizer: the ids before the first marker, those from it to the response, and where in the
         suffix the markers stand. As many markers must stand there as the template has slots, the first between its two
         neighbours. Raises `InputError` where that is not so."""
         content = self.verbalizer_template.replace("{injection_char}", self.marker.char)
-        ids = plain_ids(self.tokenizer, [chat_text(self.tokenizer, content)])[0]
+        ids = plain_ids(self.tokenizer, [chat_text(self.tokenizer, content, thinking=self.thinking)])[0]
         m, slots = self.marker, self.verbalizer_template.count("{injection_char}")
         places = [i for i in range(1, len(ids) - 1) if ids[i] == m.id]
         if len(places) != slots or (ids[places[0] - 1], ids[places[0] + 1]) != (m.left, m.right):
@@ -118,9 +154,43 @@ class Prompts:
         return tuple(ids[:first]), tuple(ids[first:]), tuple(i - first for i in places)
 
     def ids(self) -> PromptIds:
-        """The literal ids of both prompts under the live tokenizer."""
-        prefix, suffix, slots = self.verbalizer_prompt()
-        return PromptIds(prefix, suffix, slots, end_of_turn(self.tokenizer), self.reconstructor_prefix)
+        """The literal ids of both prompts: as recorded, else as the live tokenizer renders them."""
+        return self.recorded or self._live
+
+    @functools.cached_property
+    def _live(self) -> PromptIds:
+        end = end_of_turn(self.tokenizer, self.thinking)
+        return PromptIds(*self.verbalizer_prompt(), end, self._live_prefix, tuple(self.suffix_ids()))
+
+    def drift(self) -> str:
+        """In what the live tokenizer would render other prompts than the recorded ones; "" where it would not.
+
+        Raises `InputError` where the recorded ids spell another text than the templates: then the tokenizer is another
+        pair's."""
+        if self.recorded is None:
+            return ""
+        squashed = lambda text: "".join(text.split())
+        spelt = self._spell(self.recorded.prefix + self.recorded.suffix)
+        if squashed(self.verbalizer_template.replace("{injection_char}", self.marker.char)) not in squashed(spelt):
+            raise InputError(
+                f"The ids that the sidecar records for the AV's prompt read {spelt!r:.80} under this tokenizer, which is "
+                f"not its template; the sidecar belongs to another tokenizer."
+            )
+        try:
+            live = self._live
+        except InputError as error:
+            return str(error).rstrip(".")
+        for name in PROMPT_PARTS:
+            old, new = (np.ravel(getattr(ids, name)).tolist() for ids in (self.recorded, live))
+            if old != new:
+                same = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
+                old, new = (self._spell(ids[same : same + 8]) for ids in (old, new))
+                return f"{PROMPT_PARTS[name]} has {old!r} where the live tokenizer would have {new!r}"
+        return ""
+
+    def _spell(self, ids: Sequence[int]) -> str:
+        known = [i for i in ids if 0 <= i < len(self.tokenizer)]
+        return self.tokenizer.decode(known, clean_up_tokenization_spaces=False)
 
     def text_width(self, max_new_tokens: int) -> int:
         """The length of AR inputs: the template around a text of `max_new_tokens` tokens, rounded up to a multiple of
@@ -129,7 +199,7 @@ class Prompts:
 
     def response_ids(self, explanations: Sequence[str]) -> list[list[int]]:
         """What the AV is to write: each explanation in its tags, ended."""
-        end = end_of_turn(self.tokenizer)
+        end = self.ids().end
         texts = [RESPONSE.replace("{explanation}", text) for text in explanations]
         return [ids + [end] for ids in plain_ids(self.tokenizer, texts)]
 
@@ -143,8 +213,12 @@ class Prompts:
         matches = [EXPLANATION.fullmatch(text) if done else None for text, done in zip(responses, finished)]
         return [match[1] or None if match else None for match in matches]
 
+    def read(self, responses: Sequence[str]) -> list[str]:
+        """The text of each response, cut or not, as `reading` says (see `READINGS`); "" where it says nothing."""
+        return [read_response(text, self.reading) for text in responses]
+
     @functools.cached_property
-    def reconstructor_prefix(self) -> tuple[int, ...]:
+    def _live_prefix(self) -> tuple[int, ...]:
         """The ids with which every input of the AR begins, whatever the explanation: those of the template up to the
         last space before it, behind which tokens may merge with the explanation's first characters."""
         ids, whole = self._ids([self._head])[0], self._ids([self.reconstructor_template])[0]
@@ -163,9 +237,10 @@ class Prompts:
 
     def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one
-        (unless `special_tokens` is off), beginning with `reconstructor_prefix`. Where the ids outnumber `limit`, the
+        (unless `special_tokens` is off), beginning and ending as recorded. Where the ids outnumber `limit`, the
         explanation loses its last characters; the template stays whole."""
-        prefix = list(self.reconstructor_prefix)
+        prefix, suffix, recorded = list(self._live_prefix), self.suffix_ids(), self.recorded
+        old = recorded and [list(recorded.text_prefix), list(recorded.text_suffix)]
 
         def finished(explanations):
             texts = [self.reconstructor_template.replace("{explanation}", text) for text in explanations]
@@ -173,6 +248,10 @@ class Prompts:
             for i, row in enumerate(rows):
                 if row[: len(prefix)] != prefix:  # this tokenizer merges across the space: tokenise both sides apart
                     rows[i] = prefix + plain_ids(self.tokenizer, [texts[i][len(self._head) :]])[0]
+            if old and old != [prefix, suffix]:
+                rows = [old[0] + row[len(prefix) :] for row in rows]
+                ends = lambda row: suffix and row[-len(suffix) :] == suffix
+                rows = [row[: -len(suffix)] + old[1] if ends(row) else row for row in rows]
             return rows
 
         rows = finished(explanations)
@@ -187,6 +266,12 @@ class Prompts:
                 row = finished([text])[0]
             rows[i] = row
         return rows
+
+    def reads_as(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether another tokenizer would give the AR the same ids."""
+        probe = ["The river turns, north.\n\n1. It's 2026 — naïve 漢字?"]
+        ours, theirs = (dataclasses.replace(self, tokenizer=t, recorded=None) for t in (self.tokenizer, tokenizer))
+        return ours.reconstructor_ids(probe) == theirs.reconstructor_ids(probe)
 
     def reconstructor_batch(self, explanations: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Those ids as `[B, length]` with their lengths."""

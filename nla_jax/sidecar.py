@@ -1,5 +1,6 @@
 """`nla_meta.yaml`: what a model of a natural language autoencoder says about itself, in the reference's format."""
 
+import contextlib
 import dataclasses
 import math
 import reprlib
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import yaml
 
-from nla_jax.autoencoder import Injection, add_norm_matched, replace
-from nla_jax.prompts import Marker, Prompts
+from nla_jax.autoencoder import Injection, PromptIds, add_norm_matched, replace
+from nla_jax.conventions import MAKERS, Conventions
+from nla_jax.prompts import READINGS, THINKING, Marker, Prompts
 from nla_jax.runtime.errors import InputError, first_line
+from nla_jax.runtime.notes import note
 
 FILE = "nla_meta.yaml"
 INJECTIONS = {"replace": replace, "norm_matched_addition": add_norm_matched}  # by their names in a sidecar
+JOINT = ("d_model", "layer", "reconstructor_template")  # what AV and AR of a pair must agree in
 LARGEST = 1 << 20  # bytes of a sidecar that is worth reading
 
 
@@ -49,7 +53,9 @@ class _Fields:
 class Sidecar:
     """The facts shared by an AV, its AR and their data. None: the folder's sidecar does not say (its partner's may).
 
-    `injection_scale` None means that activations are injected at their own length. `base_hash` and the like go to
+    `injection_scale` None means that activations are injected at their own length. `special_tokens`, `thinking`,
+    `reading`: see `Conventions`. `ids`: the prompts as the pair was trained with them. `maker`: whose sidecar it is, of
+    `MAKERS`; `guessed`: what it does not say, and the maker is known to do. `base_hash` and the like go to
     `provenance`."""
 
     base_checkpoint: str
@@ -62,7 +68,13 @@ class Sidecar:
     suffix_ids: tuple[int, ...] | None
     injections: tuple[Injection, ...] | None = (Injection(),)
     special_tokens: bool = True
+    thinking: str = "off"
+    reading: str = "tags"
+    ids: PromptIds | None = None
     provenance: dict = dataclasses.field(default_factory=dict, hash=False)
+    maker: str = dataclasses.field(default="nla_jax", compare=False)
+    guessed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    foreign: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # names of injections not known here
 
     def write(self, path: Path, role: str) -> None:
         """Writes `nla_meta.yaml` for a model of `role` "av" or "ar"."""
@@ -94,8 +106,14 @@ class Sidecar:
                 "critic_suffix_ids": list(self.suffix_ids),
             },
             "prompt_templates": {"av": self.verbalizer_template, "ar": self.reconstructor_template},
+            "conventions": {"thinking": self.thinking, "reading": self.reading},
             "provenance": self.provenance,
         }
+        if self.ids:
+            content["prompt_ids"] = {
+                name: getattr(self.ids, field) if field == "end" else list(getattr(self.ids, field))
+                for name, field in ID_FIELDS.items()
+            }
         if role == "ar":
             content["critic"] = {"extraction_layer_index": self.layer, "add_special_tokens": self.special_tokens}
         return content
@@ -106,17 +124,21 @@ class Sidecar:
         ar/critic), or the dataset's sidecar that EasyNLA and nanoNLA copy there.
 
         Raises `InputError` naming the field that is missing or wrong."""
-        file = Path(folder) / FILE
+        file, shared = sidecar_file(Path(folder))
         fields = _Fields(file, read_yaml(file, f"{folder} has no {FILE}: it is not an NLA model folder."))
         get, count = fields.get, fields.count
         kind = get("kind", kind=str, default="nla_model")
         if kind not in ("nla_model", "nla_dataset"):
             raise InputError(f"{file}: kind is {reprlib.repr(kind)}, expected 'nla_model'.")
-        found = get("role", kind=str, **({} if kind == "nla_model" else {"default": role}))
-        if (named := {"actor": "av", "critic": "ar"}.get(found, found)) != role:
+        found = get("role", kind=str, **({"default": role} if shared or kind == "nla_dataset" else {}))
+        if not shared and (named := {"actor": "av", "critic": "ar"}.get(found, found)) != role:
             raise InputError(f"{file}: role is {named!r}, expected {role!r}; were the AV and AR folders swapped?")
         d_model = count("d_model", "extraction.d_model", least=1)
-        scale = _scale(file, "extraction.injection_scale", get("extraction.injection_scale", default=None), d_model)
+        maker = _maker(kind, fields)
+        stated = get("extraction.injection_scale", default=None)
+        scale = read_scale(f"{file}: extraction.injection_scale", stated, d_model)
+        conventions, guessed = _conventions(fields, maker)
+        guessed += ["injection_scale"] * (stated is None and maker != "nla_jax" and role == "av")
         method = get("extraction.injection_method", kind=str, default="replace" if kind == "nla_model" else None)
         first = {"injection_method": method, "injection_block": get("extraction.injection_block", kind=int, default=-1)}
         injections = [first, *get("extraction.more_injections", kind=list, default=[])]
@@ -150,7 +172,11 @@ class Sidecar:
             ),
             suffix_ids=None if suffix_ids is None else tuple(suffix_ids),
             injections=read_injections(injections),
-            special_tokens=get("critic.add_special_tokens", kind=bool, default=True),
+            **conventions,
+            ids=_read_ids(fields),
+            maker=maker,
+            guessed=tuple(guessed),
+            foreign=_foreign_injections(injections),
             provenance=get("provenance", kind=dict, default={}),
         )
 
@@ -159,9 +185,17 @@ class Sidecar:
 
         Raises `InputError` naming the field in which the two disagree."""
         short = lambda name: name.rstrip("/").rsplit("/", 1)[-1]
-        for field in ("base_checkpoint", "d_model", "layer", "reconstructor_template"):
-            a, b = getattr(self, field), getattr(other, field)
-            if a is not None and (short(a) != short(b) if field == "base_checkpoint" else a != b):
+        hashes = [sidecar.provenance.get("base_hash") for sidecar in (self, other)]
+        facts = {field: (getattr(self, field), getattr(other, field)) for field in JOINT}
+        facts["prompt_ids"] = (self.ids if other.ids else None, other.ids)
+        if all(hashes):  # says more than a name, which is another wherever a folder was copied or moved to
+            facts["provenance.base_hash"] = tuple(hashes)
+        elif self.maker == other.maker == "nla_jax":
+            facts["base_checkpoint"] = (short(self.base_checkpoint), short(other.base_checkpoint))
+        elif short(self.base_checkpoint) != short(other.base_checkpoint):  # others name what each was trained from
+            note(f"The AV names {self.base_checkpoint} as what it was made from, the AR {other.base_checkpoint}.")
+        for field, (a, b) in facts.items():
+            if a is not None and a != b:
                 raise InputError(
                     f"{av} and {ar} are not a pair: {field} is {reprlib.repr(a)} in one and {reprlib.repr(b)} in the other."
                 )
@@ -171,8 +205,44 @@ class Sidecar:
             reconstructor_template=other.reconstructor_template,
             suffix_ids=other.suffix_ids if other.suffix_ids is not None else self.suffix_ids,
             special_tokens=other.special_tokens,
+            ids=self.ids or other.ids,
+            guessed=(
+                *[name for name in self.guessed if name != "special_tokens"],
+                *[name for name in other.guessed if name == "special_tokens"],
+            ),
             provenance=other.provenance | self.provenance,
         )
+
+    def settled(self, said: Conventions, av: Path) -> "Sidecar":
+        """The facts with what who loads the pair says of them; what is still a guess is said in a note.
+
+        Raises `InputError` where the sidecar names no injection that is known here, or no scale that it needs."""
+        given = {name: value for name, value in vars(said).items() if value is not None}
+        guessed = [name for name in self.guessed if name not in given]
+        if isinstance(said.injections, Injection):
+            given["injections"] = (said.injections,)
+        if "injection_scale" in given:
+            given["injection_scale"] = read_scale("injection_scale", said.injection_scale, self.d_model)
+        if self.ids and (changed := [name for name in ("special_tokens", "thinking") if name in given]):
+            raise InputError(f"{av} records the ids of its prompts, which {changed[0]} does not change; leave it out.")
+        sidecar = dataclasses.replace(self, guessed=(), **given)
+        if sidecar.injections is None:
+            named = f"the injection {', '.join(self.foreign)}, which is not" if self.foreign else "no injection that is"
+            raise InputError(
+                f"{av / FILE} names {named} known here ({', '.join(INJECTIONS)}); pass load_pair "
+                f"`conventions`, e.g. Conventions(injections=Injection(add_norm_matched, block=1)) for EasyNLA and "
+                f"nanoNLA (`nla`: --injection and --injection-block)."
+            )
+        if "injection_scale" in guessed and any(x.function is replace for x in sidecar.injections):
+            raise InputError(
+                f"{av / FILE} names no injection_scale; pass load_pair `conventions=Conventions(injection_scale=…)` "
+                f"(`nla`: --injection-scale), the length at which its AV was shown activations (150 for the released "
+                f"Qwen2.5-7B), or raw where they are injected as they are."
+            )
+        if unsure := [name for name in guessed if name != "injection_scale"]:
+            facts = ", ".join(f"{name} = {getattr(sidecar, name)}" for name in unsure)
+            note(f"{av}: its sidecar does not say {facts}; that is what pairs of {self.maker} do (`Conventions`).")
+        return sidecar
 
     def prompts(self, tokenizer) -> Prompts:
         """The templates with a live tokenizer, checked against it: marker id, its neighbours, the template's suffix.
@@ -188,8 +258,19 @@ class Sidecar:
                     f"{reprlib.repr(field)}."
                 )
         prompts = Prompts(
-            tokenizer, self.marker, self.verbalizer_template, self.reconstructor_template, self.special_tokens
+            tokenizer,
+            self.marker,
+            self.verbalizer_template,
+            self.reconstructor_template,
+            self.special_tokens,
+            self.thinking,
+            self.reading,
+            self.ids,
         )
+        if self.ids:
+            if drift := prompts.drift():
+                note(f"{drift[0].upper()}{drift[1:]}; the ids that the pair was trained with are used.")
+            return prompts
         prompts.verbalizer_prompt()
         if self.suffix_ids is not None and (live := tuple(prompts.suffix_ids())) != tuple(self.suffix_ids):
             raise InputError(
@@ -199,12 +280,86 @@ class Sidecar:
         return prompts
 
 
+def sidecar_file(folder: Path) -> tuple[Path, bool]:
+    """The sidecar of a model folder, and whether folders beside each other share it. Raises `InputError` for none."""
+    for file, shared in ((folder / FILE, False), (folder.parent / FILE, True)):
+        if file.is_file():
+            return file, shared
+    held = f"; it holds {', '.join(sorted(path.name for path in folder.iterdir())[:8])}" if folder.is_dir() else ""
+    raise InputError(f"{folder} has no {FILE}: it is not an NLA model folder{held}.")
+
+
+def _maker(kind: str, fields: _Fields) -> str:
+    """Whose sidecar it is, of `MAKERS`: EasyNLA and nanoNLA copy the dataset's; the reference says neither how
+    activations enter nor whether the AR's input has special tokens."""
+    if kind == "nla_dataset":
+        return "EasyNLA or nanoNLA"
+    ours = ("conventions", "extraction.injection_method", "critic.add_special_tokens")
+    return "nla_jax" if any(fields.get(name, default=None) is not None for name in ours) else "the reference"
+
+
+def _conventions(fields: _Fields, maker: str) -> tuple[dict[str, bool | str], list[str]]:
+    """The facts of `Conventions` that a sidecar states, else those of its maker; and which ones it does not state.
+
+    Raises `InputError` for a value that there is not."""
+    values, guessed = {}, []
+    for field, name, kind, known in (
+        ("critic.add_special_tokens", "special_tokens", bool, None),
+        ("conventions.thinking", "thinking", str, THINKING),
+        ("conventions.reading", "reading", str, READINGS),
+    ):
+        value = fields.get(field, kind=kind, default=None)
+        if value is not None and known and value not in known:
+            raise InputError(f"{fields.file}: {field} is {value!r:.50}, expected one of {', '.join(known)}.")
+        values[name] = getattr(MAKERS[maker], name) if value is None else value
+        guessed += [name] * (value is None and maker != "nla_jax")
+    return values, guessed
+
+
+ID_FIELDS = {  # as the sidecar names them
+    "av_prefix": "prefix",
+    "av_suffix": "suffix",
+    "av_slots": "slots",
+    "av_end": "end",
+    "ar_prefix": "text_prefix",
+    "ar_suffix": "text_suffix",
+}
+
+
+def _read_ids(fields: _Fields) -> PromptIds | None:
+    """The recorded ids of the prompts. Raises `InputError` where they are damaged."""
+    if fields.get("prompt_ids", kind=dict, default=None) is None:
+        return None
+    values = {}
+    for name, field in ID_FIELDS.items():
+        value = fields.get(f"prompt_ids.{name}", kind=int if field == "end" else list)
+        ids = [value] if field == "end" else value
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise InputError(f"{fields.file}: prompt_ids.{name} is {reprlib.repr(value)}, expected token ids.")
+        values[field] = value if field == "end" else tuple(value)
+    ids = PromptIds(**values)
+    if not ids.slots or max(ids.slots) >= len(ids.suffix):
+        raise InputError(f"{fields.file}: prompt_ids.av_slots is {list(ids.slots)}, no places of prompt_ids.av_suffix.")
+    return ids
+
+
+def with_ids(sidecar: Sidecar, prompts: Prompts) -> Sidecar:
+    """The sidecar with the ids of the prompts that are in use, for whoever loads the pair next."""
+    return dataclasses.replace(sidecar, suffix_ids=tuple(prompts.ids().text_suffix), ids=prompts.ids())
+
+
 def injection_fields(injection: Injection) -> dict:
     """How a sidecar names an injection."""
     names = {function: name for name, function in INJECTIONS.items()}
     function = getattr(injection.function, "function", injection.function)  # of a `UserFunction`
     method = names.get(function, f"{function.__module__}:{function.__qualname__}")
     return {"injection_method": method, "injection_block": injection.block}
+
+
+def _foreign_injections(found: list) -> tuple[str, ...]:
+    """What a sidecar calls the injections that are not known here, as `--injection` takes them."""
+    named = [x for x in found if isinstance(x, dict) and x.get("injection_method") not in (None, *INJECTIONS)]
+    return tuple(f"{x['injection_method']!s:.60} behind block {x.get('injection_block', -1)}" for x in named)
 
 
 def read_injections(found: list) -> tuple[Injection, ...] | None:
@@ -230,12 +385,15 @@ def read_yaml(file: Path, missing: str) -> dict:
     return content
 
 
-def _scale(file: Path, name: str, value, d_model: int) -> float | None:
-    """A scale as the reference reads it: null, "raw" and "none" mean none; "sqrt_d_model"; a number."""
+def read_scale(name: str, value, d_model: int) -> float | None:
+    """A scale as the reference reads it: null, "raw" and "none" mean none; "sqrt_d_model"; a number, also in quotes."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if value in (None, "raw", "none"):
         return None
     if value == "sqrt_d_model":
         return d_model**0.5
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
         return float(value)
-    raise InputError(f"{file}: {name} is {reprlib.repr(value)}, expected a positive number, 'sqrt_d_model' or null.")
+    raise InputError(f"{name} is {reprlib.repr(value)}, expected a positive number, 'sqrt_d_model' or null.")

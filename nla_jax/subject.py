@@ -20,7 +20,7 @@ from nla_jax.data.batches import pad_tokens
 from nla_jax.io.folders import load_params, load_tokenizer, model_config, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.kernels import with_kernel
-from nla_jax.models.sharding import place_batch, shardings
+from nla_jax.models.sharding import place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.runtime.errors import InputError, first_line
 
@@ -71,7 +71,7 @@ def load_subject(
     `attention` names a kernel (models/kernels.py).
 
     Raises `InputError` for a layer that the model does not have, and where the mesh does not divide it."""
-    folder = locate(name)
+    folder, mesh = locate(name), usable_mesh(mesh)
     config = with_kernel(read_config(folder, dtype), attention, mesh)
     if not 0 <= layer < config.layers:
         raise InputError(
@@ -106,6 +106,8 @@ def extract(
     if len(doc_ids) != len(texts):
         raise InputError(f"There are {len(doc_ids)} doc_ids for {len(texts)} texts; they must be as many.")
     rows = subject.tokenizer(texts, verbose=False).input_ids
+    bos = subject.tokenizer.bos_token_id
+    rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]  # a chat's rendered text has its own already
     special = set(subject.tokenizer.all_special_ids)
     wanted = []
     for text, row in zip(texts, rows):

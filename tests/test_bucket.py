@@ -97,7 +97,9 @@ def test_metrics_reach_the_bucket_before_each_checkpoint(store, tmp_path):
 
 def test_a_pair_is_saved_and_loaded(store, pair, vectors, tmp_path):
     store.put("pair/av/model-00001-of-00009.safetensors", b"of an earlier pair")
-    pair.save("gs://bucket/pair")
+    with pytest.raises(InputError, match="gs://bucket/pair/av exists and is not empty"):
+        pair.save("gs://bucket/pair")
+    pair.save("gs://bucket/pair", overwrite=True)
     pair.save(tmp_path / "pair")
     there = {name.removeprefix("pair/") for name in store.objects if name.startswith("pair/")}
     assert there == {str(file.relative_to(tmp_path / "pair")) for file in (tmp_path / "pair").rglob("*.*")}

@@ -12,6 +12,7 @@ from conftest import TINY, close, one_sentence
 from jax.tree_util import Partial
 
 from nla_jax.autoencoder import Injection, add_norm_matched, keep, replace
+from nla_jax.conventions import Conventions
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.runtime.errors import InputError
@@ -143,16 +144,21 @@ def test_a_function_of_the_users_is_named_but_never_imported(pair, tmp_path):
     dataclasses.replace(pair, sidecar=sidecar).save(tmp_path)
     content = yaml.safe_load((tmp_path / "av" / FILE).read_text(encoding="utf-8"))
     assert content["extraction"]["injection_method"].endswith(":mine")
-    with pytest.raises(InputError, match="pass load_pair `injections`") as error:
+    with pytest.raises(
+        InputError, match="names the injection .*:mine behind block 0, .*pass load_pair `conventions`"
+    ) as error:
         load_pair(tmp_path)
     one_sentence(error)
-    assert load_pair(tmp_path, injections=Injection(mine, 0)).verbalizer.injections[0].function is mine
+    assert (
+        load_pair(tmp_path, conventions=Conventions(injections=Injection(mine, 0))).verbalizer.injections[0].function
+        is mine
+    )
 
 
 def test_a_block_that_is_not_there_is_refused(pair, tmp_path):
     pair.save(tmp_path)
     with pytest.raises(InputError, match="behind block 9, but .* has blocks 0 to 2") as error:
-        load_pair(tmp_path, injections=Injection(add_norm_matched, 9))
+        load_pair(tmp_path, conventions=Conventions(injections=Injection(add_norm_matched, 9)))
     one_sentence(error)
 
 
@@ -179,7 +185,7 @@ def test_a_dataset_sidecar_in_a_model_folder(pair, tokenizer, tmp_path):
     with pytest.raises(InputError, match="for EasyNLA and nanoNLA") as error:
         load_pair(tmp_path)
     one_sentence(error)
-    loaded = load_pair(tmp_path, injections=Injection(add_norm_matched, 1))
+    loaded = load_pair(tmp_path, conventions=Conventions(True, injections=Injection(add_norm_matched, 1)))
     assert (loaded.sidecar.layer, loaded.sidecar.injection_scale, loaded.sidecar.suffix_ids) == (
         1,
         None,
@@ -193,7 +199,8 @@ def released(sidecar: Sidecar, role: str) -> dict:
     content = sidecar.content(role)
     content["extraction"] = {"injection_scale": 20.0, "mse_scale": TINY.width**0.5}
     content |= {"stage": "rl", "trained_on": [], "created_at": "2026-05-01T00:00:00", "training": {"lr": 1e-5}}
-    del content["provenance"]
+    for ours in ("provenance", "conventions", "prompt_ids"):
+        del content[ours]
     if role == "av":
         content["tokens"]["critic_suffix_ids"] = None
         content["prompt_templates"]["ar"] = None
@@ -209,7 +216,10 @@ def test_released_sidecars_are_read(pair, tmp_path):
         text = yaml.safe_dump(released(pair.sidecar, role), allow_unicode=True)
         (tmp_path / role / FILE).write_text(text, encoding="utf-8")
     loaded = load_pair(tmp_path)
-    assert dataclasses.replace(loaded.sidecar, provenance=pair.sidecar.provenance) == pair.sidecar
+    assert dataclasses.replace(
+        loaded.sidecar, provenance=pair.sidecar.provenance, thinking="off", reading="tags"
+    ) == dataclasses.replace(pair.sidecar, ids=loaded.sidecar.ids)
+    assert (loaded.sidecar.thinking, loaded.sidecar.reading) == ("template", "search")
     (tmp_path / "ar" / FILE).write_text(text.replace("extraction_layer_index: 1", "extraction_layer_index: 2"))
     with pytest.raises(
         InputError, match="says d_model 32 and layer 2 .*config.json says width 32 and 2 blocks"
@@ -232,7 +242,7 @@ def test_a_hostile_sidecar_is_refused(wrong, pair, tmp_path):
 
 def test_prompts_without_bos(pair, tmp_path):
     """EasyNLA's AR reads its text without the BOS that the tokenizer would add; the sidecar says so."""
-    sidecar = dataclasses.replace(pair.sidecar, special_tokens=False)
+    sidecar = dataclasses.replace(pair.sidecar, special_tokens=False, ids=None)
     dataclasses.replace(pair, sidecar=sidecar).save(tmp_path)
     prompts: Prompts = load_pair(tmp_path).prompts
     with_bos, without = pair.prompts.reconstructor_ids(["a"])[0], prompts.reconstructor_ids(["a"])[0]

@@ -1,7 +1,9 @@
 """A pair on disk and in use, against torch."""
 
 import dataclasses
+import inspect
 import json
+import os
 import shutil
 
 import jax
@@ -12,13 +14,17 @@ import transformers
 from conftest import TINY, close, one_sentence
 from safetensors.numpy import load_file, save_file
 
+import nla_jax.pair
 from nla_jax.data.batches import TextBatch
 from nla_jax.fve import fve
+from nla_jax.io import hub
 from nla_jax.joint_step import SupervisedStep
 from nla_jax.losses import reconstructor_loss
-from nla_jax.pair import HEAD, load_pair, new_pair
+from nla_jax.pair import HEAD, Pair, Training, load_pair, new_pair
 from nla_jax.probes.fidelity import derangement
 from nla_jax.runtime.errors import InputError
+from nla_jax.subject import extract, load_subject
+from nla_jax.user_input import similar_lengths
 
 TEXTS = ["The river turns north.", "By noon the fish are gone and only bread is left.", "é", ""]
 SAMPLE = dict(max_new_tokens=24, seed=3, batch=8)
@@ -90,7 +96,8 @@ def test_greedy_texts_equal_generate_of_transformers(pair, saved, vectors):
         )[0].numpy()
         ended = np.array([verbalizer.end in ids])
         expected += pair.prompts.explanations(pair.prompts.responses(ids[None], np.ones((1, len(ids)), bool)), ended)
-    assert pair.verbalize(vectors, temperature=0.0, **SAMPLE) == [text or "" for text in expected]
+    found = pair.explain(vectors, temperature=0.0, **SAMPLE)
+    assert [explanation.accepted or "" for explanation in found] == [text or "" for text in expected]
     assert any(expected)
 
 
@@ -156,6 +163,73 @@ def test_a_new_pair_starts_from_the_subject(sidecar, subject_folder, params):
     close(new.reconstructor_params["backbone"]["blocks"]["q"]["kernel"], params["blocks"]["q"]["kernel"][:2], 0)
 
 
+# Odd requests: the right answer
+
+
+def test_texts_that_were_cut_are_kept_and_marked(pair, vectors):
+    whole, short = (pair.explain(vectors, limit, 0.0) for limit in (60, 4))
+    assert any(not x.cut for x in whole) and any(x.cut for x in short)
+    assert all(x.accepted is None for x in short if x.cut)
+    for a, b in zip(whole, short):
+        assert b.text and a.text.startswith(b.text) and "explanation>" not in b.text
+        assert a.cut or a.text == a.accepted
+    assert pair.verbalize(vectors, 4, 0.0) == [x.text for x in short]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_any_number_of_rows_gives_the_rows_of_the_whole(pair, vectors, count):
+    many = np.concatenate([vectors, -vectors])
+    options = SAMPLE | {"max_new_tokens": 12}
+    assert pair.verbalize(many[:count], **options) == pair.verbalize(many, **options)[:count]
+    close(pair.reconstruct((TEXTS * 2)[:count]), pair.reconstruct(TEXTS * 2)[:count], 1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e37, 1e-30, 1e-200, 1e200], ids=str)
+def test_only_the_direction_counts_however_long(pair, vectors, factor):
+    texts, exact = ["a river"] * len(vectors), vectors.astype(np.float64)
+    options = SAMPLE | {"max_new_tokens": 12, "temperature": 0.0}
+    assert pair.verbalize(exact * factor, **options) == pair.verbalize(exact, **options)
+    np.testing.assert_allclose(
+        pair.score(texts, exact * factor)["cosine"], pair.score(texts, exact)["cosine"], atol=1e-6
+    )
+    recon = pair.reconstruct(TEXTS)
+    assert fve(recon, exact * factor) == pytest.approx(fve(recon, exact), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32", "int8"])
+def test_vectors_of_any_real_dtype(pair, vectors, dtype):
+    given = np.asarray(jax.numpy.asarray(vectors * 20)).astype(jax.numpy.dtype(dtype))
+    options = SAMPLE | {"max_new_tokens": 12, "temperature": 0.0}
+    assert pair.verbalize(given, **options) == pair.verbalize(given.astype(np.float32), **options)
+
+
+def test_a_long_text_costs_its_own_length_alone(pair, monkeypatch):
+    shapes = []
+    run = nla_jax.pair.reconstruct
+    monkeypatch.setattr(nla_jax.pair, "reconstruct", lambda *a: shapes.append(a[2].shape) or run(*a))
+    texts = [*TEXTS, "word " * 900]
+    recon = pair.reconstruct(texts)
+    assert shapes[-1][0] == 1 and all(width <= 64 for _, width in shapes[:-1])
+    close(recon[:4], pair.reconstruct(TEXTS), 1e-5)
+    assert similar_lengths([5000] * 3 + [20] * 100, 64) == [[*range(3, 67)], [*range(67, 103)], [0, 1], [2]]
+
+
+def test_a_mesh_of_jax_make_mesh(saved, subject_folder, vectors, pair):
+    mesh = jax.make_mesh((1, 2, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:2])
+    loaded = load_pair(saved, mesh=mesh)
+    close(loaded.reconstruct(TEXTS), pair.reconstruct(TEXTS), 1e-4)
+    assert len(loaded.verbalize(vectors, 4)) == 4
+    found = extract(load_subject(subject_folder, 1, mesh=mesh), TEXTS[:2])
+    close(found.vectors, extract(load_subject(subject_folder, 1), TEXTS[:2]).vectors, 1e-4)
+    with pytest.raises(InputError, match=r"axes \('x',\), expected \('data', 'fsdp', 'tensor'\)") as error:
+        load_pair(saved, mesh=jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]))
+    one_sentence(error)
+
+
+def test_a_pair_prints_in_one_line(pair):
+    assert "layer 1" in repr(pair) and len(repr(pair)) < 300
+
+
 # What is refused
 
 
@@ -167,6 +241,10 @@ def test_a_new_pair_starts_from_the_subject(sidecar, subject_folder, params):
         ([[1.0, 2.0], [3.0]], r"an array of numbers of shape \[n, 32\]"),
         (np.full((1, 32), np.nan), "Row 0 of the activations holds NaN or infinite values"),
         (np.diag([1.0, np.inf] + [1.0] * 30), "Row 0|Row 1"),
+        (np.eye(32)[:3] * [[1.0], [1.0], [0.0]], "Row 2 of the activations is zero"),
+        (np.full((1, 32), 1 + 2j), r"an array of numbers of shape \[n, 32\]"),
+        (np.full((1, 32), "1"), r"an array of numbers of shape \[n, 32\]"),
+        (np.full((1, 32), None), r"an array of numbers of shape \[n, 32\]"),
     ],
 )
 def test_wrong_vectors(pair, bad, message):
@@ -176,10 +254,29 @@ def test_wrong_vectors(pair, bad, message):
         one_sentence(error)
 
 
+def unchecked(pair, **options):
+    """A call as users make it: the tests' check of types is not there."""
+    return inspect.unwrap(Pair.explain)(pair, np.ones((1, TINY.width)), **options)
+
+
 def test_wrong_requests(pair, vectors, subject_folder, sidecar, tmp_path):
     for call, message in (
         (lambda: pair.verbalize(vectors, max_new_tokens=0), "max_new_tokens of 1 or more"),
         (lambda: pair.verbalize(vectors, temperature=-1.0), "a temperature of 0 or more"),
+        (lambda: pair.verbalize(vectors, temperature=np.nan), "a temperature of 0 or more"),
+        (lambda: pair.verbalize(vectors, temperature=np.inf), "a temperature of 0 or more"),
+        (lambda: unchecked(pair, temperature=None), "a temperature of 0 or more"),
+        (lambda: unchecked(pair, temperature="0"), "a temperature of 0 or more"),
+        (lambda: unchecked(pair, max_new_tokens=36.0), "max_new_tokens of 1 or more"),
+        (lambda: unchecked(pair, seed=None), "seed from 0 to 4294967295"),
+        (lambda: pair.verbalize(vectors, batch=0), "batch of 1 or more"),
+        (lambda: pair.verbalize(vectors, batch=-1), "batch of 1 or more"),
+        (lambda: pair.verbalize(vectors, seed=10**30), "seed from 0 to 4294967295"),
+        (lambda: pair.verbalize(vectors, seed=True), "seed from 0 to 4294967295"),
+        (lambda: pair.verbalize(vectors, first=-1), "first of 0 or more"),
+        (lambda: pair.reconstruct(["a"], batch=-1), "batch of 1 or more"),
+        (lambda: inspect.unwrap(Pair.reconstruct)(pair, ["a", None]), "entry 1 is None"),
+        (lambda: fve(vectors + 1j, vectors), "two arrays of numbers"),
         (lambda: pair.reconstruct("one text"), "a list of texts"),
         (lambda: pair.score("one text", vectors), "a list of texts"),
         (lambda: pair.save(tmp_path / "out", dtype="int8"), "not as int8"),
@@ -191,6 +288,50 @@ def test_wrong_requests(pair, vectors, subject_folder, sidecar, tmp_path):
             call()
         one_sentence(error)
     assert not (tmp_path / "out").exists()
+
+
+def test_save_replaces_nothing_unasked(pair, tmp_path):
+    (tmp_path / "mine/av").mkdir(parents=True)
+    (tmp_path / "mine/av/notes.txt").write_text("precious")
+    (tmp_path / "file.dat").write_text("x")
+    for folder, message in (("mine", "mine/av exists and is not empty"), ("file.dat", "file.dat is a file")):
+        with pytest.raises(InputError, match=message) as error:
+            pair.save(tmp_path / folder)
+        one_sentence(error)
+    assert (tmp_path / "mine/av/notes.txt").read_text() == "precious" and not (tmp_path / "mine/ar").exists()
+    pair.save(tmp_path / "mine", overwrite=True)
+    assert load_pair(tmp_path / "mine").sidecar == pair.sidecar
+
+
+@pytest.mark.parametrize("part", ["av", "backbone", "head"])
+def test_weights_that_are_not_finite_are_not_saved(pair, tmp_path, part):
+    def broken(tree, *path):
+        if not path:
+            return np.where(np.arange(np.size(tree)).reshape(np.shape(tree)) == 3, np.nan, tree).astype(np.float32)
+        return tree | {path[0]: broken(tree[path[0]], *path[1:])}
+
+    av, ar = pair.verbalizer_params, pair.reconstructor_params
+    changes = {
+        "av": {"verbalizer_params": broken(av, "embedding")},
+        "backbone": {"reconstructor_params": broken(ar, "backbone", "blocks", "q", "kernel")},
+        "head": {"reconstructor_params": broken(ar, "head")},
+    }
+    with pytest.raises(InputError, match="NaN or infinite values.*not saved") as error:
+        dataclasses.replace(pair, **changes[part]).save(tmp_path / "out")
+    one_sentence(error)
+
+
+def test_subjects_are_told_apart_by_their_hash(copy, pair):
+    def sidecar(role, name, base_hash):
+        made_from = {"base_hash": base_hash} if base_hash else {}
+        changed = dataclasses.replace(pair.sidecar, base_checkpoint=name, provenance=made_from)
+        changed.write(copy / role / "nla_meta.yaml", role)
+
+    sidecar("av", "runs/a/subject", "aaaa")
+    sidecar("ar", "runs/b/subject", "bbbb")
+    refused("provenance.base_hash is 'aaaa' in one and 'bbbb'", copy)
+    sidecar("ar", "a/copy/of/it", "aaaa")
+    assert load_pair(copy).sidecar.base_checkpoint == "runs/a/subject"
 
 
 def refused(match, *folders):
@@ -251,3 +392,56 @@ def test_a_bfloat16_head_is_read(copy, pair):
 
     safetensors.torch.save_file({"weight": head}, copy / "ar" / HEAD)
     close(load_pair(copy).reconstructor_params["head"], head.float().numpy().T, 0)
+
+
+# Memory
+
+
+def dtypes(tree) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_weights_are_held_as_they_are_stored_or_asked_for(pair, tmp_path, vectors, stored):
+    pair.save(tmp_path / "pair", stored)
+    loaded = load_pair(tmp_path / "pair")
+    assert dtypes(loaded.verbalizer_params) == {stored, "float32"}  # the scales of norms
+    assert dtypes(loaded.verbalizer_params["blocks"]["q"]) == dtypes(loaded.verbalizer_params["embedding"]) == {stored}
+    assert dtypes(loaded.reconstructor_params["backbone"]["blocks"]["up"]) == {stored}
+    assert loaded.verbalizer.model.config.dtype == ("float32" if stored == "float16" else stored)
+    assert loaded.sampler is loaded.weights[0]  # no second copy to sample from
+    loaded.save(tmp_path / "again")
+    for file in ("av/model.safetensors", "ar/model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "pair" / file).read_bytes()
+    asked = load_pair(tmp_path / "pair", dtype="bfloat16")
+    assert dtypes(asked.verbalizer_params["blocks"]["q"]) == {"bfloat16"}
+    close(asked.reconstruct(TEXTS), pair.reconstruct(TEXTS), 0.1)
+    assert len(asked.verbalize(vectors, 4)) == 4
+    trained = load_pair(tmp_path / "pair", dtype="bfloat16", training=Training())
+    assert dtypes(trained.verbalizer_params) == dtypes(trained.reconstructor_params) == {"float32"}
+    assert trained.verbalizer.model.config.dtype == "bfloat16"
+    for wrong in ("int32", "tall"):
+        with pytest.raises(InputError, match="held as floating point numbers") as error:
+            load_pair(tmp_path / "pair", dtype=wrong)
+        one_sentence(error)
+
+
+def test_a_fingerprint_is_read_once_and_every_change_is_noticed(subject_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "SETTLED_SECONDS", -1.0)
+    folder, read, whole = tmp_path / "subject", [], hub._hash
+    monkeypatch.setattr(hub, "_hash", lambda files: read.append(files) or whole(files))
+    shutil.copytree(subject_folder, folder)
+    first = hub.fingerprint(folder)
+    assert hub.fingerprint(folder) == first and len(read) == 1
+    shutil.copytree(folder, tmp_path / "copy")
+    assert hub.fingerprint(tmp_path / "copy") == first and len(read) == 2
+    file = folder / "model.safetensors"
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-3] ^= 1  # one bit at the end; size and time of change as before
+    with open(file, "r+b") as stream:
+        stream.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hub.fingerprint(folder) != first and len(read) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # a cache that cannot be written costs only time
+    assert hub.fingerprint(tmp_path / "copy") == first

@@ -42,12 +42,16 @@ def path_to(name: AnyName) -> AnyPath:
     return epath.Path(os.fspath(name))
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax"
+
+
 def stand_in(name: AnyName) -> Path:
     """A local path that is never uploaded: the path itself, or for a place on a bucket one in the cache."""
     if isinstance(path := path_to(name), Path):
         return path
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "buckets"
-    return cache / str(path).removeprefix("gs://")
+    return cache_folder() / "buckets" / str(path).removeprefix("gs://")
 
 
 def local(name: AnyName) -> Path:

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float, Shaped
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+from jaxtyping import Array, Bool, Float, Shaped
+from tokenizers import Tokenizer, models
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nla_jax.io.files import AnyName, new_folder
-from nla_jax.io.safetensors import NewTensor, Stored, save_tensors, stored_tensors
+from nla_jax.io.safetensors import INSIDE, NewTensor, Stored, save_tensors, stored_tensors
 from nla_jax.models import families
 from nla_jax.models.transformer import TransformerConfig, abstract_params, projections
 from nla_jax.runtime.distributed import is_writer, to_host
@@ -67,10 +68,23 @@ def model_config(c: Any, source: str, dtype: Any = jnp.float32) -> TransformerCo
         raise InputError(f"{source} cannot be used: {reason}.") from None
 
 
+def is_wrapped(folder: AnyName | None) -> bool:
+    """Whether a folder's model is the text part of a multimodal one, as `transformers` loads it."""
+    file = Path(folder) / "config.json" if folder else None
+    return bool(file and file.is_file() and "text_config" in json.loads(file.read_text(encoding="utf-8")))
+
+
 def load_params(
-    folder: AnyName, config: TransformerConfig, *, truncated: bool = False, dtype: Any = jnp.float32, layout: Any = None
+    folder: AnyName,
+    config: TransformerConfig,
+    *,
+    truncated: bool = False,
+    dtype: Any = jnp.float32,
+    scales: Any = None,
+    layout: Any = None,
 ) -> dict:
-    """The parameters of a checkpoint in `dtype`, each tensor read straight into its place: `layout` is the tree of
+    """The parameters of a checkpoint in `dtype` (those of norms in `scales`, if that is given), each tensor read
+    straight into its place: `layout` is the tree of
     their shardings (`sharding.shardings`; None: the default device). Hosts read only what their devices hold.
 
     `config.layers` may be smaller than the checkpoint's (the first blocks are read); `truncated` leaves out final norm
@@ -87,20 +101,21 @@ def load_params(
 
     shapes = flatten_dict(nn.unbox(abstract_params(config, truncated)))
     places = flatten_dict(layout) if layout is not None else dict.fromkeys(shapes)
-    arrays, finite, dtype = {}, {}, jnp.dtype(dtype)
+    arrays, finite = {}, {}
     for name, tensor, layer in rows:
         path, source = tensor.path, stored[name]
         shape, sharding = shapes[path].shape, places[path]
         slot = shape[layer is not None :]
+        kept = jnp.dtype(scales if scales and path[-1] == "scale" else dtype)
         if source.shape != (expected := _hf_shape(tensor, config, slot)):
             raise InputError(f"{source.file}: tensor {source.name!r} has shape {source.shape}, expected {expected}.")
         if layer is not None and path not in arrays:
-            arrays[path] = _zeros(shape, dtype, sharding)()
+            arrays[path] = _zeros(shape, kept, sharding)()
         if isinstance(sharding, NamedSharding):
             spec = (*sharding.spec, *[None] * len(shape))[layer is not None :]
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(slot)]))
         part = _placed(source, _hf_axes(tensor, config, len(slot)), sharding)
-        value, finite[name] = _converted(slot, tensor.linear, dtype, sharding)(part)
+        value, finite[name] = _converted(slot, tensor.linear, kept, sharding)(part)
         arrays[path] = value if layer is None else _insert(arrays[path], value, layer)
         arrays[path].block_until_ready()  # else the parts of many tensors would be on their way at once
     for name, good in jax.device_get(finite).items():
@@ -109,11 +124,36 @@ def load_params(
     return unflatten_dict(arrays)
 
 
+def dtypes_of(folder: Path, asked: Any) -> tuple[np.dtype, np.dtype]:
+    """In which dtype a folder's weights are held, and in which they compute. Raises `InputError` for one that is no
+    floating point."""
+    if asked is None:
+        stored = stored_dtype(folder)
+        stored = stored if stored.itemsize <= 4 else np.dtype(np.float32)
+        return stored, np.dtype(np.float32) if stored == np.float16 else stored
+    try:
+        dtype = jnp.dtype(asked)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"Weights are held as floating point numbers, such as bfloat16 or float32, not as {asked!r}.")
+    return dtype, dtype
+
+
+def stored_dtype(folder: AnyName) -> np.dtype:
+    """The dtype in which most of a checkpoint's bytes are stored."""
+    bytes_of: dict[np.dtype, int] = {}
+    for tensor in _text_tensors(Path(folder)).values():
+        dtype = np.dtype(tensor.dtype)
+        bytes_of[dtype] = bytes_of.get(dtype, 0) + math.prod(tensor.shape) * dtype.itemsize
+    return max(bytes_of, key=bytes_of.get)
+
+
 def _text_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of the text model, under the names of a text-only checkpoint."""
     found = {}
     for name, tensor in stored_tensors(folder).items():
-        if name.startswith(families.OTHER_TOWERS) or name.endswith(families.CONSTANTS):
+        if name.startswith(families.OTHER_TOWERS) or name.endswith((*families.CONSTANTS, INSIDE)):
             continue
         for prefix, plain in families.TEXT_PREFIXES.items():
             if name.startswith(prefix):
@@ -204,16 +244,22 @@ def _new_tensors(params: dict, config: TransformerConfig, truncated: bool, dtype
         whole = arrays[tensor.path]
         shape = _hf_shape(tensor, config, whole.shape[layer is not None :])
 
-        def read(whole=whole, layer=layer, shape=shape, linear=tensor.linear):
-            return to_host(_export(whole if layer is None else whole[layer], shape, linear, dtype))
+        def read(name=name, whole=whole, layer=layer, shape=shape, linear=tensor.linear):
+            value, finite = _export(whole if layer is None else whole[layer], shape, linear, dtype)
+            if not jax.device_get(finite):
+                raise InputError(f"Tensor {name!r} holds NaN or infinite values in {dtype.name}; it is not saved.")
+            return to_host(value)
 
         yield name, jax.ShapeDtypeStruct(shape, dtype), read
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _export(value: Float[Array, "..."], shape: tuple[int, ...], linear: bool, dtype: np.dtype) -> Float[Array, "..."]:
-    """An array of our tree as it is stored."""
-    return (value.reshape(shape[::-1]).T if linear else value.reshape(shape)).astype(dtype)
+def _export(
+    value: Float[Array, "..."], shape: tuple[int, ...], linear: bool, dtype: np.dtype
+) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
+    """An array of our tree as it is stored, and whether it is finite."""
+    stored = (value.reshape(shape[::-1]).T if linear else value.reshape(shape)).astype(dtype)
+    return stored, jnp.isfinite(stored).all()
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -232,7 +278,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def load_tokenizer(folder: AnyName) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises `InputError` if the folder has none that can be read."""
+    options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        if not _cuts_as_its_file(tokenizer, Path(folder) / "tokenizer.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+        return tokenizer
     except Exception as error:  # many kinds, by tokenizer class
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}).") from None
+
+
+def _cuts_as_its_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether a tokenizer normalises and splits text as its tokenizer.json says.
+
+    transformers 5 rebuilds these two by the class that tokenizer_config.json names, which may be another model's:
+    SmolLM2's says GPT2Tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not file.is_file():
+        return True
+    parts = {"normalizer", "pre_tokenizer"}
+    stored = {name: part for name, part in json.loads(file.read_text(encoding="utf-8")).items() if name in parts}
+    bare = json.loads(Tokenizer(models.BPE()).to_str()) | stored
+    state = lambda part: None if part is None else part.__getstate__()
+    theirs = Tokenizer.from_str(json.dumps(bare))
+    return all(state(getattr(theirs, name)) == state(getattr(backend, name)) for name in parts)

@@ -1,14 +1,18 @@
 """Finding a model folder (here, on a bucket, on the Hugging Face hub) and recording which one it was."""
 
+import contextlib
 import hashlib
+import time
 from pathlib import Path
 
 from nla_jax.io.adapters import CONFIG, WEIGHTS
-from nla_jax.io.files import AnyName, local, path_to
+from nla_jax.io.files import AnyName, cache_folder, local, path_to, replacing
 from nla_jax.io.safetensors import stored_tensors
 from nla_jax.runtime.distributed import from_writer
 from nla_jax.runtime.errors import InputError, first_line
 
+HEADER = 1 << 16  # bytes of a file whose content is looked at on every call
+SETTLED_SECONDS = 2.0
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.yaml"]  # files that are fetched from the hub
 
 
@@ -30,15 +34,42 @@ def locate(name: AnyName) -> Path:
 
 def fingerprint(folder: AnyName) -> str:
     """A hash of the weights and config of a checkpoint (or a PEFT adapter), to record what a run was based on. Of
-    several hosts, which must all call this, only the first one reads the files."""
-    return from_writer(lambda: _hash(local(folder)))
+    several hosts, which must all call this, only the first one reads the files.
+
+    It is kept in the cache under what the disk says of the files: they are read again once one of them has changed."""
+    return from_writer(lambda: _known_hash(_hashed_files(local(folder))))
 
 
-def _hash(folder: Path) -> str:
+def _hashed_files(folder: Path) -> list[Path]:
+    if (folder / CONFIG).is_file():
+        return [folder / CONFIG, folder / WEIGHTS]
+    return [folder / "config.json", *sorted({tensor.file for tensor in stored_tensors(folder).values()})]
+
+
+def _known_hash(files: list[Path]) -> str:
+    """The hash of the files' content, from the cache where nothing about them has changed."""
+    facts = hashlib.blake2b(digest_size=16)
+    for file in files:
+        of = file.stat()
+        with open(file, "rb") as stream:
+            facts.update(repr((str(file.resolve()), of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino)).encode())
+            facts.update(stream.read(HEADER))
+    kept = cache_folder() / "fingerprints" / facts.hexdigest()
+    with contextlib.suppress(OSError):
+        if len(found := kept.read_text()) == 32:
+            return found
+    newest = max(max(file.stat().st_mtime, file.stat().st_ctime) for file in files)
+    found = _hash(files)
+    if time.time() - newest > SETTLED_SECONDS:  # a file that is written to this very moment may keep its times
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as scratch:
+                scratch.write_text(found)
+    return found
+
+
+def _hash(files: list[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    files = [folder / CONFIG, folder / WEIGHTS]
-    if not files[0].is_file():
-        files = [folder / "config.json", *sorted({tensor.file for tensor in stored_tensors(folder).values()})]
     for file in files:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 24):

@@ -23,6 +23,7 @@ from nla_jax.runtime.errors import InputError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+INSIDE = "value_head.weight"  # how the name of an AR's head ends where it lies among the tensors of its model
 SHARD_BYTES = 2 << 30  # of a saved file, at most
 NewTensor = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # to be saved: name, form, `read()` to the host
 

@@ -55,6 +55,18 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return device_mesh(sizes, devices[:count])
 
 
+def usable_mesh(mesh: Mesh | None) -> Mesh | None:
+    """A mesh of the caller's as programs here use it: with the axes of `AXES`, whose arrays the compiler lays out.
+
+    `jax.make_mesh` gives "explicit" axes, with which every array would have to say its layout. Raises `InputError` for
+    other axes."""
+    if mesh is None or mesh.empty:
+        return None
+    if mesh.axis_names != AXES:
+        raise InputError(f"The mesh has axes {mesh.axis_names}, expected {AXES}; nla_jax.make_mesh makes one.")
+    return Mesh(mesh.devices, AXES)
+
+
 def device_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
     """The devices as a mesh whose axes follow the wires between them, if JAX knows these."""
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)

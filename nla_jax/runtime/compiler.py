@@ -45,6 +45,7 @@ def enable_compile_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long too
 
 
 def take_gpus_whole() -> None:

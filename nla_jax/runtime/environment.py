@@ -1,8 +1,11 @@
 """What a result was computed with: versions, source, devices."""
 
 import importlib.metadata
+import importlib.util
+import logging
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 VERSION = "0.2.0"
@@ -13,6 +16,25 @@ def versions() -> dict[str, str]:
     """The versions of this package, of Python, and of the packages that compute."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"nla_jax": VERSION, "python": platform.python_version()} | found
+
+
+def import_transformers_alone() -> None:
+    """Imports transformers as it is where torch is not installed: this package uses its tokenizers and configs alone,
+    and torch takes seconds to import. Nothing happens where one of the two is imported already.
+
+    Only for a command of which nobody else's code, which may need torch's models, is a part."""
+    if {"torch", "transformers"} & sys.modules.keys():
+        return
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
+    logging.disable(logging.WARNING)  # it would advise to install torch
+    try:
+        import transformers
+
+        transformers.utils.is_torch_available()  # which remembers its answer
+    finally:
+        importlib.util.find_spec = find
+        logging.disable(logging.NOTSET)
 
 
 def commit() -> str | None:

@@ -110,9 +110,10 @@ class RunContext:
             path = self.run.workdir / "evaluation" / f"{name}-{start:07d}-{key}.parquet"
             if not from_writer(path.exists):
                 pair = self.pair if folder == "pair" else self.warm
-                written = pair.verbalize(
+                found = pair.explain(
                     vectors, c.prompts.max_new_tokens, temperature, c.seed, inject=inject, batch=batch, first=start
                 )
+                written = [explanation.accepted or "" for explanation in found]
                 if is_writer():
                     write_table(pa.table({"explanation": pa.array(written, pa.string())}), path)
             files.append(path)

@@ -101,4 +101,5 @@ def seconds_of(loop: Loop, samples: int) -> dict[str, float]:
 def heldout_fve(config: Config, pair: Pair, vectors: np.ndarray) -> float:
     """FVE of the AV's explanations of held-out activations."""
     limit, temperature = config.prompts.max_new_tokens, config.rl.heldout_temperature
-    return fve(pair.reconstruct(pair.verbalize(vectors, limit, temperature)), vectors)
+    texts = [found.accepted or "" for found in pair.explain(vectors, limit, temperature)]
+    return fve(pair.reconstruct(texts), vectors)

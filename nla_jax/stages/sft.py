@@ -9,20 +9,23 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from nla_jax.autoencoder import PromptIds
+from nla_jax.conventions import Conventions
 from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
 from nla_jax.data.rows import LABEL, load_rows
 from nla_jax.fve import normalise
+from nla_jax.io.files import local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import SupervisedStep, TrainState
 from nla_jax.models.sharding import RowsOf, place_batch, placed, shardings
-from nla_jax.pair import Pair, load_pair, new_pair
+from nla_jax.pair import Pair, Training, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.runtime.compiler import jit_step
-from nla_jax.runtime.distributed import is_writer
+from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
-from nla_jax.sidecar import Sidecar
+from nla_jax.sidecar import FILE, Sidecar
 from nla_jax.stages.loop import Loop
 from nla_jax.study import Study, injections, lora
 
@@ -112,14 +115,16 @@ def fit(
 def save(run: Run, pair: Pair, name: str) -> None:
     """Writes a pair to `{workdir}/{name}`."""
     with jax.set_mesh(run.mesh):
-        pair.save(run.workdir / name)
+        pair.save(run.workdir / name, overwrite=True)
 
 
 def load(run: Run, name: str) -> Pair:
     """Reads the pair in `{workdir}/{name}` with the run's injections, onto its mesh."""
     c = run.config.compute
-    how = {"dtype": c.dtype, "remat": c.remat, "attention": c.attention}
-    return load_pair(run.workdir / name, injections=injections(run.config), mesh=run.mesh, **how)
+    how = {"dtype": c.dtype, "attention": c.attention, "training": Training(c.remat)}
+    return load_pair(
+        run.workdir / name, conventions=Conventions(injections=injections(run.config)), mesh=run.mesh, **how
+    )
 
 
 def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
@@ -137,7 +142,7 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
     prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
-    return Sidecar(
+    sidecar = Sidecar(
         base_checkpoint=str(run.subject_folder),
         d_model=read_config(folder).width,
         layer=run.config.subject.layer,
@@ -147,8 +152,29 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
         reconstructor_template=c.reconstructor_template,
         suffix_ids=tuple(prompts.suffix_ids()),
         injections=injections(run.config),
-        provenance={"base_hash": fingerprint(folder), "activation_variance": variance},
+        provenance={
+            "base_hash": fingerprint(folder),
+            "activation_variance": variance,
+            "max_new_tokens": c.max_new_tokens,
+        },
     )
+    return dataclasses.replace(sidecar, ids=fixed_prompts(run, sidecar, prompts))
+
+
+def fixed_prompts(run: Run, sidecar: Sidecar, prompts: Prompts) -> PromptIds:
+    """The ids of the prompts as they were when this stage began, kept in `{workdir}/train`: a chat template may write
+    the date, and a run that is resumed on another day is to go on with the same prompts."""
+    folder = run.workdir / "train" / "prompts"
+    if from_writer((folder / FILE).exists):
+        kept, facts = Sidecar.read(local(folder), "av"), ("marker", "verbalizer_template", "reconstructor_template")
+        if all(getattr(kept, name) == getattr(sidecar, name) for name in facts):
+            return kept.ids
+    if is_writer():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / FILE) as file:
+            dataclasses.replace(sidecar, ids=prompts.ids()).write(file, "av")
+    barrier("the prompts")
+    return prompts.ids()
 
 
 def check_source(run: Run, subject: str) -> None:

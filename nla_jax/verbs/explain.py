@@ -1,110 +1,190 @@
-"""`nla explain`: what the activations of a text say, token by token."""
+"""`nla explain`: what activations say, of texts token by token, of chats, or of vectors in a file."""
 
 import argparse
+import itertools
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from nla_jax.autoencoder import Injection
-from nla_jax.io.files import path_to
-from nla_jax.pair import find_base, load_pair
-from nla_jax.runtime.compiler import enable_compile_cache
+from nla_jax.runtime.environment import import_transformers_alone
 from nla_jax.runtime.errors import InputError
-from nla_jax.subject import extract, load_subject
-from nla_jax.verbs.injection import add_injection, given_injection
+from nla_jax.verbs.conventions import add_conventions, given_conventions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The pair, the text, and which tokens of it."""
-    parser.add_argument("--pair", required=True, help="folder with av/ and ar/")
+    """The pair, what is explained, and how."""
+    parser.add_argument("--pair", required=True, help="folder with av/ and ar/, or a run's working folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", help="the text (default: standard input)")
-    source.add_argument("--file", help="a file with the text")
+    source.add_argument("--file", nargs="+", help="files, a document each; the line break at a file's end is left out")
+    source.add_argument("--chat", help="conversations: JSON or JSON lines of messages with role and content")
+    source.add_argument("--vectors", help="X.npy, X.safetensors or X.safetensors:TENSOR: vectors as they are")
     parser.add_argument("--subject", help="the subject's folder or hub id (default: what the pair's sidecar names)")
     parser.add_argument("--tokens", default="last", help="which tokens: last, all, or indices such as 3,-1")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="longest document that is read")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max-new-tokens", type=int, default=150)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="where an explanation is cut (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=64, help="explanations that are sampled at a time")
+    parser.add_argument("--dtype", help="of weights and computation (default: in which they are stored)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    add_injection(parser)
+    parser.add_argument("--out", help="a new file, X.jsonl or X.parquet, instead of the screen")
+    add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints, for each token asked for, the explanation and how much of the activation it carries."""
-    if arguments.file:
-        try:
-            text = Path(arguments.file).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{arguments.file} cannot be read as text ({error}).") from None
-    else:
-        text = arguments.text if arguments.text is not None else sys.stdin.read()
+    """Prints or writes, for each row, the explanation and how much of the activation it carries."""
+    out, tokens = new_file(arguments.out), chosen_tokens(arguments.tokens)
+    if not arguments.injection:  # which may be a function of the user's
+        import_transformers_alone()
+    material = None if arguments.vectors else read_material(arguments)
+    from nla_jax.explain import Sampling, expected_rows, explain_rows, of_chats, of_texts, read_vectors, subject_of
+    from nla_jax.io.files import path_to
+    from nla_jax.pair import load_pair
+    from nla_jax.runtime.compiler import enable_compile_cache
+    from nla_jax.user_input import whole_number
+
     enable_compile_cache()
-    rows = explain_text(
-        text,
-        arguments.pair,
-        subject=arguments.subject,
-        tokens=arguments.tokens,
-        temperature=arguments.temperature,
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-        injections=given_injection(arguments),
-    )
-    for row in rows:
-        if arguments.json:
-            print(json.dumps(row, ensure_ascii=False))
-        else:
-            fve = "FVE unknown" if row["fve"] is None else f"FVE {row['fve']:.2f}"
-            print(f"[{row['position']}] {row['token']!r}   {fve}, cosine {row['cosine']:.2f}")
-            print(f"    {row['explanation'] or '(no explanation within the length limit)'}\n")
+    batch = whole_number("--batch", arguments.batch, 1)
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, batch)
+    conventions = given_conventions(arguments)
+    pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
+    if arguments.vectors:
+        found = list(read_vectors(arguments.vectors, pair.sidecar.d_model))
+        total = sum(map(len, found))
+    else:
+        subject = subject_of(pair, path_to(arguments.pair), arguments.subject, arguments.dtype)
+        read = of_chats if arguments.chat else of_texts
+        found = read(subject, material, tokens, arguments.max_tokens)
+        total = expected_rows(subject, material, tokens)
+    batches = counted(explain_rows(pair, found, sampling), total, arguments.max_new_tokens)
+    if out and out.suffix == ".parquet":
+        write_parquet(batches, out)
+    elif out:
+        write_lines(batches, out)
+    else:
+        show(batches, arguments.json)
 
 
-def explain_text(
-    text: str,
-    pair: str | Path,
-    *,
-    subject: str | None = None,
-    tokens: str = "last",
-    temperature: float = 0.0,
-    max_new_tokens: int = 150,
-    seed: int = 0,
-    injections: tuple[Injection, ...] | Injection | None = None,
-) -> list[dict]:
-    """One dict for each token asked for: `position, token, explanation, cosine, fve`.
+def new_file(name: str | None) -> Path | None:
+    """Where results go. Raises `InputError` for a name that is taken, or says no format."""
+    if name is None:
+        return None
+    path = Path(name)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"--out must end in .jsonl or .parquet; found {name}.")
+    if path.exists():
+        raise InputError(f"{path} exists; give --out another name, or remove it first.")
+    return path
 
-    `tokens`: "last", "all", or indices such as "3,-1". fve = 1 - mse / variance, with the variance of the pair's
-    training activations (None where its sidecar records none). `injections`: as for `load_pair`. Raises `InputError`
-    where text, pair or subject cannot be used."""
-    if not text.strip():
-        raise InputError("There is no text to explain; give --text, --file or standard input.")
-    loaded = load_pair(pair, base=subject, injections=injections)
-    model = load_subject(subject or find_base(loaded.sidecar.base_checkpoint, path_to(pair)), loaded.sidecar.layer)
-    if model.model.config.width != loaded.sidecar.d_model:
-        raise InputError(
-            f"The subject {model.name} has width {model.model.config.width}, the pair {loaded.sidecar.d_model}."
-        )
-    expected = loaded.sidecar.provenance.get("base_hash")
-    if expected and expected != model.fingerprint:
-        raise InputError(f"{model.name} is not the subject that {pair} was trained on (its weights have another hash).")
-    if tokens not in ("last", "all"):
-        try:
-            tokens = [int(i) for i in tokens.split(",")]
-        except ValueError:
-            raise InputError(f"--tokens must be last, all, or indices such as 3,-1; found {tokens!r}.") from None
-    activations = extract(model, [text], tokens)
-    if not len(activations):
+
+def chosen_tokens(given: str) -> str | list[int]:
+    """Which tokens: a word or indices. Raises `InputError` for anything else."""
+    if given in ("last", "all"):
+        return given
+    try:
+        return [int(i) for i in given.split(",")]
+    except ValueError:
+        raise InputError(f"--tokens must be last, all, or indices such as 3,-1; found {given!r}.") from None
+
+
+def read_material(arguments: argparse.Namespace) -> list:
+    """Documents (id, text) or chats (id, messages). Raises `InputError` where there is nothing to read."""
+    if arguments.chat:
+        from nla_jax.chats import read_chats
+
+        return read_chats(Path(arguments.chat))
+    if arguments.text is not None:
+        documents = [("text", arguments.text)]
+    elif arguments.file:
+        documents = [(name, document(read_bytes(name), name)) for name in arguments.file]
+    else:
+        if sys.stdin.isatty():
+            print("nla: reading the text from the terminal; Ctrl-D ends it.", file=sys.stderr)
+        documents = [("standard input", document(sys.stdin.buffer.read(), "Standard input"))]
+    if empty := [name for name, text in documents if not text.strip()]:
+        raise InputError(f"There is no text to explain in {empty[0]}; give --text, --file or standard input.")
+    return documents
+
+
+def read_bytes(name: str) -> bytes:
+    """A file's content. Raises `InputError` where it cannot be read."""
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name} cannot be read as text ({error.strerror}).") from None
+
+
+def document(content: bytes, name: str) -> str:
+    """A file's text as it stands there, but for a byte order mark and the line break that ends its last line: that is
+    none of the text, and would be the last token. Raises `InputError` for what is not UTF-8."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} cannot be read as text ({error}).") from None
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def counted(batches: Iterator[list[dict]], expected: int, limit: int) -> Iterator[list[dict]]:
+    """The batches as they come, with progress; at the end it is said how many texts were cut, and how many are none."""
+    total = cut = empty = 0
+    progress = None
+    for rows in batches:
+        if progress is None and expected > len(rows):
+            from nla_jax.runtime.metrics import Progress
+
+            progress = Progress("explain", expected)
+        total, cut = total + len(rows), cut + sum(row["cut"] for row in rows)
+        empty += sum(not row["explanation"] for row in rows)
+        if progress:
+            progress.update(len(rows))
+        yield rows
+    if not total:
         raise InputError("The text has no tokens to explain.")
-    explanations = loaded.verbalize(activations.vectors, max_new_tokens, temperature, seed)
-    scores = loaded.score(explanations, activations.vectors)
-    variance = loaded.sidecar.provenance.get("activation_variance")
-    if not isinstance(variance, (int, float, type(None))):
-        raise InputError(f"The sidecar of {pair} says activation_variance {variance!r}, expected a number.")
-    return [
-        {
-            "position": int(activations.positions[i]),
-            "token": activations.tokens[i],
-            "explanation": explanations[i],
-            "cosine": float(scores["cosine"][i]),
-            "fve": float(1 - scores["mse"][i] / variance) if variance else None,
-        }
-        for i in range(len(activations))
-    ]
+    if cut or empty:
+        said = [f"{cut} of {total} explanations were cut at {limit} tokens (--max-new-tokens)"] * bool(cut)
+        said += [f"{empty} of {total} responses hold no explanation"] * bool(empty)
+        print(f"note: {'; '.join(said)}.", file=sys.stderr)
+
+
+def show(batches: Iterator[list[dict]], as_json: bool) -> None:
+    """Prints the rows, until nobody reads them."""
+    try:
+        for row in itertools.chain.from_iterable(batches):
+            print(json.dumps(row, ensure_ascii=False) if as_json else spelt(row), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+
+
+def spelt(row: dict) -> str:
+    """A row as people read it."""
+    fve = "FVE unknown" if row["fve"] is None else f"FVE {row['fve']:.2f}"
+    score = "" if row["cosine"] is None else f"   {fve}, cosine {row['cosine']:.2f}"
+    place = f"[{row['position']}] {row['token']!r}" if row["token"] else f"{row['document']}[{row['position']}]"
+    text = row["explanation"] or "(no explanation)"
+    role = f" ({row['role']})" if row["role"] else ""
+    return f"{place}{role}{score}\n    {text}{' …  (cut)' if row['cut'] and row['explanation'] else ''}\n"
+
+
+def write_lines(batches: Iterator[list[dict]], out: Path) -> None:
+    """Writes the rows as JSON lines."""
+    from nla_jax.io.files import replacing
+
+    with replacing(out) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        for row in itertools.chain.from_iterable(batches):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_parquet(batches: Iterator[list[dict]], out: Path) -> None:
+    """Writes the rows as a Parquet file."""
+    import pyarrow as pa
+
+    from nla_jax.io.parquet import write_tables
+
+    text, number = pa.string(), pa.float64()
+    kinds = [text, pa.int32(), text, text, text, pa.bool_(), number, number]
+    names = ["document", "position", "token", "role", "explanation", "cut", "cosine", "fve"]
+    schema = pa.schema(list(zip(names, kinds)))
+    write_tables(schema, (pa.Table.from_pylist(rows, schema) for rows in batches), out)

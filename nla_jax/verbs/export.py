@@ -1,9 +1,10 @@
 """`nla export`: a pair as plain Hugging Face folders, and a run's datasets in the reference's form."""
 
 import argparse
+import shutil
 from pathlib import Path
 
-from nla_jax.verbs.injection import add_injection, given_injection
+from nla_jax.verbs.conventions import add_conventions, given_conventions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,9 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--pair", help="folder with av/ and ar/: writes OUT/av and OUT/ar")
     source.add_argument("--workdir", help="a run: writes its pair, and its datasets to OUT/datasets")
     parser.add_argument("--out", required=True, help="a new or empty folder")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default: in which they are stored)"
+    )
+    parser.add_argument("--with-subject", action="store_true", help="write the pair's subject to OUT/subject too")
     parser.add_argument("--adapters", action="store_true", help="write LoRA adapters as they are (default: merged)")
-    add_injection(parser)
+    add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,13 +31,33 @@ def run(arguments: argparse.Namespace) -> None:
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
-    pair = load_pair(folder, injections=given_injection(arguments))
+    pair = load_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
     if arguments.workdir:
         export_datasets(path_to(arguments.workdir), out / "datasets", pair.sidecar)
     (pair if arguments.adapters else pair.merged()).save(out, arguments.dtype)
+    export_subject(pair.sidecar, folder, out, arguments.with_subject)
     print_written(out)
+
+
+def export_subject(sidecar, folder, out: Path, wanted: bool) -> None:
+    """Copies the subject to `out/subject`, where `nla explain` finds it; where it is not wanted, says what is
+    needed."""
+    from nla_jax.io.files import local, path_to
+    from nla_jax.io.hub import PATTERNS
+    from nla_jax.io.pairs import find_base
+    from nla_jax.runtime.notes import note
+
+    name = sidecar.base_checkpoint
+    if wanted:
+        subject = local(find_base(name, folder, sidecar.provenance.get("base_hash")))
+        files = [file for pattern in PATTERNS for file in subject.glob(pattern)]
+        (out / "subject").mkdir()
+        for file in files:
+            shutil.copyfile(file, out / "subject" / file.name)
+    elif path_to(name).is_dir():
+        note(f"Whoever uses {out} needs the subject {name} too (--with-subject copies it to {out / 'subject'}).")
 
 
 def empty_folder(name: str) -> Path:

@@ -2,8 +2,8 @@
 
 import argparse
 
+from nla_jax.verbs.conventions import add_conventions, given_conventions
 from nla_jax.verbs.export import empty_folder, print_written
-from nla_jax.verbs.injection import add_injection, given_injection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ar", required=True, help="folder or hub id of the AR, a model or a PEFT adapter")
     parser.add_argument("--base", help="the adapters' base model (default: what they name)")
     parser.add_argument("--out", required=True, help="a new or empty folder")
-    add_injection(parser)
+    add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,8 +20,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.pair import load_pair
     from nla_jax.runtime.errors import InputError
 
-    out, injections = empty_folder(arguments.out), given_injection(arguments)
-    pair = load_pair(arguments.av, arguments.ar, base=arguments.base, injections=injections)
+    out, conventions = empty_folder(arguments.out), given_conventions(arguments)
+    pair = load_pair(arguments.av, arguments.ar, base=arguments.base, conventions=conventions)
     if arguments.base and pair.base is None:
         raise InputError("--base names the base model of adapters, but AV and AR are whole models; leave it out.")
     pair.merged().save(out)

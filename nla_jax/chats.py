@@ -1,0 +1,64 @@
+"""Conversations: read from files, and as token ids with who speaks at each."""
+
+import json
+import reprlib
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from nla_jax.runtime.errors import InputError
+
+Messages = list[dict[str, str]]  # each with `role` and `content`
+
+
+def read_chats(file: Path) -> list[tuple[str, Messages]]:
+    """The conversations of a file with their ids: a JSON list of messages, an object with `messages`, or one of these a
+    line. Raises `InputError` naming the line that is none."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as text ({error}).") from None
+    try:
+        found = [json.loads(text)]
+    except json.JSONDecodeError:
+        lines = [line for line in text.splitlines() if line.strip()]
+        try:
+            found = [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file} is neither JSON nor JSON lines ({error}).") from None
+    chats = []
+    for i, entry in enumerate(found):
+        messages = entry.get("messages") if isinstance(entry, dict) else entry
+        whole = isinstance(messages, list) and messages
+        if not whole or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages
+        ):
+            raise InputError(
+                f"{file}: conversation {i + 1} is {reprlib.repr(entry)}, expected messages with a role and a content."
+            )
+        named = entry.get("id") if isinstance(entry, dict) else None
+        chats.append((str(named or (file.name if len(found) == 1 else f"{file.name}#{i + 1}")), messages))
+    return chats
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[str]]:
+    """A conversation's token ids by the tokenizer's chat template, and for each who speaks there: "" for tokens of the
+    template itself. Raises `InputError` where the tokenizer has no template, or it leaves out what is said."""
+    if tokenizer.chat_template is None:
+        raise InputError(f"The tokenizer of {tokenizer.name_or_path} has no chat template to read a chat with.")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # of the template
+        raise InputError(f"The chat template cannot render this chat ({str(error).splitlines()[0]}).") from None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    roles, start = [""] * len(encoded.input_ids), 0
+    for message in messages:
+        said = message["content"].strip()
+        start = text.find(said, start)
+        if start < 0:
+            raise InputError(f"The chat template leaves out or changes {said!r:.50}.")
+        for i, (first, last) in enumerate(encoded.offset_mapping):
+            if start <= first and last <= start + len(said) and first < last:
+                roles[i] = message["role"]
+        start += len(said)
+    return list(encoded.input_ids), roles

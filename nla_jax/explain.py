@@ -1,0 +1,160 @@
+"""What a pair says of the activations of texts, chats or files of vectors, row by row, in batches."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nla_jax.chats import Messages, chat_tokens
+from nla_jax.io.files import AnyPath
+from nla_jax.io.folders import dtypes_of
+from nla_jax.io.hub import locate
+from nla_jax.io.pairs import find_base
+from nla_jax.io.safetensors import read_tensors
+from nla_jax.pair import Pair
+from nla_jax.runtime.errors import InputError
+from nla_jax.subject import ROWS, Activations, Subject, activations_at, extract, load_subject
+
+RELEASED = {  # of the subjects of released pairs, whose sidecars do not say it: as the reference's examples print it
+    ("qwen2.5-7b-instruct", 20): 0.7335,
+    ("gemma-3-12b-it", 32): 0.0302,
+    ("gemma-3-27b-it", 41): 0.0579,
+    ("llama-3.3-70b-instruct", 53): 0.9169,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How explanations are sampled: see `Pair.explain`."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    seed: int = 0
+    batch: int = 64
+
+
+def subject_of(pair: Pair, folder: AnyPath, name: str | None = None, dtype: Any = None) -> Subject:
+    """The subject of a pair in `folder`: the model `name`, or what its sidecar names, up to the pair's layer.
+
+    Raises `InputError` where it is not the model that the pair was trained on."""
+    made_from = pair.sidecar.provenance.get("base_hash")
+    name = name or find_base(pair.sidecar.base_checkpoint, folder, made_from)
+    subject = load_subject(name, pair.sidecar.layer, dtypes_of(locate(name), dtype)[1])
+    if (width := subject.model.config.width) != pair.sidecar.d_model:
+        raise InputError(f"The subject {subject.name} has width {width}, the pair {pair.sidecar.d_model}.")
+    if made_from and made_from != subject.fingerprint:
+        raise InputError(
+            f"{subject.name} is not the subject that {folder} was trained on (its weights have another hash)."
+        )
+    return subject
+
+
+def of_texts(
+    subject: Subject, documents: Sequence[tuple[str, str]], tokens: str | list[int], max_tokens: int
+) -> Iterator[Activations]:
+    """The activations of some documents (id, text) after another, at "last", "all" or the indices `tokens`."""
+    for start in range(0, len(documents), ROWS):
+        ids, texts = zip(*documents[start : start + ROWS])
+        yield extract(subject, list(texts), tokens, max_tokens=max_tokens, doc_ids=list(ids))
+
+
+def of_chats(
+    subject: Subject, chats: Sequence[tuple[str, Messages]], tokens: str | list[int], max_tokens: int
+) -> Iterator[Activations]:
+    """The activations of conversations, each with who speaks there; tokens of the chat template have none.
+
+    Raises `InputError` for a chat of more than `max_tokens` tokens, and for an index where nobody speaks."""
+    for id, messages in chats:
+        ids, roles = chat_tokens(subject.tokenizer, messages)
+        if len(ids) > max_tokens:
+            raise InputError(f"The chat {id} has {len(ids)} tokens, more than max_tokens = {max_tokens}; raise it.")
+        spoken = [i for i, role in enumerate(roles) if role]
+        if isinstance(tokens, str):
+            chosen = spoken if tokens == "all" else spoken[-1:]
+        else:
+            chosen = [i + len(ids) if i < 0 else i for i in tokens]
+            if silent := [i for i, at in zip(tokens, chosen) if at not in spoken]:
+                raise InputError(f"Position {silent[0]} of the chat {id} is none at which somebody speaks.")
+        found = activations_at(subject, [ids], [chosen], [id])
+        yield dataclasses.replace(found, roles=[roles[i] for i in chosen])
+
+
+def expected_rows(subject: Subject, material: Sequence[tuple[str, str | Messages]], tokens: str | list[int]) -> int:
+    """About how many rows texts or chats will give, for whoever waits for them."""
+    if tokens != "all":
+        return len(material) * (1 if tokens == "last" else len(tokens))
+    texts = [said if isinstance(said, str) else " ".join(m["content"] for m in said) for _, said in material]
+    return sum(map(len, subject.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids))
+
+
+def read_vectors(name: str, width: int) -> Iterator[Activations]:
+    """The rows of an `.npy` file, or of the tensors `[n, width]` or `[width]` of a `.safetensors` file (FILE:TENSOR
+    names one), as if they were activations. Raises `InputError` for another file or shape."""
+    file, _, tensor = name.partition(":")
+    path = Path(file)
+    if path.suffix == ".npy":
+        try:
+            arrays = {path.name: np.load(path, allow_pickle=False, mmap_mode="r")}
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path} is missing or is no array of numbers ({error}).") from None
+    elif path.suffix == ".safetensors":
+        stored = read_tensors(path)
+        if tensor and tensor not in stored:
+            raise InputError(f"{path} holds no tensor {tensor!r}; it holds {', '.join(sorted(stored)[:8])}.")
+        names = [tensor] if tensor else sorted(stored)
+        arrays = {name: stored[name].read() for name in names}
+    else:
+        raise InputError(f"Vectors are read from .npy and .safetensors files, not from {name}.")
+    for label, array in arrays.items():
+        rows = array[None] if array.ndim == 1 else array
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise InputError(f"{path}: {label} has shape {list(array.shape)}, expected [n, {width}] or [{width}].")
+        n, blank = len(rows), [""] * len(rows)
+        yield Activations(rows, blank, blank, blank, np.arange(n, dtype=np.int32), [label] * n, [[]] * n, blank)
+
+
+def explain_rows(pair: Pair, found: Iterable[Activations], sampling: Sampling) -> Iterator[list[dict]]:
+    """For each batch of activations its rows: `document, position, token, role, explanation, cut, cosine, fve`.
+
+    `cut`: the text had not ended at the limit. fve = 1 - mse / variance, with the variance of the pair's training
+    activations (None where its sidecar records none). Where there is no text there is no score."""
+    variance, first = training_variance(pair), itertools.count()
+    for activations in found:
+        for start in range(0, len(activations), sampling.batch):
+            rows = range(start, min(start + sampling.batch, len(activations)))
+            vectors = np.asarray(activations.vectors[rows.start : rows.stop])
+            numbers = [next(first) for _ in rows]
+            options = {"batch": sampling.batch, "first": numbers[0]}
+            said = pair.explain(vectors, sampling.max_new_tokens, sampling.temperature, sampling.seed, **options)
+            written = [i for i, explanation in enumerate(said) if explanation.text]
+            scores = pair.score([said[i].text for i in written], vectors[written]) if written else {}
+            of = {i: {name: float(values[j]) for name, values in scores.items()} for j, i in enumerate(written)}
+            yield [
+                {
+                    "document": activations.doc_ids[row],
+                    "position": int(activations.positions[row]),
+                    "token": activations.tokens[row],
+                    "role": activations.roles[row],
+                    "explanation": said[i].text,
+                    "cut": said[i].cut,
+                    "cosine": of[i]["cosine"] if i in of else None,
+                    "fve": 1 - of[i]["mse"] / variance if i in of and variance else None,
+                }
+                for i, row in enumerate(rows)
+            ]
+
+
+def training_variance(pair: Pair) -> float | None:
+    """The variance of the normalised activations that a pair was trained on; None where its sidecar does not say it.
+
+    Raises `InputError` where it says what no variance is."""
+    found = pair.sidecar.provenance.get("activation_variance")
+    if found is None:
+        name = pair.sidecar.base_checkpoint.rstrip("/").rpartition("/")[2].lower()
+        return RELEASED.get((name, pair.sidecar.layer))
+    if isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found <= 1.01:
+        return found
+    raise InputError(f"The pair's sidecar says activation_variance {found!r:.50}, expected a number between 0 and 1.")

@@ -1,0 +1,59 @@
+"""The AR's linear head on disk: `value_head.safetensors`, whose `weight` is the transpose of how it acts here."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import save_file
+
+from nla_jax.io.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from nla_jax.io.safetensors import INDEX, INSIDE, SINGLE, Stored, read_tensors, stored_tensors
+from nla_jax.runtime.errors import InputError
+
+HEAD = "value_head.safetensors"
+
+
+def read_head(ar: Path, d: int) -> Float[np.ndarray, "{d} {d}"]:
+    """The head of the AR in a folder, as it acts here, `x @ head`: of a file of its own, or of the model's or adapter's.
+
+    Raises `InputError` where there is none, saying what there is, and for one that is not finite or does not fit."""
+    files = [ar / HEAD, *sorted(ar.glob(f"*_{HEAD}")), ar.parent / f"{ar.name}_{HEAD}", ar.parent / f"ar_lora_{HEAD}"]
+    inside = [] if any(file.is_file() for file in files) else _inside(ar)
+    if inside:
+        weight, file = inside[0], inside[0].file
+    else:
+        file = next((file for file in files if file.is_file()), files[0])
+        tensors = read_tensors(file)
+        found = ", ".join(f"{name!r} of shape {tensor.shape}" for name, tensor in sorted(tensors.items())[:4])
+        weight = tensors.get("weight", tensors.get("value_head.weight"))
+        if weight is None or len(tensors) > 1:
+            reason = "no tensor 'weight'" if weight is None else "more than the tensor 'weight'"
+            raise InputError(f"{file} holds {reason} ({found}), expected weight of shape {(d, d)} alone.")
+    if weight.shape != (d, d):
+        raise InputError(f"{file} holds weight of shape {weight.shape}, expected weight of shape {(d, d)}.")
+    head = weight.read().T.astype(np.float32)
+    if not np.isfinite(head).all():
+        raise InputError(f"{file}: weight holds NaN or infinite values.")
+    return np.ascontiguousarray(head)
+
+
+def _inside(ar: Path) -> list[Stored]:
+    """The heads among the tensors of the model or adapter in a folder."""
+    if (ar / ADAPTER_WEIGHTS).is_file():
+        tensors = read_tensors(ar / ADAPTER_WEIGHTS)
+    elif any((ar / name).is_file() for name in (INDEX, SINGLE)):
+        tensors = stored_tensors(ar)
+    else:
+        return []
+    return [
+        tensor.typed() if isinstance(tensor.dtype, str) else tensor
+        for name, tensor in sorted(tensors.items())
+        if name.endswith(INSIDE)
+    ]
+
+
+def write_head(file: Path, head: Float[np.ndarray, "D D"]) -> None:
+    """Writes a head. Raises `InputError` for one that is not finite."""
+    if not np.isfinite(head).all():
+        raise InputError("The AR's head holds NaN or infinite values; it is not saved.")
+    save_file({"weight": np.ascontiguousarray(head.T)}, file)

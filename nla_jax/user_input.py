@@ -1,0 +1,80 @@
+"""What users hand to a pair, checked and cut into what programs take."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+from nla_jax.runtime.errors import InputError
+
+ATTENDED = 64 << 20  # pairs of positions that one program attends over, at most: 64 rows of 1024 tokens
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int. Raises `InputError` naming it where it is none from `least` to `most`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        limits = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} {limits} is needed, a whole number; found {value!r:.50}.")
+    return number
+
+
+def usable_rows(vectors: ArrayLike, shape: list[int], keeps_length: bool = False) -> Float[np.ndarray, "n *slots D"]:
+    """Rows `[n, *shape]` of any real dtype as float32, in which their squares neither overflow nor vanish: rows of an
+    extreme length get an ordinary one, which changes nothing where only the direction counts (not `keeps_length`).
+
+    Raises `InputError` for what is no array of numbers, for another shape, and for a row that is not finite, or zero."""
+    expected = ", ".join(map(str, ["n", *shape]))
+    try:
+        rows = np.asarray(vectors)
+    except (TypeError, ValueError):
+        rows = np.empty((0,), object)
+    if not (rows.dtype.kind in "fiub" or jnp.issubdtype(rows.dtype, jnp.floating)):  # bfloat16 has a kind of its own
+        raise InputError(f"Activations must be an array of numbers of shape [{expected}].")
+    if list(rows.shape[1:]) != shape or rows.ndim < 2:
+        raise InputError(f"Activations must be of shape [{expected}], found shape {list(rows.shape)}.")
+    if rows.dtype not in (np.float32, np.float64):
+        rows = rows.astype(np.float64)
+    if not (finite := np.isfinite(rows).all(tuple(range(1, rows.ndim)))).all():
+        raise InputError(f"Row {int(np.argmin(finite))} of the activations holds NaN or infinite values.")
+    largest = np.abs(rows).max(-1, keepdims=True, initial=0)
+    if not (largest > 0).all():
+        row = int(np.argwhere(largest == 0)[0, 0])
+        raise InputError(f"Row {row} of the activations is zero: it has no direction that could be explained.")
+    extreme = (largest < 1e-3) | (largest > 1e15)
+    if extreme.any() and not keeps_length:
+        rows = np.where(extreme, rows.astype(np.float64) / largest, rows)
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise InputError("The activations are too long for float32, and this pair injects them at their own length.")
+    return rows
+
+
+def similar_lengths(lengths: Sequence[int], batch: int) -> list[list[int]]:
+    """Row numbers in groups of at most `batch` rows of similar length, shortest first, so that padding is small.
+
+    The memory of attention grows with the square of the length: groups of long rows are smaller."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        group = groups[-1] if groups else []
+        room = min(batch, max(1, ATTENDED // lengths[i] ** 2))
+        if not group or len(group) >= room or lengths[i] > 2 * lengths[group[0]] + 64:
+            groups.append(group := [])
+        group.append(i)
+    return groups
+
+
+def padded_rows(n: int, batch: int, mesh: Mesh | AbstractMesh) -> int:
+    """How many rows a program computes for `n` of them: a power of two up to `batch`, so that there are few programs,
+    and on a mesh a multiple of its devices."""
+    rows, devices = min(batch, 1 << max(n - 1, 0).bit_length()), max(mesh.size, 1)
+    return -(-rows // devices) * devices
