@@ -116,30 +116,15 @@ QUICKSTART = {
 }
 SUBJECT = {"pretrain": {"init_from": "", "steps": 1200}}
 TINY = {
-    "corpus": {"max_documents": 60},
-    "pretrain": {
-        "init_from": "",
-        "steps": 6,
-        "batch": 4,
-        "length": 64,
-        "vocab_size": 400,
-        "model": {"width": 32, "layers": 3, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 48},
-    },
+    "compute": {"remat": ""},  # compiles faster
+    "corpus": {"source": "nla_jax.quickstart.topics:documents"},
+    "split": {"av_sft": 0.5, "ar_sft": 0.2, "rl": 0.15, "heldout": 0.15},
     "subject": {"layer": 1},
-    "split": {"av_sft": 0.4, "ar_sft": 0.2, "rl": 0.2, "heldout": 0.2},
-    "extract": {"positions": 4, "max_tokens": 128, "shard_documents": 10},
-    "prompts": {"max_new_tokens": 64},
-    "sft": {"checkpoint_every": 2, "av": {"batch": 8, "steps": 6}, "ar": {"batch": 8, "steps": 6}},
-    "rl": {
-        "steps": 4,
-        "activations": 4,
-        "group": 4,
-        "rollout_chunks": 1,
-        "checkpoint_every": 1,
-        "heldout_every": 2,
-        "heldout_rows": 8,
-    },
-    "evaluate": {"rows": 16, "batch": 16, "examples": 4},
+    "extract": {"positions": 8, "max_tokens": 128},
+    "sft": {"av": {"batch": 32, "steps": 120}, "ar": {"batch": 32, "steps": 60}},
+    "rl": {"steps": 4, "activations": 16, "group": 4, "rollout_chunks": 1, "heldout_every": 4, "heldout_rows": 32},
+    "evaluate": {"rows": 64, "batch": 64, "examples": 8},
+    "report": {"title": "Quickstart, tiny"},
 }
 VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY}  # what each changes
 

@@ -55,6 +55,7 @@ FIDELITY = (
     "similarity",
     "extraction",
 )
+SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
 
 
@@ -271,6 +272,13 @@ class Config(Section):
                     f"rl.{name} is {getattr(self.rl, name)}, which does not divide the rl.activations of a step "
                     f"({self.rl.activations})."
                 )
+        if absent := sorted(set(SPLITS) - self.split.keys()):
+            raise InputError(f"split names no {absent[0]!r}; give the shares of {', '.join(SPLITS)}.")
+        for name, share in self.split.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or share < 0:
+                raise InputError(f"split.{name} is {share!r}, expected a share of the documents from 0 to 1.")
+        if abs(sum(self.split.values()) - 1) > 1e-6:
+            raise InputError(f"The shares under split add up to {sum(self.split.values()):.6g}; they must add up to 1.")
 
 
 def read(given: Mapping, source: str) -> Config:
@@ -316,7 +324,19 @@ def _checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
         raise InputError(f"{name} is {value}; it must be at least {facts['least']}.")
     if facts["most"] is not None and value > facts["most"]:
         raise InputError(f"{name} is {value}; it must be at most {facts['most']}.")
-    return dict(value) if kind is dict else value
+    if kind is dict:
+        _all_finite(value, name)
+        return dict(value)
+    return value
+
+
+def _all_finite(tree: Mapping, name: str) -> None:
+    """Raises `InputError` for a number of an open mapping that is NaN or infinite."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            _all_finite(value, f"{name}.{key}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}.{key} is {value}, expected a finite number.")
 
 
 def _in_words(kind: Any) -> str:

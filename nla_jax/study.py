@@ -351,7 +351,10 @@ def make_optimizer(settings: dict, steps: int, what: str) -> optax.GradientTrans
     unknown = sorted(settings.keys() - parameters.keys())
     if unknown and not open_ended:
         raise InputError(f"{function} takes no {unknown[0]!r}; it takes {', '.join(parameters)}.")
-    tx = function(**settings)
+    try:
+        tx = function(**settings)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
     if not isinstance(tx, optax.GradientTransformation):
         raise InputError(f"{function} returns {type(tx).__name__}, expected an optax.GradientTransformation.")
     return tx

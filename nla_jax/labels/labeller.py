@@ -12,7 +12,7 @@ A config names one by import path (`label.labeller`), and gives its settings (`l
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nla_jax.data.rows import TEXT
 from nla_jax.io.files import AnyPath
@@ -32,6 +32,7 @@ class LabelRow:
     doc_id: str
 
 
+@runtime_checkable
 class Labeller(Protocol):
     """Anything with this method."""
 

@@ -12,7 +12,7 @@ about one.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +25,7 @@ NEEDS = ("pair", "warm", "labels")
 CHARTS = ("bars", "curve", "histogram")
 
 
+@runtime_checkable
 class Context(Protocol):
     """What a probe may read. All lists and arrays have an entry for each of the n held-out rows."""
 

@@ -226,13 +226,17 @@ class Run:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The device mesh of the config."""
-        c = self.config.mesh
-        return make_mesh(c.data, c.fsdp, c.tensor)
+        return mesh_of(self.config)
 
     @property
     def subject_folder(self) -> str | AnyPath:
         """The folder or hub id of the subject."""
         return self.config.subject.path or self.workdir / "subject"
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The devices that a config asks for. Raises `InputError` where they are not there."""
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
 def free_until_finished(name: str) -> bool:

@@ -16,6 +16,7 @@ from nla_jax.runtime.distributed import barrier, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.run import Run
+from nla_jax.stages.check import documents_of_splits
 from nla_jax.subject import Activations, Subject, activations_at, load_subject
 
 
@@ -47,12 +48,13 @@ def extract(run: Run) -> None:
 def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     """Writes the shards of the config's corpus, each host its share. Returns `rows` and `documents` of each split."""
     c, compute, mesh = run.config.extract, run.config.compute, host_mesh(run.mesh)
+    by_split: dict[str, list[Document]] = {name: [] for name in run.config.split}
+    corpus = run.documents()
+    documents = documents_of_splits(run.config, corpus)
+    for document in corpus:
+        by_split[run.split(document)].append(document)
     place = mesh if mesh.size > 1 else None
     subject = load_subject(run.subject_folder, run.config.subject.layer, compute.dtype, place, compute.attention)
-    by_split: dict[str, list[Document]] = {name: [] for name in run.config.split}
-    for document in run.documents():
-        by_split[run.split(document)].append(document)
-    documents = {split: len(found) for split, found in by_split.items()}
     facts = origin.extraction(run.config.corpus.source, sum(documents.values()), c.positions)
     shards = []  # (file, split, documents)
     for split, found in by_split.items():
@@ -75,11 +77,6 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     for file, split, _ in shards:
         rows[split] += row_count(file)
     for split, count in rows.items():
-        if not documents[split]:
-            raise InputError(
-                f"None of the {sum(documents.values())} documents falls into split {split!r}; take more documents, or "
-                f"raise split.{split}."
-            )
         if count == 0:
             raise InputError(
                 f"The documents of split {split!r} give no activations: none is longer than extract.min_position = "

@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.runtime import distributed
     from nla_jax.runtime.checkpoint import flat
     from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
-    from nla_jax.runtime.run import Run
-    from nla_jax.stages.check import check_functions
+    from nla_jax.runtime.run import Run, mesh_of
+    from nla_jax.stages.check import check_batches, check_documents, check_functions
 
     stages = list(STAGES) if arguments.verb == "quickstart" else [arguments.verb]
     if arguments.verb == "quickstart" and arguments.config.subject.path:
@@ -47,12 +47,15 @@ def run(arguments: argparse.Namespace) -> None:
     take_gpus_whole()
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     check_functions(arguments.config, stages)
+    check_batches(arguments.config, mesh_of(arguments.config), stages)
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
     enable_compile_cache()
     settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
     distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
     run = Run(arguments.config, workdir(arguments), STAGES, arguments.command)
     with run.alone():
+        if reads_corpus(run, stages):
+            check_documents(run.config, run.documents())
         for stage in stages:
             arguments.stage = stage  # for the sentence that says where the run was stopped
             before = run.result(stage)
@@ -65,6 +68,13 @@ def run(arguments: argparse.Namespace) -> None:
     if stages[-1] == "report" and distributed.is_writer():
         print_headline(run.workdir)
     distributed.leave()
+
+
+def reads_corpus(run, stages: list[str]) -> bool:
+    """Whether a stage that has not finished reads the documents of the corpus."""
+    sources = any(run.config.extract.source.to_dict().values())
+    reading = {"pretrain"} if sources else {"pretrain", "extract"}
+    return any(run.result(stage) is None for stage in stages if stage in reading)
 
 
 def print_headline(folder: AnyPath) -> None:

@@ -1,0 +1,107 @@
+"""What is found out before anything runs: wrong settings, functions, batches and splits; and the verb `nla check`."""
+
+import pytest
+from conftest import CONFIG, LOOP, nla_main, one_line
+
+from nla_jax.cli import load_config
+from nla_jax.data.corpus import Document
+from nla_jax.models.sharding import make_mesh
+from nla_jax.runtime.errors import InputError
+from nla_jax.stages.check import check_batches, check_documents, check_functions
+
+WRONG = {  # overrides, and what is said; nothing may have run
+    "reward that is not there": (["rl.reward=mine:f"], "rl.reward names the module 'mine', which cannot be found"),
+    "optimizer that is not there": (["pretrain.optimizer.function=optax:nobody"], "pretrain.optimizer.function names"),
+    "learning rate that is none": (["rl.av_optimizer.lr=nan"], "rl.av_optimizer.lr is nan, expected a finite number"),
+    "learning rate that is infinite": (["sft.ar.optimizer.lr=1e999"], "sft.ar.optimizer.lr is inf"),
+    "learning rate below 0": (
+        ["sft.av.optimizer.lr=-1.0"],
+        "sft.av.optimizer: AdamW's lr is -1.0; it must be at least 0",
+    ),
+    "decay of 1": (["rl.ar_optimizer.b2=1.0"], "rl.ar_optimizer: AdamW's b2 is 1.0; it must be at least 0 and below 1"),
+    "group of one": (["rl.group=1"], "rl.group is 1; it must be at least 2"),
+    "infinite temperature": (["rl.temperature=inf"], "rl.temperature is inf, expected a finite number"),
+    "KL below 0": (["rl.kl_coefficient=-5.0"], "rl.kl_coefficient is -5.0; it must be at least 0"),
+    "dtype that is none": (["compute.dtype=flat32"], "compute.dtype is 'flat32'; it must be one of"),
+    "remat that is none": (["compute.remat=foo"], "compute.remat is 'foo'; it must be one of"),
+    "heads that are none": (["pretrain.model.heads=0"], "pretrain.model.heads is 0; it must be a whole number from 1"),
+    "heads in odd groups": (["pretrain.model.heads=3", "pretrain.model.kv_heads=2"], "no multiple of kv_heads"),
+    "a shape that is unknown": (["pretrain.model.hats=3"], "pretrain.model makes no model"),
+    "layer beyond the model": (["subject.layer=7"], "subject.layer 7 does not exist: pretrain.model has 3 blocks"),
+    "shares beyond 1": (["split.rl=0.9"], "The shares under split add up to 1.7; they must add up to 1"),
+    "share below 0": (["split.rl=-0.2"], "split.rl is -0.2, expected a share"),
+    "batch that the mesh does not divide": (
+        ["mesh.data=8"],
+        r"pretrain.batch is 4 rows, which the 8 devices of the mesh (data=8 x fsdp=1 x tensor=1) do not divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_settings_are_found_before_anything_runs(case, corpus, tmp_path, capsys):
+    overrides, said = WRONG[case]
+    assert nla_main("quickstart", tmp_path / "run", corpus, *(f"--config.{text}" for text in overrides)) == 1
+    assert said in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_is_no_number_is_found(tmp_path, monkeypatch):
+    """log(-mse) is NaN for every response; a failed one may not be infinitely bad either."""
+    code = "import jax.numpy as jnp\n\n\ndef bad(s):\n    return jnp.log(-s.mse)\n\n\n"
+    code += "def worst(s):\n    return jnp.where(s.valid, -s.mse, -jnp.inf)\n"
+    (tmp_path / "rewards_of_mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, said in (("bad", "gives nan for a failed response of mse 2.00"), ("worst", "gives -inf for a failed")):
+        config = load_config(CONFIG, [f"--config.rl.reward=rewards_of_mine:{name}"])
+        with pytest.raises(InputError, match=said):
+            check_functions(config, LOOP)
+    check_functions(load_config(CONFIG, []), LOOP)
+
+
+def test_a_probe_that_asks_for_more_than_a_run_has(tmp_path, monkeypatch):
+    code = (
+        "from nla_jax.probes.probe import probe\n\n\n@probe('T', needs=('judge',))\ndef judged(context):\n    'Asks.'\n"
+    )
+    (tmp_path / "probes_of_mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="needs 'judge'; a run has pair, warm, labels"):
+        check_functions(load_config(CONFIG, ["--config.evaluate.probes=probes_of_mine:judged"]), LOOP)
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["sft.av.batch=12"], "sft.av.batch is 12"),
+        (["sft.ar.batch=9"], "sft.ar.batch is 9"),
+        (["rl.activations=3"], r"rl.activations \* rl.group is 12"),
+        (["rl.rollout_chunks=4"], r"rl.activations \* rl.group / rl.rollout_chunks is 4"),
+        (["rl.micro_batches=4"], r"rl.activations \* rl.group / rl.micro_batches is 4"),
+    ],
+)
+def test_batches_that_the_mesh_does_not_divide(overrides, named):
+    config = load_config(CONFIG, [f"--config.{text}" for text in overrides])
+    check_batches(config, make_mesh(1, 1, 1), LOOP)
+    with pytest.raises(InputError, match=f"{named} rows, which the 8 devices of the mesh"):
+        check_batches(config, make_mesh(2, 2, 2), ("sft", "rl"))
+
+
+def test_splits_are_checked_from_ids_alone():
+    """Before a model is loaded: the documents have no text here."""
+    config = load_config(CONFIG, ["--config.extract.positions=1", "--config.rl.activations=12"])
+    documents = [Document(f"document {i}", "") for i in range(200)]
+    found = check_documents(config, documents)
+    assert sum(found.values()) == 200 and all(count > 20 for count in found.values())
+    with pytest.raises(InputError, match="None of the 1 documents falls into split"):
+        check_documents(config, documents[:1])
+    with pytest.raises(InputError, match=r"Split 'rl' has \d+ of the 40 documents.* fewer than rl.activations \(12\)"):
+        check_documents(config, documents[:40])
+
+
+def test_an_empty_split_is_found_before_the_first_stage_loads_a_model(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nla_jax.stages.pretrain.train_tokenizer", lambda *_: pytest.fail("the stage went on"))
+    assert nla_main("quickstart", tmp_path / "run", corpus, "--config.corpus.max_documents=2") == 1
+    assert "of the 2 documents falls into split" in one_line(capsys)
+    monkeypatch.setattr("nla_jax.stages.extract.load_subject", lambda *_: pytest.fail("the subject was loaded"))
+    flags = ["--config.corpus.max_documents=2", "--config.subject.path=nla_jax/quickstart/subject"]
+    assert nla_main("extract", tmp_path / "other", corpus, *flags) == 1
+    assert "of the 2 documents falls into split" in one_line(capsys)
