@@ -38,11 +38,27 @@ VERBS = {
         "a pair as plain Hugging Face folders, and a run's datasets in the reference's form",
     ),
     "import": ("nla_jax.verbs.import_pair", "anybody's AV and AR as a checked pair of this package"),
+    "check": (
+        "nla_jax.verbs.check",
+        "what is wrong with a config, before it runs: functions, splits, memory, disk, labels",
+    ),
     "settings": ("nla_jax.verbs.settings", "every setting of a config: meaning, default, limits"),
     "plan": ("nla_jax.verbs.plan", "what a config needs on a TPU slice, from its programs compiled without one"),
     "benchmark": ("nla_jax.verbs.benchmark", "how fast a config's programs run, with random weights"),
 }
-CONFIGURED = {"quickstart", "pretrain", "extract", "label", "sft", "rl", "evaluate", "report", "plan", "benchmark"}
+CONFIGURED = {
+    "quickstart",
+    "pretrain",
+    "extract",
+    "label",
+    "sft",
+    "rl",
+    "evaluate",
+    "report",
+    "check",
+    "plan",
+    "benchmark",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,13 +1,24 @@
 """What is found out before anything runs: wrong settings, functions, batches and splits; and the verb `nla check`."""
 
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import jax
 import pytest
 from conftest import CONFIG, LOOP, nla_main, one_line
 
-from nla_jax.cli import load_config
+from nla_jax.cli import load_config, main
 from nla_jax.data.corpus import Document
 from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.check import check_batches, check_documents, check_functions
+from nla_jax.study import Study
+from nla_jax.subject import subject_config
+from nla_jax.verbs.check import bytes_written
+
+QUICKSTART = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
 
 WRONG = {  # overrides, and what is said; nothing may have run
     "reward that is not there": (["rl.reward=mine:f"], "rl.reward names the module 'mine', which cannot be found"),
@@ -105,3 +116,78 @@ def test_an_empty_split_is_found_before_the_first_stage_loads_a_model(corpus, tm
     flags = ["--config.corpus.max_documents=2", "--config.subject.path=nla_jax/quickstart/subject"]
     assert nla_main("extract", tmp_path / "other", corpus, *flags) == 1
     assert "of the 2 documents falls into split" in one_line(capsys)
+
+
+# The verb
+
+
+def check(capsys, *flags: str) -> dict[str, str]:
+    """What `nla check` printed, by its first word."""
+    capsys.readouterr()
+    assert main(["check", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len({line.partition("  ")[0] for line in lines})
+    return {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
+
+
+def test_check_says_what_a_run_would_need(tmp_path, capsys):
+    found = check(capsys, "--config", QUICKSTART, "--workdir", str(tmp_path / "run"), "--labels", "8")
+    assert list(found)[:5] == ["functions", "mesh", "memory", "documents", "disk"]
+    assert re.search(r"heldout \d+, rl \d+; at most 8 activations of each", found["documents"])
+    assert re.fullmatch(r"\d+ to \d+ tokens in 8 samples, 36 allowed", found["labels"])
+    assert found["AV reads"] == "'<|bos|><|user|>Explain this activation: ㈎<|assistant|>'"
+    assert found["AV writes"].startswith(r"'<explanation>\n") and found["AV writes"].endswith("</explanation><|end|>'")
+    assert found["AR reads"].startswith("'<|bos|><text>") and found["AR reads"].endswith("</text><summary>'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_reads_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nla_jax.io.folders.load_params", lambda *_, **__: pytest.fail("weights were read"))
+    assert "labels" not in check(capsys, "--config", QUICKSTART, "--workdir", str(tmp_path), "--labels", "0")
+
+
+def test_check_before_the_tokenizer_is_trained(corpus, tmp_path, capsys):
+    flags = ["--config", CONFIG, "--workdir", str(tmp_path), f"--config.corpus.source={corpus}"]
+    assert check(capsys, *flags)["prompts"] == "not looked at: the subject's tokenizer is not here yet"
+
+
+SHORT = {  # what is short, and what is said
+    "disk": ("writes about .* GiB, and .* has 0.0 free; make room, keep fewer checkpoints", []),
+    "memory": ("needs 0.0 GiB a device for parameters, optimizers and batch alone, and a device has 0.0", []),
+    "labels": (
+        r"8 of 8 labels need more than prompts.max_new_tokens = 9 tokens",
+        ["--config.prompts.max_new_tokens=9"],
+    ),
+    "documents": ("None of the 2 documents falls into split", ["--config.corpus.max_documents=2"]),
+}
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_check_finds_what_would_run_short(case, tmp_path, monkeypatch, capsys):
+    said, flags = SHORT[case]
+    if case == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    if case == "memory":
+        monkeypatch.setattr("nla_jax.verbs.check.device_memory", lambda: 1000.0)
+    flags = ["--config", QUICKSTART, "--workdir", str(tmp_path / "run"), "--labels", "8", *flags]
+    assert main(["check", *flags]) == 1
+    assert re.search(said, one_line(capsys))
+
+
+def test_a_run_writes_about_what_check_says(finished, corpus):
+    """Of the files that are large: the shards of activations are of documents that may be shorter."""
+    config = load_config(CONFIG, [f"--config.corpus.source={corpus}"])
+    mesh = make_mesh(1, 1, 1)
+    config = dataclasses.replace(config, subject=dataclasses.replace(config.subject, path=str(finished / "subject")))
+    study = Study.of_shapes(config, mesh, subject_config(config, mesh))
+    said = bytes_written(study, 40, True)
+    size = lambda *folders: sum(
+        file.stat().st_size for folder in folders for file in (finished / folder).rglob("*") if file.is_file()
+    )
+    params = study.boxed
+    states = {"sft_av": [params[0]], "sft_ar": [params[1]], "rl": params}
+    for name, models in states.items():
+        state = 3 * 4 * sum(x.size for x in jax.tree.leaves(models))
+        assert said[f"checkpoints of {name}"] == pytest.approx(3 * state, rel=0.01)  # two are kept, one is written
+    assert size("pair/av", "pair/ar") < 1.5 * said["pairs"] / 3 + 300_000  # tokenizers are small files
+    assert size("activations") < said["activations"] + 100_000

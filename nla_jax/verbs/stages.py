@@ -41,9 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.runtime.run import Run, mesh_of
     from nla_jax.stages.check import check_batches, check_documents, check_functions
 
-    stages = list(STAGES) if arguments.verb == "quickstart" else [arguments.verb]
-    if arguments.verb == "quickstart" and arguments.config.subject.path:
-        stages.remove("pretrain")
+    stages = stages_of(arguments.verb, arguments.config)
     take_gpus_whole()
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     check_functions(arguments.config, stages)
@@ -68,6 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
     if stages[-1] == "report" and distributed.is_writer():
         print_headline(run.workdir)
     distributed.leave()
+
+
+def stages_of(verb: str, config) -> list[str]:
+    """The stages that a verb runs. A subject from elsewhere needs no `pretrain`."""
+    if verb != "quickstart":
+        return [verb]
+    return [name for name in STAGES if name != "pretrain" or not config.subject.path]
 
 
 def reads_corpus(run, stages: list[str]) -> bool:
