@@ -22,7 +22,7 @@ from nla_jax.probes.fidelity import derangement
 from nla_jax.probes.probe import clustered_interval
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.extract import sample_activations, sample_positions
-from nla_jax.stages.sft import fixed_width, norm_and_variance, text_batches
+from nla_jax.stages.sft import fixed_width, norm_and_variance, say_dropped, text_batches
 from nla_jax.subject import extract, load_subject
 
 LAYER = 1
@@ -408,3 +408,9 @@ def test_extraction_on_a_mesh_is_that_on_one_device(subject_folder):
     assert embedding.sharding.shard_shape(embedding.shape)[1] == embedding.shape[1] // 8
     expected = extract(one, SENTENCES, "all").vectors
     np.testing.assert_allclose(extract(many, SENTENCES, "all").vectors, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_dropped_labels_are_said(capsys):
+    assert say_dropped(0, 8, 36) == 0 and not capsys.readouterr().err
+    assert say_dropped(2, 8, 36) == 0.25
+    assert "2 of 8 labels (25.0 %) need more than prompts.max_new_tokens = 36 tokens" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 
 from nla_jax.runtime.metrics import read_metrics, write_atomically
 from nla_jax.runtime.run import Run
-from nla_jax.tools.report.page import Report, render
+from nla_jax.tools.report.page import Report, render, warnings
 
 LOSSES = ("subject_loss", "bigram_loss", "unigram_loss")
 
@@ -22,6 +22,7 @@ def report(run: Run) -> None:
             "skipped_steps": rl["skipped"],
             **{name: pretrained.get(name) for name in LOSSES},
             "injection_scale": sft["injection_scale"],
+            "labels_too_long": sft["labels_too_long"],
         }
         seconds = {name: run.result(name)["seconds"] for name in stages if run.result(name)}
         page = Report(
@@ -38,6 +39,6 @@ def report(run: Run) -> None:
             history=read_metrics(run.workdir / "train/rl/metrics.jsonl"),
         )
         write_atomically(run.workdir / "report.html", render(page))
-        summary = scores | figures | {"seconds_by_stage": seconds}
+        summary = scores | figures | {"seconds_by_stage": seconds, "warnings": warnings(page)}
         write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
         result["page"] = "report.html"

@@ -58,7 +58,7 @@ def sft(run: Run) -> None:
 
         responses = map(pair.prompts.response_ids, av_rows.pieces(LABEL))
         tokens, lengths, kept = fixed_width(responses, limit)
-        result["labels_too_long"] = 1 - len(kept) / len(av_rows)
+        result["labels_too_long"] = say_dropped(len(av_rows) - len(kept), len(av_rows), limit)
         batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed)
         with Loop(run, "sft", "sft_av", c.av.steps, subject) as loop:
             av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
@@ -71,6 +71,17 @@ def sft(run: Run) -> None:
             ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base)
 
         save(run, dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar), "pair_warm")
+
+
+def say_dropped(dropped: int, count: int, limit: int) -> float:
+    """Says on standard error how many of `count` labels the AV is not trained on; returns their share."""
+    if dropped and is_writer():
+        print(
+            f"sft: {dropped} of {count} labels ({100 * dropped / count:.1f} %) need more than prompts.max_new_tokens = {limit} "
+            f"tokens; the AV is not trained on them.",
+            file=sys.stderr,
+        )
+    return dropped / count
 
 
 def fit(

@@ -83,10 +83,12 @@ def reads_corpus(run, stages: list[str]) -> bool:
 
 
 def print_headline(folder: AnyPath) -> None:
-    """The figures that everybody looks for first."""
+    """The figures that everybody looks for first, below what makes them worth little."""
     from nla_jax.tools.report.page import interval
 
     s = json.loads((folder / "summary.json").read_text())
+    for sentence in s.get("warnings", ()):  # a summary of an earlier version has none
+        print(f"WARNING: {sentence}")
     controls = {"shuffled": "fve_shuffled", "no injection": "fve_no_injection", "empty": "fve_empty"}
     measured = [f"{name} {s[key]:.3f}" for name, key in controls.items() if key in s]
     if "fve_rl" in s:
