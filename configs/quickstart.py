@@ -75,7 +75,7 @@ QUICKSTART = {
         "reconstructor_template": "<text>{explanation}</text><summary>",
         "marker": "",  # "" finds one
         "inject": ("nla_jax.autoencoder:replace",),  # or …:add_norm_matched@1, or functions of yours
-        "injection_scale": 0.0,  # 0 means the mean norm of the training activations
+        "injection_scale": 0.0,  # 0 means the median norm of the training activations
         "max_new_tokens": 36,
     },
     "sft": {
@@ -122,7 +122,7 @@ TINY = {  # the compiler takes most of its time: no rematerialisation, no KL, th
     "split": {"av_sft": 0.5, "ar_sft": 0.2, "rl": 0.15, "heldout": 0.15},
     "subject": {"layer": 1},
     "extract": {"positions": 8, "max_tokens": 128},
-    "sft": {"av": {"batch": 32, "steps": 100}, "ar": {"batch": 32, "steps": 100}},
+    "sft": {"av": {"batch": 32, "steps": 80}, "ar": {"batch": 32, "steps": 100}},
     "rl": {
         "steps": 4,
         "activations": 16,

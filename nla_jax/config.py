@@ -167,7 +167,7 @@ class Prompts(Section):
         "functions that bring activations in; @BLOCK: behind that block (-1: embeddings)",
     )
     injection_scale: float = setting(
-        0.0, "length of injected activations; 0: mean norm of the training activations", least=0
+        0.0, "length of injected activations; 0: median norm of the training activations", least=0
     )
     max_new_tokens: int = setting(150, "longest response of the AV, in tokens", least=1)
 

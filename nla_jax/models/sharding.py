@@ -55,6 +55,16 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return device_mesh(sizes, devices[:count])
 
 
+def usable_mesh(mesh: Mesh) -> Mesh:
+    """A mesh as this package computes with it, of the same devices: one of `jax.make_mesh` has explicit axes, on which
+    every operation would have to say where its result lies. Raises `InputError` for other axes than `AXES`."""
+    if tuple(mesh.axis_names) != AXES:
+        raise InputError(
+            f"A mesh has the axes {', '.join(AXES)}; found {mesh.axis_names}; nla_jax.make_mesh makes one."
+        )
+    return Mesh(mesh.devices, AXES)
+
+
 def device_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
     """The devices as a mesh whose axes follow the wires between them, if JAX knows these."""
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)

@@ -136,7 +136,7 @@ def load(run: Run, name: str) -> Pair:
 def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
     """The sidecar of the pair that a run is about to train on the activations `vectors` [n, d].
 
-    Their mean norm is the injection scale where the config sets none; their variance makes the FVE of a single
+    Their median norm is the injection scale where the config sets none; their variance makes the FVE of a single
     activation meaningful."""
     c, folder = run.config.prompts, locate(run.subject_folder)
     if (slots := c.verbalizer_template.count("{injection_char}")) != 1:
@@ -144,7 +144,7 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
             f"prompts.verbalizer_template holds {{injection_char}} {slots} times; training shows one activation, at one "
             f"place."
         )
-    norm, variance = norm_and_variance(vectors)
+    norm, variance = median_norm_and_variance(vectors)
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
     prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
@@ -182,8 +182,10 @@ def check_source(run: Run, subject: str) -> None:
             )
 
 
-def norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> tuple[float, float]:
-    """The mean norm of `vectors`, and the mean variance of their normalised entries, without a second copy of them."""
+def median_norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> tuple[float, float]:
+    """The median norm of `vectors`, and the mean variance of their normalised entries, without a second copy of them.
+
+    The median, since a few attention sinks among the rows move the mean by any factor."""
     norms, total, squares = [], 0.0, 0.0
     for start in range(0, len(vectors), chunk):
         part = vectors[start : start + chunk]
@@ -191,7 +193,7 @@ def norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> t
         unit = normalise(np.asarray(part))
         total, squares = total + unit.sum(0), squares + (unit**2).sum(0)
     variance = (squares / len(vectors) - (total / len(vectors)) ** 2).mean()
-    return float(np.concatenate(norms).mean()), float(variance)
+    return float(np.median(np.concatenate(norms))), float(variance)
 
 
 def fixed_width(
