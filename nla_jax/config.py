@@ -154,6 +154,9 @@ class Extract(Section):
 class Label(Section):
     labeller: str = setting("nla_jax.labels.extractive:Extractive", "import path of the labeller")
     settings: dict = setting({}, "what the labeller is made with")
+    batch: int = setting(
+        256, "texts that it gets at a time; what it made of them is kept when a later one fails", least=1, free=True
+    )
     splits: tuple[str, ...] = setting(("av_sft", "ar_sft", "heldout"), "which splits get labels")
 
 
