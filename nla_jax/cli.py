@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         with sigterm_raises():
             importlib.import_module(VERBS[arguments.verb][0]).run(arguments)
         return 0
+    except BrokenPipeError:  # as in `nla explain … | head`: who read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:
         return failed(sentence(error), 1, arguments.debug)
     except Stopped as stopped:

@@ -1,8 +1,12 @@
 """What is found out before anything runs: wrong settings, functions, batches and splits; and the verb `nla check`."""
 
 import dataclasses
+import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -191,3 +195,48 @@ def test_a_run_writes_about_what_check_says(finished, corpus):
         assert said[f"checkpoints of {name}"] == pytest.approx(3 * state, rel=0.01)  # two are kept, one is written
     assert size("pair/av", "pair/ar") < 1.5 * said["pairs"] / 3 + 300_000  # tokenizers are small files
     assert size("activations") < said["activations"] + 100_000
+
+
+# Words instead of traces
+
+
+def test_a_folder_whose_name_is_mistyped_is_not_made(corpus, tmp_path, capsys):
+    assert nla_main("report", tmp_path / "typo", corpus) == 1
+    assert "There is no working folder" in (said := one_line(capsys)) and "run `nla evaluate`" in said
+    assert not (tmp_path / "typo").exists()
+    assert main(["report", "--config", CONFIG, "--workdir", ""]) == 1
+    assert "--workdir is empty" in one_line(capsys)
+
+
+def test_damaged_files_of_a_run_are_named(finished, corpus, tmp_path, capsys):
+    """Whatever a byte of them becomes."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    for name, content in {
+        "summary.json": b"{",
+        "stages/report.json": b"[]",
+        "stages/rl.json": b'{"basis": {}, "seconds": 1, "result": 3}',
+        "stages/evaluate.json": b"\xff",
+    }.items():
+        kept = (workdir / name).read_bytes()
+        (workdir / name).write_bytes(content)
+        assert nla_main("quickstart", workdir, corpus) == 1
+        assert re.search(f"{name} is damaged; delete it", one_line(capsys))
+        (workdir / name).write_bytes(kept)
+    (workdir / "stages/report.json").unlink()
+    page = (workdir / "evaluation.json").read_bytes()
+    (workdir / "evaluation.json").write_bytes(page.replace(b"fve_rl", b"fve_rm", 1))
+    assert nla_main("report", workdir, corpus) == 1
+    assert "evaluation.json is not what `nla evaluate` wrote; delete it" in one_line(capsys)
+    (workdir / "evaluation.json").unlink()
+    assert nla_main("quickstart", workdir, corpus) == 0
+    assert json.loads((workdir / "evaluation.json").read_bytes()) == json.loads(page)
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly():
+    """As in `nla settings | head -1`."""
+    code = "import sys; from nla_jax.cli import main; sys.exit(main(['settings']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE

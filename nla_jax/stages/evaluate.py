@@ -48,7 +48,8 @@ def evaluate(run: Run) -> None:
             "heldout_rows": len(context.vectors),
         }
         page = {"probes": drawn, "examples": examples(context, scores, run.config.evaluate.examples)}
-        write_atomically(run.workdir / "evaluation.json", json.dumps(page))
+        write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
+        result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(eq=False)
