@@ -8,6 +8,7 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/nla quickstart --workdir $(WORKDIR)
 
 test: $(VENV)/installed-test
+	$(VENV)/bin/ruff check -q . && $(VENV)/bin/ruff format -q --check .
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 test-core: $(VENV)/installed-test  # the quick tests of every file

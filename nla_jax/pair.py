@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 from safetensors.numpy import save_file
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
@@ -75,7 +76,7 @@ class Pair:
 
     def verbalize(
         self,
-        vectors: np.ndarray,
+        vectors: ArrayLike,
         max_new_tokens: int = 150,
         temperature: float = 1.0,
         seed: int = 0,
@@ -142,7 +143,7 @@ class Pair:
         with jax.set_mesh(self.mesh):
             yield self.mesh
 
-    def score(self, texts: Sequence[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
+    def score(self, texts: Sequence[str], vectors: ArrayLike) -> dict[str, np.ndarray]:
         """How well each text brings back its row of `vectors`: `mse` = 2(1 - cos) in [0, 4], and `cosine`, both
         `[n]`."""
         vectors = self._checked(vectors)
@@ -206,7 +207,7 @@ class Pair:
                 for name, write in files.items():
                     write(scratch / name)
 
-    def _checked(self, vectors: np.ndarray, slots: int | None = None) -> np.ndarray:
+    def _checked(self, vectors: ArrayLike, slots: int | None = None) -> np.ndarray:
         shape = ([slots] if slots else []) + [self.sidecar.d_model]
         expected = ", ".join(map(str, ["n", *shape]))
         try:

@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def load_subject(
 def extract(
     subject: Subject,
     texts: Sequence[str],
-    positions: str | int | Sequence[int] = "last",
+    positions: Any = "last",
     *,
     max_tokens: int = 2048,
     doc_ids: Sequence[str] | None = None,

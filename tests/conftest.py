@@ -38,9 +38,9 @@ if "NLA_TEST_FLAGS" not in os.environ:  # set by the process that starts the tes
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {os.environ['NLA_TEST_FLAGS']}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook
+import typechecks
 
-install_import_hook("nla_jax", "beartype.beartype")  # shapes and types in signatures are held, in whatever a test calls
+typechecks.install()
 
 import dataclasses
 import json

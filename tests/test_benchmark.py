@@ -341,7 +341,12 @@ def test_an_adapter_costs_what_it_adds():
     assert 3 * flops.adapter_params(config, lora) == parameters(ones(lora.abstract_params(config)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SOME = ("llama", "gemma3_text")  # the plainest and the one with everything
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_family_is_measured(capsys, family):
     """With its defaults: windows, soft caps, norms. What the model holds is what its family's entry says."""
     fields = {"subject.architecture.model_type": family}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fake_report import fake_data, fake_probe, fake_score
 
+from nla_jax.probes import probe as probes
 from nla_jax.probes.probe import figures, load_probes, probe, run_probe
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.report.charts import Line, axis, short, with_running_mean
@@ -271,7 +272,7 @@ def ends_with_a_dot(context):
 def test_probes_of_a_user_are_drawn():
     """As the evaluation makes them: each kind has its chart, its numbers and its caption."""
 
-    class Context:
+    class Context(probes.Context):
         vectors = np.zeros((40, 2))
 
     names = [f"{__name__}:{name}" for name in ("words", "kl", "ends_with_a_dot")]
@@ -293,7 +294,7 @@ def test_probes_of_a_user_are_drawn():
 
 
 def test_a_probe_that_cannot_be_drawn_is_refused_before_it_is():
-    class Context:
+    class Context(probes.Context):
         vectors = np.zeros((3, 2))
 
     curve = probe("Mine", chart="curve")(lambda context: {"late": np.zeros(3)})

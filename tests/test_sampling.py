@@ -183,7 +183,7 @@ def test_a_draw_is_the_inverse_of_the_cumulated_softmax(size):
 
 def test_a_negative_temperature_is_refused(logits):
     with pytest.raises(InputError, match="Sampling needs a temperature"):
-        sample_tokens(jax.random.split(jax.random.key(0), len(logits)), logits, -1.0)
+        sample_tokens(jax.random.split(jax.random.key(0), len(logits)), logits[None], -1.0)
 
 
 def test_temperature_zero_is_greedy_and_tiny_mass_is_safe(logits):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -247,7 +246,7 @@ def test_a_pair_decodes_from_a_copy_made_once(any_pair, monkeypatch):
         )
     config = Config(prompts=Prompts(max_new_tokens=12), rl=Rl(heldout_temperature=1.0))
     assert placed.verbalize(vectors, 12) == texts
-    assert heldout_fve(SimpleNamespace(config=config), placed, vectors) == pytest.approx(expected, abs=1e-5)
+    assert heldout_fve(config, placed, vectors) == pytest.approx(expected, abs=1e-5)
     assert len(copies) == 1 and len(programs) == 4 and collectives(programs[0]) == {"all-reduce"}
 
 

@@ -63,7 +63,8 @@ def test_attention_equals_naive_softmax(monkeypatch, cache):
 def full_states(verbalizer, params, vectors, responses):
     """The oracle: each sample's prompt and response in one plain sequence; the states that predict the response."""
     group = len(responses) // len(vectors)
-    slot = verbalizer.injections[0].function(None, jnp.repeat(vectors, group, 0), verbalizer.injection_scale)
+    repeated = jnp.repeat(vectors, group, 0)[:, None]
+    slot = verbalizer.injections[0].function(jnp.zeros_like(repeated), repeated, verbalizer.injection_scale)[:, 0]
     prompt = jnp.tile(jnp.asarray(verbalizer.prefix + verbalizer.suffix), (len(responses), 1))
     x = verbalizer.embed(params, jnp.concatenate([prompt, responses], 1)).at[:, len(verbalizer.prefix)].set(slot)
     (hidden,), _ = verbalizer.model.apply({"params": params}, [x])

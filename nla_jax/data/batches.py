@@ -27,7 +27,7 @@ def rows_of_step(n: int, batch: int, step: int, seed: int) -> np.ndarray:
     """The `batch` row numbers (of `n`) that step `step` (from 0) reads: consecutive pieces of one permutation an
     epoch."""
     places = np.arange(step * batch, (step + 1) * batch)
-    return np.array([_permutation(n, seed, epoch)[place] for epoch, place in zip(places // n, places % n)])
+    return np.array([_permutation(n, seed, epoch)[place] for epoch, place in zip((places // n).tolist(), places % n)])
 
 
 @functools.lru_cache(maxsize=4)
@@ -49,7 +49,7 @@ class LengthBatches:
         """The row numbers of step `step` (from 0)."""
         n = len(self.lengths)
         places = np.arange(step * self.batch, (step + 1) * self.batch)
-        return np.array([self.order(epoch)[place] for epoch, place in zip(places // n, places % n)])
+        return np.array([self.order(epoch)[place] for epoch, place in zip((places // n).tolist(), places % n)])
 
     def width(self, rows: np.ndarray) -> int:
         """The padded length of a batch: its longest row's, rounded up to an eighth of the longest of all rows (so that

@@ -252,7 +252,7 @@ def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
 
 
 def import_datasets(
-    sources: Mapping[str, str],
+    sources: Mapping[str, str | Path],
     folder: Path,
     subject: Origin,
     tokenizer: PreTrainedTokenizerBase,

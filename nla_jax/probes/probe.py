@@ -120,7 +120,11 @@ def run_probe(function: UserFunction, probe: Probe, context: Context) -> dict[st
 
 
 def clustered_interval(
-    scores: Float[np.ndarray, "n"], clusters: Sequence[str], level: float = 0.95, draws: int = 2000, seed: int = 0
+    scores: Float[np.ndarray, "n"],
+    clusters: Sequence[str] | np.ndarray,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Bootstrap interval of the mean of `scores`; whole clusters (documents) are redrawn.
 

@@ -13,7 +13,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -118,7 +118,7 @@ def installed_sources() -> Sources:
     }
 
 
-def is_source(path: Path, file: Path) -> bool:
+def is_source(path: PurePath, file: Path) -> bool:
     """Whether to read `file`, which stands at `path` in its distribution."""
     wanted = path.suffix == ".py" or path.name == "METADATA"
     return wanted and not SKIPPED_FOLDERS.intersection(path.parts) and file.is_file()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nla_jax.config import Config
 from nla_jax.data.batches import rows_of_step
 from nla_jax.data.rows import load_rows, spread
 from nla_jax.fve import fve
@@ -67,7 +68,7 @@ def rl(run: Run) -> None:
                 loop.phases.enter("evaluation")
                 metrics |= seconds_of(loop, c.activations * c.group) | {"texts_cut": reading.cut_share()}
                 if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
-                    metrics["heldout_fve"] = heldout_fve(run, trained(pair, state), heldout)
+                    metrics["heldout_fve"] = heldout_fve(run.config, trained(pair, state), heldout)
                 loop.log.write_texts(i + 1, reading.examples(samples, run.config.log.texts))
                 loop.record(i + 1, metrics)
                 loop.end_step(i + 1, state, fve=float(metrics["fve"]), reward=float(metrics["reward"]))
@@ -97,7 +98,7 @@ def seconds_of(loop: Loop, samples: int) -> dict[str, float]:
     return seconds | {"samples_per_second": samples / sum(seconds.values())}
 
 
-def heldout_fve(run: Run, pair: Pair, vectors: np.ndarray) -> float:
+def heldout_fve(config: Config, pair: Pair, vectors: np.ndarray) -> float:
     """FVE of the AV's explanations of held-out activations."""
-    limit, temperature = run.config.prompts.max_new_tokens, run.config.rl.heldout_temperature
+    limit, temperature = config.prompts.max_new_tokens, config.rl.heldout_temperature
     return fve(pair.reconstruct(pair.verbalize(vectors, limit, temperature)), vectors)

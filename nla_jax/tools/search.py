@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,12 +15,11 @@ from nla_jax.runtime.distributed import source_hash
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.study import Program
-from nla_jax.tools.flops import Work
 from nla_jax.tools.plan import RL, describe, plan_program, programs_of
 from nla_jax.tools.topology import GiB, Slice, factorisations, mesh_over
 
 
-def least_memory(programs: dict[str, tuple[Program, Work]]) -> float:
+def least_memory(programs: dict[str, tuple[Program, Any]]) -> float:
     """Bytes that RL needs of a device whatever the compiler does."""
     return max(programs[name][0].least_memory for name in RL)
 

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -179,7 +179,7 @@ def _best(function: Callable, x: jax.Array, keep: bool = False) -> float:
     return min(seconds[1:])
 
 
-def mesh_over(devices: tuple, sizes: tuple[int, int, int]) -> Mesh:
+def mesh_over(devices: Sequence, sizes: tuple[int, int, int]) -> Mesh:
     """A mesh of all devices. Raises `InputError` where the sizes (one may be -1) do not fit them."""
     sizes = list(sizes)
     if sizes.count(-1) == 1 and math.prod(sizes):

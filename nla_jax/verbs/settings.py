@@ -10,8 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints name, default, limits and meaning of each setting."""
-    from nla_jax.config import Config, settings
+    """Prints name, default, limits and meaning of each setting, and whether it may change when a run is resumed."""
+    from nla_jax.config import Config, is_free, settings
     from nla_jax.runtime.errors import InputError
 
     defaults = dict(_leaves(Config().to_dict()))
@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
         limits = [f"at least {facts['least']}"] * (facts["least"] is not None)
         limits += [f"at most {facts['most']}"] * (facts["most"] is not None)
         limits += [f"one of {', '.join(map(repr, facts['choices']))}"] * bool(facts["choices"])
+        limits += ["may change on resume"] * is_free(name)
         default = textwrap.shorten(repr(defaults.get(name, {})), 60, placeholder=" …")
         print(f"{name} = {default}" + (f"   ({'; '.join(limits)})" if limits else ""))
         print(f"    {facts['meaning']}")
