@@ -122,6 +122,7 @@ TINY = {  # the compiler takes most of its time: no rematerialisation, no KL, th
     "split": {"av_sft": 0.5, "ar_sft": 0.2, "rl": 0.15, "heldout": 0.15},
     "subject": {"layer": 1},
     "extract": {"positions": 8, "max_tokens": 128},
+    "prompts": {"max_new_tokens": 40},
     "sft": {"av": {"batch": 32, "steps": 80}, "ar": {"batch": 32, "steps": 100}},
     "rl": {
         "steps": 4,

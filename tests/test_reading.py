@@ -1,6 +1,5 @@
 """The host's part of an RL step: what the AR reads of a rollout."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIG, SENTENCES, TINY
@@ -8,7 +7,7 @@ from conftest import CONFIG, SENTENCES, TINY
 from nla_jax.cli import load_config
 from nla_jax.data.batches import pad_tokens
 from nla_jax.data.rows import Rows
-from nla_jax.models.sharding import make_mesh
+from nla_jax.models.sharding import make_mesh, place_batch
 from nla_jax.prompts import RESPONSE
 from nla_jax.sampling import Rollout
 from nla_jax.stages.reading import Reading
@@ -25,10 +24,10 @@ def test_texts_that_the_ar_cannot_read_whole_are_counted(pair, missing):
     responses = pair.prompts.tokenizer([RESPONSE.format(explanation=text) for text in texts], add_special_tokens=False)
     tokens, lengths = pad_tokens(responses.input_ids)
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
-    sampled = Rollout(*map(jnp.asarray, (tokens, np.zeros(tokens.shape, np.float32), mask, np.ones(4, bool))))
+    sampled = Rollout(tokens, np.zeros(tokens.shape, np.float32), mask, np.ones(4, bool))
     vectors = np.zeros((2, TINY.width), np.float32)
     reading = Reading(study, pair, Rows(vectors, ()))
-    batch = reading.read(jnp.asarray(vectors), sampled, np.arange(2), 0)
+    batch = reading.read(vectors, place_batch(study.mesh, sampled), np.arange(2), 0)
     assert batch.texts.shape == (4, longest - missing) and np.all(batch.valid)
     assert reading.cut_share() == (0.25 if missing else 0)
     assert reading.cut_share() == 0  # of the next step
