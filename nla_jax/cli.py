@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = argparse.Namespace(stage=None, debug="--debug" in argv)
     try:
+        # Every command would say that PyTorch, which it does not use, is not there.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         parse(argv, arguments)
         if (here := os.getcwd()) not in sys.path:
             sys.path.append(here)  # a config may name functions of the user's, by import path

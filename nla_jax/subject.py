@@ -91,7 +91,7 @@ def extract(
     positions: Any = "last",
     *,
     max_tokens: int = 2048,
-    doc_ids: Sequence[str] | None = None,
+    doc_ids: Sequence[str] | np.ndarray | None = None,
 ) -> Activations:
     """Activations of `texts` at "last", "all", one index, or several indices of each text's tokens (negative from the
     end), in the order of the texts; `doc_ids` name them (default: their numbers). Special tokens are left out of "all".
@@ -125,7 +125,7 @@ def extract(
     return activations_at(subject, rows, wanted, doc_ids)
 
 
-def _indices(positions: int | Sequence[int], length: int) -> list[int]:
+def _indices(positions: Any, length: int) -> list[int]:
     """Indices from 0 of a text of `length` tokens."""
     try:
         chosen = [operator.index(i) for i in np.atleast_1d(positions).tolist()]

@@ -33,6 +33,10 @@ class Recorder:
             self._seen.add(f"{self._path}{name}")
         return value
 
+    @property
+    def __class__(self) -> type:  # for whoever asks what it is
+        return type(self._section)
+
     def __repr__(self) -> str:
         self.to_dict()
         return repr(self._section)

@@ -130,7 +130,7 @@ class RowsOf:
     def __init__(self, array: np.ndarray, rows: np.ndarray):
         self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
 
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __getitem__(self, index: tuple) -> np.ndarray:
         return self.array[self.rows[index[0]]][:, *index[1:]]
 
 
@@ -153,7 +153,7 @@ def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 def place_local(sharding: NamedSharding, rows: np.ndarray, values: np.ndarray, count: int) -> jax.Array:
     """The inverse of `local_rows`: an array `[count, ...]` from the rows `[n, ...]` of each host."""
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple) -> np.ndarray:
         start, stop, _ = index[0].indices(count)
         first = np.searchsorted(rows, start)
         return values[first : first + stop - start]
