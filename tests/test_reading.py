@@ -27,7 +27,7 @@ def test_texts_that_the_ar_cannot_read_whole_are_counted(pair, missing):
     sampled = Rollout(tokens, np.zeros(tokens.shape, np.float32), mask, np.ones(4, bool))
     vectors = np.zeros((2, TINY.width), np.float32)
     reading = Reading(study, pair, Rows(vectors, ()))
-    batch = reading.read(vectors, place_batch(study.mesh, sampled), np.arange(2), 0)
+    batch = reading.read(*place_batch(study.mesh, (vectors, sampled)), np.arange(2), 0)
     assert batch.texts.shape == (4, longest - missing) and np.all(batch.valid)
     assert reading.cut_share() == (0.25 if missing else 0)
     assert reading.cut_share() == 0  # of the next step
