@@ -45,6 +45,16 @@ WRONG = {  # overrides, and what is said; nothing may have run
     "layer beyond the model": (["subject.layer=7"], "subject.layer 7 does not exist: pretrain.model has 3 blocks"),
     "shares beyond 1": (["split.rl=0.9"], "The shares under split add up to 1.7; they must add up to 1"),
     "share below 0": (["split.rl=-0.2"], "split.rl is -0.2, expected a share"),
+    "two places for an activation": (
+        ["prompts.verbalizer_template={injection_char} {injection_char}"],
+        "prompts.verbalizer_template holds {injection_char} 2 times",
+    ),
+    "no place for the text": (["prompts.reconstructor_template=Summary:"], "holds {explanation} 0 times"),
+    "some datasets": (["extract.source.av_sft=a.parquet"], "extract.source.ar_sft is empty, but other files are given"),
+    "datasets that are not there": (
+        [f"extract.source.{split}={split}.parquet" for split in ("av_sft", "ar_sft", "rl")],
+        "extract.source.av_sft names av_sft.parquet, which is no file",
+    ),
     "batch that the mesh does not divide": (
         ["mesh.data=8"],
         r"pretrain.batch is 4 rows, which the 8 devices of the mesh (data=8 x fsdp=1 x tensor=1) do not divide",

@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nla_jax.config import Config
+from nla_jax.config import Prompts as PromptSettings
 from nla_jax.data.corpus import IMPORT_PATH, Document, split_of
+from nla_jax.data.interchange import check_sources
 from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import make_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
@@ -34,10 +36,13 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     if "pretrain" in stages:
         check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer")
         check_subject(config)
+    if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
+        check_sources(sources)
     if "label" in stages:
         make_labeller(config.label.labeller, config.label.settings)
     if {"sft", "rl", "evaluate"} & set(stages):
         check_injections(config)
+        check_templates(config.prompts)
     if "sft" in stages:
         check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer")
         check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer")
@@ -135,6 +140,16 @@ def check_injections(config: Config) -> None:
         found = jax.eval_shape(lambda x, v, f=injection.function: f(x, v, 1.0), states, states)
         if getattr(found, "shape", None) != states.shape:
             raise InputError(f"{injection.function} gives {_shape(found)}, expected shape {states.shape}.")
+
+
+def check_templates(prompts: PromptSettings) -> None:
+    """Each prompt has one place for what it is about."""
+    for name, place, what in (
+        ("verbalizer_template", "{injection_char}", "training shows one activation, at one place"),
+        ("reconstructor_template", "{explanation}", "the AR reads one text"),
+    ):
+        if (count := getattr(prompts, name).count(place)) != 1:
+            raise InputError(f"prompts.{name} holds {place} {count} times; {what}.")
 
 
 def check_optimizer(settings: dict, steps: int, what: str) -> None:

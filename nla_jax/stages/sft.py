@@ -23,6 +23,7 @@ from nla_jax.runtime.distributed import is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
 from nla_jax.sidecar import Sidecar
+from nla_jax.stages.check import check_templates
 from nla_jax.stages.loop import Loop
 from nla_jax.study import Study, injections, lora
 
@@ -139,11 +140,7 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
     Their median norm is the injection scale where the config sets none; their variance makes the FVE of a single
     activation meaningful."""
     c, folder = run.config.prompts, locate(run.subject_folder)
-    if (slots := c.verbalizer_template.count("{injection_char}")) != 1:
-        raise InputError(
-            f"prompts.verbalizer_template holds {{injection_char}} {slots} times; training shows one activation, at one "
-            f"place."
-        )
+    check_templates(c)
     norm, variance = median_norm_and_variance(vectors)
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
