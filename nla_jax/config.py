@@ -238,10 +238,10 @@ class Report(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Section):
-    prefix: int = setting(100, "tokens of the AV's prompt before the marker", least=1)
-    suffix: int = setting(25, "tokens of the AV's prompt from the marker to the response", least=1)
-    text_prefix: int = setting(6, "tokens of the AR's template before the text", least=0)
-    text: int = setting(14, "tokens of the AR's template in all", least=1)
+    prefix: int = setting(100, "tokens of the AV's prompt before the marker", least=1, most=10**6)
+    suffix: int = setting(25, "tokens of the AV's prompt from the marker to the response", least=1, most=10**6)
+    text_prefix: int = setting(6, "tokens of the AR's template before the text", least=0, most=10**6)
+    text: int = setting(14, "tokens of the AR's template in all", least=1, most=10**6)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,10 +250,10 @@ class Study:
 
     @functools.cached_property
     def feature_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of what `rl.features` computes; the functions are called once, on empty texts."""
+        """Shapes of what `rl.features` computes; the functions are called once, on two empty texts."""
         B = self.config.rl.activations * self.config.rl.group
-        found = compute_features(self.config.rl.features, [""] * B, [{}] * B)
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
+        found = compute_features(self.config.rl.features, [""] * 2, [{}] * 2)
+        return {name: jax.ShapeDtypeStruct((B,), x.dtype) for name, x in found.items()}
 
     @property
     def _adapters(self) -> bool:

@@ -172,6 +172,7 @@ SHORT = {  # what is short, and what is said
         r"8 of 8 labels need more than prompts.max_new_tokens = 9 tokens",
         ["--config.prompts.max_new_tokens=9"],
     ),
+    "rows of a step": ("joint_step needs .* GiB a device", ["--config.rl.activations=1000000000"]),  # only counted
     "documents": ("None of the 2 documents falls into split", ["--config.corpus.max_documents=2"]),
 }
 
