@@ -266,7 +266,8 @@ def test_hosts_that_disagree(settings, tmp_path, flag, message):
 
 def test_wrong_input_on_one_host_ends_all(settings, tmp_path):
     """The host that notices says what is wrong, and the other passes it on."""
-    (tmp_path / "here.jsonl").write_text(json.dumps({"id": "a", "text": "word " * 200}) + "\n")
+    lines = [json.dumps({"id": f"document {i}", "text": f"{i} word " * 200}) + "\n" for i in range(40)]
+    (tmp_path / "here.jsonl").write_text("".join(lines))
     settings = [*settings, "--config.corpus.source=here.jsonl"]
     hosts = Hosts(2, "extract", tmp_path / "run", settings, at={0: tmp_path, 1: tmp_path.parent})
     (first, passed_on), (second, noticed) = hosts.finish(120)
