@@ -43,6 +43,26 @@ RELEASED = {
     "plan": {"prefix": 100, "suffix": 25, "text_prefix": 6, "text": 14},
 }
 
+# The variant "tiny" of every setting: a test's size, which learns nothing.
+TINY = {
+    "corpus": {"max_documents": 60},
+    "subject": {"layer": 1},
+    "split": {"av_sft": 0.4, "ar_sft": 0.2, "rl": 0.2, "heldout": 0.2},
+    "extract": {"positions": 4, "max_tokens": 128, "shard_documents": 10},
+    "prompts": {"max_new_tokens": 64},
+    "sft": {"checkpoint_every": 2, "av": {"batch": 8, "steps": 6}, "ar": {"batch": 8, "steps": 6}},
+    "rl": {
+        "steps": 4,
+        "activations": 4,
+        "group": 4,
+        "rollout_chunks": 1,
+        "checkpoint_every": 1,
+        "heldout_every": 2,
+        "heldout_rows": 8,
+    },
+    "evaluate": {"rows": 16, "batch": 16, "examples": 4},
+}
+
 
 def released(
     variant: str, meshes: dict[str, tuple[int, int, int]], tiny: dict, own: dict, *, lr: float, bos: bool = False
@@ -55,9 +75,10 @@ def released(
     if variant not in ("", "tiny", *meshes):
         raise ValueError(f"there is no variant {variant!r}; there are {', '.join(meshes)} and tiny.")
     quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]
-    c = quickstart("tiny" if variant == "tiny" else "")
+    c = quickstart()
     c.report.title = own["subject"]["path"]
     if variant == "tiny":
+        c.update(TINY)
         c.subject.update(own["subject"])
         c.subject.architecture.update(tiny)
         c.subject.layer = 1

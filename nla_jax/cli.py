@@ -39,11 +39,27 @@ VERBS = {
     ),
     "accept": ("nla_jax.verbs.accept", "does a pair do here what the reference's golden dump of it says"),
     "import": ("nla_jax.verbs.import_pair", "anybody's AV and AR as a checked pair of this package"),
+    "check": (
+        "nla_jax.verbs.check",
+        "what is wrong with a config, before it runs: functions, splits, memory, disk, labels",
+    ),
     "settings": ("nla_jax.verbs.settings", "every setting of a config: meaning, default, limits"),
     "plan": ("nla_jax.verbs.plan", "what a config needs on a TPU slice, from its programs compiled without one"),
     "benchmark": ("nla_jax.verbs.benchmark", "how fast a config's programs run, with random weights"),
 }
-CONFIGURED = {"quickstart", "pretrain", "extract", "label", "sft", "rl", "evaluate", "report", "plan", "benchmark"}
+CONFIGURED = {
+    "quickstart",
+    "pretrain",
+    "extract",
+    "label",
+    "sft",
+    "rl",
+    "evaluate",
+    "report",
+    "check",
+    "plan",
+    "benchmark",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         with sigterm_raises():
             importlib.import_module(VERBS[arguments.verb][0]).run(arguments)
         return 0
+    except BrokenPipeError:  # as in `nla explain … | head`: who read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:
         return failed(sentence(error), 1, arguments.debug)
     except Stopped as stopped:

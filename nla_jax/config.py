@@ -55,6 +55,7 @@ FIDELITY = (
     "similarity",
     "extraction",
 )
+SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
 
 
@@ -153,6 +154,9 @@ class Extract(Section):
 class Label(Section):
     labeller: str = setting("nla_jax.labels.extractive:Extractive", "import path of the labeller")
     settings: dict = setting({}, "what the labeller is made with")
+    batch: int = setting(
+        256, "texts that it gets at a time; what it made of them is kept when a later one fails", least=1, free=True
+    )
     splits: tuple[str, ...] = setting(("av_sft", "ar_sft", "heldout"), "which splits get labels")
 
 
@@ -166,7 +170,7 @@ class Prompts(Section):
         "functions that bring activations in; @BLOCK: behind that block (-1: embeddings)",
     )
     injection_scale: float = setting(
-        0.0, "length of injected activations; 0: mean norm of the training activations", least=0
+        0.0, "length of injected activations; 0: median norm of the training activations", least=0
     )
     max_new_tokens: int = setting(150, "longest response of the AV, in tokens", least=1)
 
@@ -234,10 +238,10 @@ class Report(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Section):
-    prefix: int = setting(100, "tokens of the AV's prompt before the marker", least=1)
-    suffix: int = setting(25, "tokens of the AV's prompt from the marker to the response", least=1)
-    text_prefix: int = setting(6, "tokens of the AR's template before the text", least=0)
-    text: int = setting(14, "tokens of the AR's template in all", least=1)
+    prefix: int = setting(100, "tokens of the AV's prompt before the marker", least=1, most=10**6)
+    suffix: int = setting(25, "tokens of the AV's prompt from the marker to the response", least=1, most=10**6)
+    text_prefix: int = setting(6, "tokens of the AR's template before the text", least=0, most=10**6)
+    text: int = setting(14, "tokens of the AR's template in all", least=1, most=10**6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +275,13 @@ class Config(Section):
                     f"rl.{name} is {getattr(self.rl, name)}, which does not divide the rl.activations of a step "
                     f"({self.rl.activations})."
                 )
+        if absent := sorted(set(SPLITS) - self.split.keys()):
+            raise InputError(f"split names no {absent[0]!r}; give the shares of {', '.join(SPLITS)}.")
+        for name, share in self.split.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or share < 0:
+                raise InputError(f"split.{name} is {share!r}, expected a share of the documents from 0 to 1.")
+        if abs(sum(self.split.values()) - 1) > 1e-6:
+            raise InputError(f"The shares under split add up to {sum(self.split.values()):.6g}; they must add up to 1.")
 
 
 def read(given: Mapping, source: str) -> Config:
@@ -316,7 +327,19 @@ def _checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
         raise InputError(f"{name} is {value}; it must be at least {facts['least']}.")
     if facts["most"] is not None and value > facts["most"]:
         raise InputError(f"{name} is {value}; it must be at most {facts['most']}.")
-    return dict(value) if kind is dict else value
+    if kind is dict:
+        _all_finite(value, name)
+        return dict(value)
+    return value
+
+
+def _all_finite(tree: Mapping, name: str) -> None:
+    """Raises `InputError` for a number of an open mapping that is NaN or infinite."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            _all_finite(value, f"{name}.{key}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}.{key} is {value}, expected a finite number.")
 
 
 def _in_words(kind: Any) -> str:

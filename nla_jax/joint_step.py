@@ -168,7 +168,7 @@ class JointStep:
 
         ar_grads, errors = jax.grad(reconstruction_loss, has_aux=True)(params["reconstructor"])
 
-        reward, advantage = self.judge(self._scored(batch, errors), A)
+        reward, advantage = judge(self.reward, self.advantage, self._scored(batch, errors), A)
         weights = batch.response_mask / totals["tokens"]
         anchor = None
         if self.kl_coefficient:
@@ -186,13 +186,6 @@ class JointStep:
 
         av_grads, tokens = jax.grad(policy_loss, has_aux=True)(params["verbalizer"])
         return {"verbalizer": av_grads, "reconstructor": ar_grads}, {"mse": errors, "reward": reward, "tokens": tokens}
-
-    def judge(self, scored: Scored, groups: int) -> tuple[Float[Array, "B"], Float[Array, "B 1"]]:
-        """Reward and advantage of each response. Raises `InputError` where one of the functions gives another shape."""
-        B = len(scored.mse)
-        reward = _shaped(self.reward, self.reward(scored), (B,))
-        advantage = _shaped(self.advantage, self.advantage(reward.reshape(groups, -1)), (groups, B // groups))
-        return reward, advantage.reshape(B, 1)
 
     def _scored(self, batch: JointBatch, errors: Float[Array, "B"]) -> Scored:
         return Scored(
@@ -223,6 +216,16 @@ class JointStep:
             "logprob_gap_p99": masked_quantile(gap, mask, 0.99),
             "logprob_gap_max": gap.max(),
         } | {f"feature/{name}": jnp.mean(x) for name, x in batch.features.items()}
+
+
+def judge(
+    reward: Callable[[Scored], Array], advantage: Callable[[Array], Array], scored: Scored, groups: int
+) -> tuple[Float[Array, "B"], Float[Array, "B 1"]]:
+    """Reward and advantage of each response. Raises `InputError` where one of the functions gives another shape."""
+    B = len(scored.mse)
+    rewards = _shaped(reward, reward(scored), (B,))
+    advantages = _shaped(advantage, advantage(rewards.reshape(groups, -1)), (groups, B // groups))
+    return rewards, advantages.reshape(B, 1)
 
 
 def _shaped(function: Callable, x: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:

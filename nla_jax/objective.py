@@ -12,6 +12,7 @@ Rewards and advantages run inside the compiled step, on the samples of one micro
 host, between the rollout and the step.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
+
+from nla_jax.runtime.errors import InputError
 
 UNCORRELATED = 2.0  # the mse of a cosine of 0: what a failed response counts as
 
@@ -107,12 +110,17 @@ def adamw(
     `final_lr` at step `steps` (constant where `final_lr` is None).
 
     `settings`: b1 (0.9), b2 (0.99), eps (1e-8) and weight_decay (0) of `optax.adamw`. The learning rate of each step is
-    part of the state, so that training can log it."""
+    part of the state, so that training can log it. Raises `InputError` for a number that no AdamW can use."""
+    settings = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0} | settings
+    numbers = {"lr": lr, "final_lr": final_lr or 0.0, "warmup": warmup, "clip": clip} | settings
+    for name, value in numbers.items():
+        highest = 1.0 if name in ("b1", "b2") else math.inf
+        if isinstance(value, (int, float)) and not 0 <= value < highest:
+            raise InputError(f"AdamW's {name} is {value}; it must be at least 0{' and below 1' * (highest == 1)}.")
     if final_lr is None:
         schedule = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
     else:
         schedule = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), final_lr)
-    settings = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0} | settings
     return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, **settings), shown(schedule))
 
 

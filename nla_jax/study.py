@@ -250,10 +250,10 @@ class Study:
 
     @functools.cached_property
     def feature_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of what `rl.features` computes; the functions are called once, on empty texts."""
+        """Shapes of what `rl.features` computes; the functions are called once, on two empty texts."""
         B = self.config.rl.activations * self.config.rl.group
-        found = compute_features(self.config.rl.features, [""] * B, [{}] * B)
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
+        found = compute_features(self.config.rl.features, [""] * 2, [{}] * 2)
+        return {name: jax.ShapeDtypeStruct((B,), x.dtype) for name, x in found.items()}
 
     @property
     def _adapters(self) -> bool:
@@ -351,7 +351,10 @@ def make_optimizer(settings: dict, steps: int, what: str) -> optax.GradientTrans
     unknown = sorted(settings.keys() - parameters.keys())
     if unknown and not open_ended:
         raise InputError(f"{function} takes no {unknown[0]!r}; it takes {', '.join(parameters)}.")
-    tx = function(**settings)
+    try:
+        tx = function(**settings)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
     if not isinstance(tx, optax.GradientTransformation):
         raise InputError(f"{function} returns {type(tx).__name__}, expected an optax.GradientTransformation.")
     return tx

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
@@ -25,6 +26,7 @@ from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_
 from nla_jax.runtime.errors import InputError, first_line
 
 ROWS = 16  # texts that are read at a time
+SINK = 5.0  # how many times longer than the median an activation is that counts as an attention sink
 # The subject that comes with the package, made by `nla pretrain --config configs/quickstart.py:subject`.
 SHIPPED = Path(__file__).parent / "quickstart/subject"
 
@@ -139,12 +141,24 @@ def _indices(positions: Any, length: int) -> list[int]:
 def activations_at(
     subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], doc_ids: Sequence[str]
 ) -> Activations:
-    """Activations of token rows at the given indices of each, in the order of the rows."""
+    """Activations of token rows at the given indices of each, in the order of the rows.
+
+    Raises `InputError` for a token that the subject has no embedding of, and where an activation is not finite."""
+    check_ids(subject, rows, doc_ids)
     decode = lambda ids: subject.tokenizer.decode(ids, skip_special_tokens=True)
     vectors = list(residual_rows(subject, rows, positions))
+    vectors = np.concatenate(vectors) if vectors else np.zeros((0, subject.model.config.width), np.float32)
     where = [(list(row), i, id) for row, chosen, id in zip(rows, positions, doc_ids, strict=True) for i in chosen]
+    for at in np.flatnonzero(~np.isfinite(vectors).all(1))[:1]:
+        row, i, id = where[at]
+        dtype = jnp.dtype(subject.model.config.dtype).name
+        cure = "; compute in bfloat16 or float32 (compute.dtype)" if dtype == "float16" else ""
+        raise InputError(
+            f"The activation of token {subject.tokenizer.decode([row[i]])!r} (position {i} of {id!r}) is not finite in "
+            f"{dtype}{cure}: leave out this text, {decode(row[: i + 1])[-60:]!r}, or check the subject."
+        )
     return Activations(
-        vectors=np.concatenate(vectors) if vectors else np.zeros((0, subject.model.config.width), np.float32),
+        vectors=vectors,
         tokens=[subject.tokenizer.decode([row[i]]) for row, i, _ in where],
         texts=[decode(row[: i + 1]) for row, i, _ in where],
         following=[decode(row[i + 1 : i + 17]) for row, i, _ in where],
@@ -153,6 +167,25 @@ def activations_at(
         token_ids=[row[: i + 1] for row, i, _ in where],
         roles=[""] * len(where),
     )
+
+
+def check_ids(subject: Subject, rows: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+    """Raises `InputError` for a token id beyond the embedding, as some tokenizers have: all of its text would be NaN."""
+    entries = subject.model.config.vocab_size
+    for row, name in zip(rows, names):
+        if wrong := [i for i, token in enumerate(row) if token >= entries]:
+            text = subject.tokenizer.decode(row[: wrong[0] + 1])
+            raise InputError(
+                f"Token {subject.tokenizer.decode([row[wrong[0]]])!r} (id {row[wrong[0]]}, position {wrong[0]} of {name!r}) is "
+                f"none of the {entries} that {subject.name} has an embedding of; take it out of the text {text[-60:]!r}."
+            )
+
+
+def attention_sinks(norms: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Which activations are far longer than the others (`SINK` times the median): a first token, a rare apostrophe.
+
+    They carry little of their text, and most of the raw variance."""
+    return norms > SINK * np.median(norms) if len(norms) else np.zeros(0, bool)
 
 
 def residual_rows(

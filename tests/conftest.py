@@ -249,7 +249,7 @@ def vectors() -> np.ndarray:
 
 # The whole loop on a tiny config, as a user runs it
 
-CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+CONFIG = str(Path(__file__).parent / "study.py") + ":tiny"
 LOOP = tuple(STAGES)
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")
 TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")

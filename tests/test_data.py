@@ -22,7 +22,7 @@ from nla_jax.probes.fidelity import derangement
 from nla_jax.probes.probe import clustered_interval
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.extract import sample_activations, sample_positions
-from nla_jax.stages.sft import fixed_width, norm_and_variance, text_batches
+from nla_jax.stages.sft import fixed_width, median_norm_and_variance, say_dropped, text_batches
 from nla_jax.subject import extract, load_subject
 
 LAYER = 1
@@ -72,6 +72,23 @@ def test_batches_of_similar_length(n):
     assert 1 - real / padded < 0.15 and len(set(widths)) <= 8
     # Lengths do not come in order: the batches of a window are shuffled.
     assert np.abs(np.diff([lengths[rows].mean() for rows in cut])).mean() > 10
+
+
+@pytest.mark.parametrize("n, batch", [(20_000 + 7, 64), (1000, 48), (33, 16), (5, 16)])
+def test_later_epochs_have_batches_of_similar_length_too(n, batch):
+    """A batch of the second epoch that began amid a group would join its longest rows with another's shortest."""
+    lengths = np.clip(np.random.default_rng(0).normal(100, 25, n), 10, 150).astype(int)
+    batches = LengthBatches(lengths, batch, seed=1)
+    steps = 4 * n // batch
+    rows = np.concatenate([batches.rows(step) for step in range(steps + 1)])
+    for epoch in range(4):
+        assert len(np.unique(rows[epoch * n : (epoch + 1) * n])) == n
+    spread = [np.ptp(lengths[batches.rows(step)]) for step in range(steps)]
+    widths = [batches.width(batches.rows(step)) for step in range(steps)]
+    if n > 10 * batch:
+        first, second = slice(0, n // batch), slice(n // batch + 1, 2 * n // batch)
+        assert np.mean(spread[second]) < 1.1 * np.mean(spread[first])
+        assert np.mean(widths[second]) < 1.03 * np.mean(widths[first])
 
 
 def test_pad_tokens():
@@ -334,10 +351,10 @@ def test_batches_come_from_the_mapped_vectors(workdir):
     one_sentence(error)
 
 
-def test_norm_and_variance_in_pieces():
+def test_median_norm_and_variance_in_pieces():
     vectors = np.random.default_rng(0).normal(1, 3, (50, 16)).astype(np.float32)
-    norm, variance = norm_and_variance(vectors, chunk=7)
-    assert norm == float(np.linalg.norm(vectors, axis=1).mean())
+    norm, variance = median_norm_and_variance(vectors, chunk=7)
+    assert norm == float(np.median(np.linalg.norm(vectors, axis=1)))
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).astype(np.float64) * 4
     assert variance == pytest.approx(unit.var(0).mean(), rel=1e-6)
 
@@ -408,3 +425,9 @@ def test_extraction_on_a_mesh_is_that_on_one_device(subject_folder):
     assert embedding.sharding.shard_shape(embedding.shape)[1] == embedding.shape[1] // 8
     expected = extract(one, SENTENCES, "all").vectors
     np.testing.assert_allclose(extract(many, SENTENCES, "all").vectors, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_dropped_labels_are_said(capsys):
+    assert say_dropped(0, 8, 36) == 0 and not capsys.readouterr().err
+    assert say_dropped(2, 8, 36) == 0.25
+    assert "2 of 8 labels (25.0 %) need more than prompts.max_new_tokens = 36 tokens" in capsys.readouterr().err

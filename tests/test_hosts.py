@@ -36,7 +36,7 @@ CONFIG = """
 import runpy
 
 def get_config(variant=""):
-    c = runpy.run_path({quickstart!r})["get_config"]("tiny")
+    c = runpy.run_path({study!r})["get_config"]("tiny")
     for optimizer in (c.sft.av.optimizer, c.sft.ar.optimizer, c.rl.av_optimizer, c.rl.ar_optimizer):
         optimizer.eps = 1e-3  # Adam with a small one turns the rounding of a gradient near 0 into a step of full size
     return c
@@ -54,7 +54,7 @@ def settings(tokenizer, tmp_path_factory) -> list[str]:
     corpus = folder / "topics.jsonl"
     corpus.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen))
     config = folder / "study.py"
-    config.write_text(CONFIG.format(quickstart=str(Path(__file__).parent.parent / "configs/quickstart.py")))
+    config.write_text(CONFIG.format(study=str(Path(__file__).parent / "study.py")))
     values = {
         "subject.path": folder / "subject",
         "corpus.source": corpus,
@@ -266,7 +266,8 @@ def test_hosts_that_disagree(settings, tmp_path, flag, message):
 
 def test_wrong_input_on_one_host_ends_all(settings, tmp_path):
     """The host that notices says what is wrong, and the other passes it on."""
-    (tmp_path / "here.jsonl").write_text(json.dumps({"id": "a", "text": "word " * 200}) + "\n")
+    lines = [json.dumps({"id": f"document {i}", "text": f"{i} word " * 200}) + "\n" for i in range(40)]
+    (tmp_path / "here.jsonl").write_text("".join(lines))
     settings = [*settings, "--config.corpus.source=here.jsonl"]
     hosts = Hosts(2, "extract", tmp_path / "run", settings, at={0: tmp_path, 1: tmp_path.parent})
     (first, passed_on), (second, noticed) = hosts.finish(120)

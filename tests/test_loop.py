@@ -66,6 +66,17 @@ def test_summary_report_and_pair(finished):
     assert not list(finished.rglob("*.incomplete"))
 
 
+def test_a_run_that_never_extracts_has_a_banner(finished, corpus, capsys):
+    """On the page, in the summary, and in the terminal of the command that ends it."""
+    said = json.loads((finished / "summary.json").read_text())["warnings"]
+    assert said[0].startswith("Only 0.0 % of the responses hold an explanation")
+    assert any(sentence.startswith("No control scores lower") for sentence in said)
+    capsys.readouterr()
+    assert nla_main("quickstart", finished, corpus) == 0
+    out, page = capsys.readouterr().out, (finished / "report.html").read_text()
+    assert all(f"WARNING: {sentence}" in out and sentence in page for sentence in said)
+
+
 def test_bfloat16_with_rematerialisation(corpus, tmp_path):
     """The precision of accelerators: bfloat16 compute over float32 parameters, activations recomputed."""
     flags = ["--config.compute.dtype=bfloat16", "--config.compute.remat=nothing_saveable"]

@@ -216,7 +216,7 @@ def test_the_loop_with_adapters_on_a_mesh(tmp_path):
         "prompts.inject": "nla_jax.autoencoder:add_norm_matched@0",
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
-    config = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+    config = str(Path(__file__).parent / "study.py") + ":tiny"
     assert main(["quickstart", "--config", config, "--workdir", str(tmp_path / "run"), *flags]) == 0
     warm, pair = (load_pair(tmp_path / "run" / name) for name in ("pair_warm", "pair"))
     assert (pair.verbalizer.lora.rank, pair.reconstructor.lora.targets) == (4, ("q", "down"))

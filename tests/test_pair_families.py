@@ -24,7 +24,7 @@ from nla_jax.joint_step import Frozen, JointBatch, JointStep
 from nla_jax.pair import HEAD, Pair, load_pair, new_pair
 from nla_jax.sampling import rollout
 
-CONFIG = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+CONFIG = str(Path(__file__).parent / "study.py") + ":tiny"
 WIDTH, NEW_TOKENS = 32, 20
 VECTORS = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
 

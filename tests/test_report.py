@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import json
 import math
 import random
 import re
@@ -16,8 +17,9 @@ from nla_jax.probes import probe as probes
 from nla_jax.probes.probe import figures, load_probes, probe, run_probe
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.report.charts import Line, axis, short, with_running_mean
-from nla_jax.tools.report.page import MISSING, Report, interval, render, written
+from nla_jax.tools.report.page import MISSING, Report, interval, render, warnings, written
 from nla_jax.tools.report.style import SCRIPT
+from nla_jax.verbs.stages import print_headline
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 HOSTILE = ("<script>alert(1)</script>", '"><img onerror=alert(1) src=x>', "</svg></style></title>", "'&amp;<b>")
@@ -344,6 +346,30 @@ def test_a_run_that_means_little_says_so_at_its_top(html):
     assert 'role="alert"' not in page_of(data)
     data["history"][3]["skipped"] = True
     assert "4 of 30 training steps were skipped" in warned(data)
+
+    data = fake_data(steps=30)
+    for row in data["history"][-20:]:
+        row["identical_texts"] = 0.95
+    assert "The AV has collapsed: at the end of RL 95.0 % of its texts equal another sample" in warned(data)
+    data["history"][-1]["identical_texts"] = -20.0  # their mean counts
+    assert 'role="alert"' not in page_of(data)
+
+    data = fake_data(steps=30)
+    data["figures"]["labels_too_long"] = 0.25
+    assert "25.0 % of the labels are longer than prompts.max_new_tokens" in warned(data)
+
+
+def test_the_terminal_says_what_the_page_says(tmp_path, capsys):
+    data = fake_data(steps=30)
+    score_of(data, "extraction_rate")["mean"] = 0.0
+    for name in ("fve_shuffled", "fve_empty", "fve_no_injection"):
+        score_of(data, name)["mean"] = 0.601
+    said = warnings(Report(**data))
+    assert len(said) == 2 and all(sentence in page_of(data) for sentence in said)
+    scores = {"fve_rl": 0.601, "fve_rl_ci95": [0.5, 0.7], "fve_empty": 0.601}
+    (tmp_path / "summary.json").write_text(json.dumps(scores | {"warnings": said}))
+    print_headline(tmp_path)
+    assert capsys.readouterr().out.splitlines()[:2] == [f"WARNING: {sentence}" for sentence in said]
 
 
 def test_the_step_axis_is_linear_and_ends_at_the_last_step():

@@ -58,11 +58,19 @@ class LengthBatches:
         return -(-int(self.lengths[rows].max()) // piece) * piece
 
     def _order(self, epoch: int) -> np.ndarray:
-        rows, pieces = _permutation(len(self.lengths), self.seed, epoch), []
+        """The rows of an epoch. The last batch of an epoch that the batch does not divide is completed by the next one's
+        first rows: both are the longest of their windows, and all batches after them begin with a group of their own."""
+        rows, n = _permutation(len(self.lengths), self.seed, epoch), len(self.lengths)
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch + (1 << 32)]))
-        for start in range(0, len(rows), self.WINDOW * self.batch):
-            window = rows[start : start + self.WINDOW * self.batch]
+        head = min(-epoch * n % self.batch, n)
+        ends = [*range(head + self.WINDOW * self.batch, n, self.WINDOW * self.batch), n]
+        pieces = []
+        for start, end in zip([0, *ends], ends):
+            window = rows[start:end]
             window = window[np.argsort(self.lengths[window], kind="stable")]
+            if start == 0:
+                window, first = np.split(window, [len(window) - head])
+                pieces.append(first)
             whole, rest = np.split(window, [len(window) // self.batch * self.batch])
             pieces += [rng.permutation(whole.reshape(-1, self.batch)).reshape(-1), rest]
         return np.concatenate(pieces)

@@ -251,6 +251,16 @@ def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
     return extraction
 
 
+def check_sources(sources: Mapping[str, str]) -> None:
+    """Raises `InputError` where only some of a run's datasets are named, and for one that is not there."""
+    for split in TRAINING:
+        if not sources[split]:
+            raise InputError(f"extract.source.{split} is empty, but other files are given; name its Parquet file too.")
+    for split, path in sources.items():
+        if path and not Path(path).expanduser().is_file():
+            raise InputError(f"extract.source.{split} names {path}, which is no file.")
+
+
 def import_datasets(
     sources: Mapping[str, str | Path],
     folder: Path,
@@ -268,9 +278,7 @@ def import_datasets(
 
     Raises `InputError` for a missing file, one that `open_dataset` or its rows' checks refuse, and a document that is
     both held out and trained on."""
-    for split in TRAINING:
-        if not sources[split]:
-            raise InputError(f"extract.source.{split} is empty, but other files are given; name its Parquet file too.")
+    check_sources(sources)
     datasets = {
         split: open_dataset(Path(path).expanduser(), subject, tokenizer) for split, path in sources.items() if path
     }

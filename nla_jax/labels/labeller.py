@@ -11,6 +11,7 @@ A config names one by import path (`label.labeller`), and gives its settings (`l
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +20,8 @@ from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import columns_of, read_table
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
+
+TAG = re.compile(r"</?explanation>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,11 @@ class CheckedLabeller:
                 raise InputError(
                     f"{self.function} returns {text!r} for token {row.position} of {row.doc_id!r}; return one non-empty "
                     f"text for each row."
+                )
+            if tag := TAG.search(text):
+                raise InputError(
+                    f"{self.function} returns a label with {tag[0]!r} for token {row.position} of {row.doc_id!r}; the tags are "
+                    f"put around it later: leave them out."
                 )
         return list(labels)
 

@@ -63,7 +63,8 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     if mesh is None or mesh.empty:
         return None
     if mesh.axis_names != AXES:
-        raise InputError(f"The mesh has axes {mesh.axis_names}, expected {AXES}; nla_jax.make_mesh makes one.")
+        found = ", ".join(mesh.axis_names)
+        raise InputError(f"A mesh has the axes {', '.join(AXES)}; found {found}; nla_jax.make_mesh makes one.")
     return Mesh(mesh.devices, AXES)
 
 

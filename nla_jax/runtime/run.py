@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -181,10 +182,14 @@ class Run:
         file = self._file(stage)
 
         def read() -> dict | None:
-            try:
-                return json.loads(file.read_text()) if file.exists() else None
-            except ValueError:
-                raise InputError(f"{file} is damaged; delete it and the files of that stage to run it again.") from None
+            if not file.exists():
+                return None
+            kinds = {"basis": dict, "seconds": (int, float)}
+            record = read_json(file, kinds, "delete it and the files of that stage to run it again")
+            whole = "result" not in record or all(isinstance(record.get(name), dict) for name in ("result", "files"))
+            if not whole:
+                raise InputError(f"{file} is damaged; delete it and the files of that stage to run it again.")
+            return record
 
         return from_writer(read)
 
@@ -226,13 +231,30 @@ class Run:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The device mesh of the config."""
-        c = self.config.mesh
-        return make_mesh(c.data, c.fsdp, c.tensor)
+        return mesh_of(self.config)
 
     @property
     def subject_folder(self) -> str | AnyPath:
         """The folder or hub id of the subject."""
         return self.config.subject.path or self.workdir / "subject"
+
+
+def read_json(file: AnyPath, kinds: Mapping[str, Any], cure: str) -> dict:
+    """The JSON object in a file that a run wrote; `kinds`: the types of entries that it must have.
+
+    Raises `InputError` with the `cure` where the file is damaged."""
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:  # no JSON, or no UTF-8
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(f"{file} is damaged; {cure}.")
+    return found
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The devices that a config asks for. Raises `InputError` where they are not there."""
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
 def free_until_finished(name: str) -> bool:

@@ -1,20 +1,26 @@
-"""What can be known before anything runs: every function that a config names is found, called once, and answers
-rightly."""
+"""What can be known before anything runs: that every function a config names is found, called once, and answers rightly;
+that the mesh divides every batch; and, from the ids of the documents alone, that every split has enough of them."""
 
+import collections
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nla_jax.config import Config
-from nla_jax.data.corpus import IMPORT_PATH
-from nla_jax.joint_step import JointStep, init_model, update
+from nla_jax.config import Prompts as PromptSettings
+from nla_jax.data.corpus import IMPORT_PATH, Document, split_of
+from nla_jax.data.interchange import check_sources
+from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import make_labeller
-from nla_jax.objective import Scored
-from nla_jax.probes.probe import load_probes
-from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_code import resolve
+from nla_jax.models.transformer import TransformerConfig, abstract_params
+from nla_jax.objective import UNCORRELATED, Scored
+from nla_jax.probes.probe import NEEDS, load_probes
+from nla_jax.runtime.errors import InputError, first_line
+from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.stages.reading import read_by
 from nla_jax.study import compute_features, injections, make_optimizer
 
@@ -27,10 +33,16 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     Raises `InputError` that names setting, file and line of the first one that is wrong."""
     if {"pretrain", "extract"} & set(stages) and IMPORT_PATH.fullmatch(config.corpus.source):
         resolve(config.corpus.source, "corpus.source")
+    if "pretrain" in stages:
+        check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer")
+        check_subject(config)
+    if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
+        check_sources(sources)
     if "label" in stages:
         make_labeller(config.label.labeller, config.label.settings)
     if {"sft", "rl", "evaluate"} & set(stages):
         check_injections(config)
+        check_templates(config.prompts)
     if "sft" in stages:
         check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer")
         check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer")
@@ -39,7 +51,86 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
         check_objective(config)
     if "evaluate" in stages:
-        load_probes(config.evaluate.probes)
+        for function, probe in load_probes(config.evaluate.probes):
+            if absent := set(probe.needs) - set(NEEDS):
+                raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
+
+
+def check_batches(config: Config, mesh: Mesh, stages: Sequence[str]) -> None:
+    """The mesh divides the rows of every batch that these stages train on; each device then has an equal part.
+
+    Raises `InputError` that names the batch and the mesh. Otherwise devices would compute the same rows, unnoticed."""
+    c, rows = config.rl, config.rl.activations * config.rl.group
+    batches = {
+        "pretrain": {"pretrain.batch": config.pretrain.batch if config.pretrain.steps else mesh.size},
+        "sft": {"sft.av.batch": config.sft.av.batch, "sft.ar.batch": config.sft.ar.batch},
+        "rl": {
+            "rl.activations * rl.group": rows,
+            "rl.activations * rl.group / rl.rollout_chunks": rows // c.rollout_chunks,
+            "rl.activations * rl.group / rl.micro_batches": rows // c.micro_batches,
+        },
+    }
+    for name, size in [item for stage in stages for item in batches.get(stage, {}).items()]:
+        if size % mesh.size:
+            sizes = " x ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+            raise InputError(
+                f"{name} is {size} rows, which the {mesh.size} devices of the mesh ({sizes}) do not divide; take a multiple "
+                f"of {mesh.size}."
+            )
+
+
+def documents_of_splits(config: Config, documents: Sequence[Document]) -> dict[str, int]:
+    """How many documents each split has, known from their ids alone. Raises `InputError` for a split with none."""
+    found = collections.Counter(split_of(document, config.split, config.seed) for document in documents)
+    if empty := [split for split in config.split if not found[split]]:
+        raise InputError(
+            f"None of the {len(documents)} documents falls into split {empty[0]!r}; take more documents, or raise "
+            f"split.{empty[0]}."
+        )
+    return {split: found[split] for split in config.split}
+
+
+def check_documents(config: Config, documents: Sequence[Document]) -> dict[str, int]:
+    """How many documents each split has. Raises `InputError` for one that gives fewer activations than a batch has."""
+    found = documents_of_splits(config, documents)
+    least = {
+        "av_sft": ("sft.av.batch", config.sft.av.batch if config.sft.av.steps else 1),
+        "ar_sft": ("sft.ar.batch", config.sft.ar.batch if config.sft.ar.steps else 1),
+        "rl": ("rl.activations", config.rl.activations if config.rl.steps else 1),
+        "heldout": ("the least that can be measured", 2),
+    }
+    for split, (name, rows) in least.items():
+        if (most := found[split] * config.extract.positions) < rows:
+            raise InputError(
+                f"Split {split!r} has {found[split]} of the {len(documents)} documents, which give at most {most} "
+                f"activations, fewer than {name} ({rows}); take more documents, or raise split.{split} or extract.positions."
+            )
+    return found
+
+
+def check_subject(config: Config) -> None:
+    """The shapes of a subject from scratch make a model."""
+    c = config.pretrain
+    if c.init_from:
+        return
+    try:
+        model = TransformerConfig(vocab_size=c.vocab_size, **c.model)
+        sizes = {
+            name: getattr(model, name) for name in ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")
+        }
+        if wrong := [name for name, n in sizes.items() if not isinstance(n, int) or n < 1]:
+            raise InputError(f"pretrain.model.{wrong[0]} is {sizes[wrong[0]]!r}; it must be a whole number from 1 on.")
+        if model.heads % model.kv_heads:
+            raise InputError(f"pretrain.model.heads is {model.heads}, no multiple of kv_heads ({model.kv_heads}).")
+        nn.unbox(abstract_params(model))
+    except TypeError as error:
+        raise InputError(
+            f"pretrain.model makes no model ({first_line(error)}); see `nla settings pretrain.`."
+        ) from None
+    if not 0 <= config.subject.layer < model.layers:
+        raise InputError(
+            f"subject.layer {config.subject.layer} does not exist: pretrain.model has {model.layers} blocks."
+        )
 
 
 def check_injections(config: Config) -> None:
@@ -49,6 +140,16 @@ def check_injections(config: Config) -> None:
         found = jax.eval_shape(lambda x, v, f=injection.function: f(x, v, 1.0), states, states)
         if getattr(found, "shape", None) != states.shape:
             raise InputError(f"{injection.function} gives {_shape(found)}, expected shape {states.shape}.")
+
+
+def check_templates(prompts: PromptSettings) -> None:
+    """Each prompt has one place for what it is about."""
+    for name, place, what in (
+        ("verbalizer_template", "{injection_char}", "training shows one activation, at one place"),
+        ("reconstructor_template", "{explanation}", "the AR reads one text"),
+    ):
+        if (count := getattr(prompts, name).count(place)) != 1:
+            raise InputError(f"prompts.{name} holds {place} {count} times; {what}.")
 
 
 def check_optimizer(settings: dict, steps: int, what: str) -> None:
@@ -68,16 +169,36 @@ def check_objective(config: Config) -> None:
     features = compute_features(c.features, texts, rows)
     shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, bits = jnp.float32, jnp.bool_
-    scored = Scored(
-        mse=shape(f32, B),
-        cosine=shape(f32, B),
-        valid=shape(bits, B),
-        mask=shape(bits, B, TOKENS),
-        logprobs=shape(f32, B, TOKENS),
-        features={name: shape(x.dtype, B) for name, x in features.items()},
+    parts = {
+        "mse": shape(f32, B),
+        "cosine": shape(f32, B),
+        "valid": shape(bits, B),
+        "mask": shape(bits, B, TOKENS),
+        "logprobs": shape(f32, B, TOKENS),
+        "features": {name: shape(x.dtype, B) for name, x in features.items()},
+    }
+    reward, advantage = resolve(c.reward, "rl.reward"), resolve(c.advantage, "rl.advantage")
+    jax.eval_shape(lambda parts: judge(reward, advantage, Scored(**parts), ACTIVATIONS), parts)
+    check_reward(reward, features)
+
+
+def check_reward(reward: UserFunction, features: dict[str, np.ndarray]) -> None:
+    """The reward of ordinary responses, the first of which has failed, is a finite number."""
+    B = ACTIVATIONS * GROUP
+    mse = np.linspace(UNCORRELATED, 0.2, B, dtype=np.float32)
+    ordinary = Scored(
+        mse=jnp.asarray(mse),
+        cosine=jnp.asarray(1 - mse / 2),
+        valid=jnp.arange(B) > 0,
+        mask=jnp.ones((B, TOKENS), bool),
+        logprobs=jnp.full((B, TOKENS), -1.0),
+        features={name: jnp.asarray(x) for name, x in features.items()},
     )
-    joint = JointStep(None, None, None, None, resolve(c.reward, "rl.reward"), resolve(c.advantage, "rl.advantage"))
-    jax.eval_shape(lambda scored: joint.judge(scored, ACTIVATIONS), scored)
+    found = np.asarray(reward(ordinary))
+    if not np.isfinite(found).all():
+        at = int(np.flatnonzero(~np.isfinite(found))[0])
+        kind = "response" if at else "failed response"
+        raise InputError(f"{reward} gives {found[at]} for a {kind} of mse {mse[at]:.2f}; a reward must be finite.")
 
 
 def _shape(x) -> str:

@@ -15,7 +15,7 @@ from nla_jax.fve import row_fve
 from nla_jax.io.hub import fingerprint
 from nla_jax.io.parquet import read_table, write_table
 from nla_jax.pair import Pair
-from nla_jax.probes.probe import NEEDS, figures, load_probes, run_probe
+from nla_jax.probes.probe import figures, load_probes, run_probe
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
@@ -33,9 +33,6 @@ def evaluate(run: Run) -> None:
         run.require("rl")
         probes = load_probes(run.config.evaluate.probes)
         context = RunContext(run)
-        for function, probe in probes:
-            if absent := set(probe.needs) - set(NEEDS):
-                raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
         progress, scores, drawn = Progress("evaluate", len(probes)), {}, []
         for function, probe in probes:
             own = run_probe(function, probe, context)
@@ -51,7 +48,8 @@ def evaluate(run: Run) -> None:
             "heldout_rows": len(context.vectors),
         }
         page = {"probes": drawn, "examples": examples(context, scores, run.config.evaluate.examples)}
-        write_atomically(run.workdir / "evaluation.json", json.dumps(page))
+        write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
+        result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,22 +1,25 @@
 """The `extract` stage: activations of a corpus at sampled positions, or of datasets that exist, as Parquet shards."""
 
+import collections
 import hashlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from nla_jax.data.corpus import Document
 from nla_jax.data.interchange import Origin, import_datasets, sidecar_content
-from nla_jax.data.rows import activation_table
+from nla_jax.data.rows import Rows, activation_table, load_rows
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import row_count, write_table
 from nla_jax.models.sharding import host_mesh
-from nla_jax.runtime.distributed import barrier, share
+from nla_jax.runtime.distributed import barrier, is_writer, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.run import Run
-from nla_jax.subject import Activations, Subject, activations_at, load_subject
+from nla_jax.stages.check import documents_of_splits
+from nla_jax.subject import SINK, Activations, Subject, activations_at, attention_sinks, load_subject
 
 
 def extract(run: Run) -> None:
@@ -42,17 +45,19 @@ def extract(run: Run) -> None:
         else:
             result |= extract_corpus(run, origin)
         result["base_hash"] = origin.base_hash
+        result["sinks"] = say_sinks([load_rows(run.workdir, split) for split in result["rows"]], c.subject.layer)
 
 
 def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     """Writes the shards of the config's corpus, each host its share. Returns `rows` and `documents` of each split."""
     c, compute, mesh = run.config.extract, run.config.compute, host_mesh(run.mesh)
+    by_split: dict[str, list[Document]] = {name: [] for name in run.config.split}
+    corpus = run.documents()
+    documents = documents_of_splits(run.config, corpus)
+    for document in corpus:
+        by_split[run.split(document)].append(document)
     place = mesh if mesh.size > 1 else None
     subject = load_subject(run.subject_folder, run.config.subject.layer, compute.dtype, place, compute.attention)
-    by_split: dict[str, list[Document]] = {name: [] for name in run.config.split}
-    for document in run.documents():
-        by_split[run.split(document)].append(document)
-    documents = {split: len(found) for split, found in by_split.items()}
     facts = origin.extraction(run.config.corpus.source, sum(documents.values()), c.positions)
     shards = []  # (file, split, documents)
     for split, found in by_split.items():
@@ -75,17 +80,33 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     for file, split, _ in shards:
         rows[split] += row_count(file)
     for split, count in rows.items():
-        if not documents[split]:
-            raise InputError(
-                f"None of the {sum(documents.values())} documents falls into split {split!r}; take more documents, or "
-                f"raise split.{split}."
-            )
         if count == 0:
             raise InputError(
                 f"The documents of split {split!r} give no activations: none is longer than extract.min_position = "
                 f"{c.min_position} tokens; take longer documents or lower extract.min_position."
             )
     return {"rows": rows, "documents": documents}
+
+
+def say_sinks(splits: Sequence[Rows], layer: int, chunk: int = 4096) -> int:
+    """Says on standard error how many of all activations are attention sinks, and at which positions; returns how
+    many."""
+    norms = [
+        np.linalg.norm(rows.vectors[start : start + chunk], axis=1)
+        for rows in splits
+        for start in range(0, len(rows), chunk)
+    ]
+    sinks = attention_sinks(np.concatenate(norms))
+    if sinks.any() and is_writer():
+        positions = np.concatenate([np.asarray(rows.column("n_raw_tokens")) - 1 for rows in splits])[sinks]
+        places = [f"{place} ({count})" for place, count in collections.Counter(positions.tolist()).most_common(5)]
+        print(
+            f"extract: {sinks.sum()} of {len(sinks)} activations after block {layer} are attention sinks, longer than {SINK:g} "
+            f"times the median, most often at the positions {', '.join(places)}; a higher extract.min_position leaves out "
+            f"first tokens.",
+            file=sys.stderr,
+        )
+    return int(sinks.sum())
 
 
 def sample_activations(subject: Subject, documents: Sequence[Document], settings, seed: int) -> Activations:

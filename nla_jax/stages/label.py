@@ -5,7 +5,7 @@ import pyarrow as pa
 from nla_jax.data.rows import LABEL, TEXT, shards_of
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import columns_of, read_table, write_table
-from nla_jax.labels.labeller import make_labeller, rows_of
+from nla_jax.labels.labeller import CheckedLabeller, make_labeller, rows_of
 from nla_jax.runtime.distributed import barrier, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
@@ -15,8 +15,8 @@ from nla_jax.runtime.run import Run
 def label(run: Run) -> None:
     """Writes `{workdir}/labels/{shard}.parquet` with one `api_explanation` for each row of a shard of activations.
 
-    Labels that a shard has already are taken over; the others are made by `label.labeller`. Each host labels its share
-    of the shards."""
+    Labels that a shard has already are taken over; the others are made by `label.labeller`, `label.batch` at a time. Each
+    host labels its share of the shards."""
     c = run.config.label
     with run.stage("label") as result:
         if result is None:
@@ -28,12 +28,33 @@ def label(run: Run) -> None:
         for file in share(files):
             target = run.workdir / "labels" / file.name
             if not target.exists():
-                labels = existing_labels(file) or labeller.label(rows_of(file))
+                labels = existing_labels(file) or label_shard(file, labeller, target.parent / "partial", c.batch)
                 write_table(pa.table({LABEL: pa.array(labels, pa.string())}), target)
+                for part in parts_of(target.parent / "partial", file.stem):
+                    part.unlink()
             progress.update()
         progress.close()
         barrier("the labels")
         result["shards"] = len(files)
+
+
+def label_shard(file: AnyPath, labeller: CheckedLabeller, folder: AnyPath, batch: int) -> list[str]:
+    """A label of each row of a shard, made `batch` at a time.
+
+    Those that are made are kept under `folder`: when a later text fails, they are not asked for, nor paid for, again."""
+    rows, labels = rows_of(file), []
+    for part in parts_of(folder, file.stem):
+        labels += read_table(part, [LABEL]).column(0).to_pylist()
+    for start in range(len(labels), len(rows), batch):
+        made = labeller.label(rows[start : start + batch])
+        write_table(pa.table({LABEL: pa.array(made, pa.string())}), folder / f"{file.stem}-{start:09d}.parquet")
+        labels += made
+    return labels
+
+
+def parts_of(folder: AnyPath, shard: str) -> list[AnyPath]:
+    """The files with the first labels of a shard, in order."""
+    return sorted(folder.glob(f"{shard}-*.parquet"))
 
 
 def existing_labels(file: AnyPath) -> list[str] | None:

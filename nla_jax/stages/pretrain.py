@@ -18,6 +18,7 @@ from nla_jax.models.transformer import (
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
+from nla_jax.stages.check import documents_of_splits
 from nla_jax.stages.loop import Loop
 from nla_jax.stages.sft import fit
 from nla_jax.study import make_optimizer
@@ -33,13 +34,10 @@ def pretrain(run: Run) -> None:
         if result is None:
             return
         documents = run.documents()
+        documents_of_splits(run.config, documents)
         texts = {True: [], False: []}
         for document in documents:
             texts[run.split(document) == "heldout"].append(document.text)
-        if not texts[True] or not texts[False]:
-            raise InputError(
-                "The corpus is too small to be split: there are no documents for training or none held out."
-            )
         if c.init_from:
             folder = SHIPPED if c.init_from == "shipped" else locate(c.init_from)
             tokenizer, config = load_tokenizer(folder), read_config(folder)

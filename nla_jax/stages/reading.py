@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from nla_jax.data.batches import pad_tokens
 from nla_jax.data.rows import Rows
 from nla_jax.joint_step import JointBatch
 from nla_jax.models.sharding import local_rows, place_local
@@ -21,6 +22,7 @@ class Reading:
         self.reader = resolve(self.c.reader, "rl.reader")
         self.shown: dict[int, dict] = {}  # texts of the step under way, by their row of the batch
         self.read_rows = 0  # rows of the batch that have been read, on all hosts
+        self.cut: list[bool] = []  # of those that this host has read: whether the AR misses their end
 
     def read(self, vectors: jax.Array, sampled: Rollout, rows: np.ndarray, step: int) -> JointBatch:
         """The batch that a rollout becomes: each explanation extracted, and tokenised anew in the AR's template.
@@ -31,7 +33,7 @@ class Reading:
         texts = self.prompts.explanations(responses, finished)
         activations = rows[own // self.c.group]
         read = self._as_read([text or "" for text in texts], activations, step)
-        ids, lengths = self.prompts.reconstructor_batch(read, self.study.text_width)
+        ids, lengths = self._inputs(read)
         features = {}
         if self.c.features:
             records = self.data.records(activations)
@@ -52,6 +54,20 @@ class Reading:
             valid=place(np.array([text is not None for text in texts])),
             features={name: place(values) for name, values in features.items()},
         )
+
+    def _inputs(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The AR's input. A text whose tokens outnumber the AR's loses its end, which rarely happens: as when the AV
+        writes a word in fewer tokens than the tokenizer does."""
+        width = self.study.text_width
+        rows = self.prompts.reconstructor_ids(texts)
+        cut = [len(row) > width for row in rows]
+        self.cut += cut
+        return self.prompts.reconstructor_batch(texts, width) if any(cut) else pad_tokens(rows, width)
+
+    def cut_share(self) -> float:
+        """The share of this host's texts of the step whose end the AR does not read."""
+        share, self.cut = sum(self.cut) / max(1, len(self.cut)), []
+        return share
 
     def _as_read(self, texts: list[str], activations: np.ndarray, step: int) -> list[str]:
         """The texts as `rl.reader` lets the AR read them, activation by activation."""

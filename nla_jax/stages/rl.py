@@ -66,7 +66,7 @@ def rl(run: Run) -> None:
                 metrics = jax.device_get(metrics)
 
                 loop.phases.enter("evaluation")
-                metrics |= seconds_of(loop, c.activations * c.group)
+                metrics |= seconds_of(loop, c.activations * c.group) | {"texts_cut": reading.cut_share()}
                 if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
                     metrics["heldout_fve"] = heldout_fve(run.config, trained(pair, state), heldout)
                 loop.log.write_texts(i + 1, reading.examples(samples, run.config.log.texts))

@@ -26,6 +26,7 @@ from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
 from nla_jax.sidecar import FILE, Sidecar
+from nla_jax.stages.check import check_templates
 from nla_jax.stages.loop import Loop
 from nla_jax.study import Study, injections, lora
 
@@ -61,7 +62,7 @@ def sft(run: Run) -> None:
 
         responses = map(pair.prompts.response_ids, av_rows.pieces(LABEL))
         tokens, lengths, kept = fixed_width(responses, limit)
-        result["labels_too_long"] = 1 - len(kept) / len(av_rows)
+        result["labels_too_long"] = say_dropped(len(av_rows) - len(kept), len(av_rows), limit)
         batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed)
         with Loop(run, "sft", "sft_av", c.av.steps, subject) as loop:
             av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
@@ -74,6 +75,17 @@ def sft(run: Run) -> None:
             ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base)
 
         save(run, dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar), "pair_warm")
+
+
+def say_dropped(dropped: int, count: int, limit: int) -> float:
+    """Says on standard error how many of `count` labels the AV is not trained on; returns their share."""
+    if dropped and is_writer():
+        print(
+            f"sft: {dropped} of {count} labels ({100 * dropped / count:.1f} %) need more than prompts.max_new_tokens = {limit} "
+            f"tokens; the AV is not trained on them.",
+            file=sys.stderr,
+        )
+    return dropped / count
 
 
 def fit(
@@ -130,15 +142,11 @@ def load(run: Run, name: str) -> Pair:
 def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
     """The sidecar of the pair that a run is about to train on the activations `vectors` [n, d].
 
-    Their mean norm is the injection scale where the config sets none; their variance makes the FVE of a single
+    Their median norm is the injection scale where the config sets none; their variance makes the FVE of a single
     activation meaningful."""
     c, folder = run.config.prompts, locate(run.subject_folder)
-    if (slots := c.verbalizer_template.count("{injection_char}")) != 1:
-        raise InputError(
-            f"prompts.verbalizer_template holds {{injection_char}} {slots} times; training shows one activation, at one "
-            f"place."
-        )
-    norm, variance = norm_and_variance(vectors)
+    check_templates(c)
+    norm, variance = median_norm_and_variance(vectors)
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
     prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
@@ -197,8 +205,10 @@ def check_source(run: Run, subject: str) -> None:
             )
 
 
-def norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> tuple[float, float]:
-    """The mean norm of `vectors`, and the mean variance of their normalised entries, without a second copy of them."""
+def median_norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> tuple[float, float]:
+    """The median norm of `vectors`, and the mean variance of their normalised entries, without a second copy of them.
+
+    The median, since a few attention sinks among the rows move the mean by any factor."""
     norms, total, squares = [], 0.0, 0.0
     for start in range(0, len(vectors), chunk):
         part = vectors[start : start + chunk]
@@ -206,7 +216,7 @@ def norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> t
         unit = normalise(np.asarray(part))
         total, squares = total + unit.sum(0), squares + (unit**2).sum(0)
     variance = (squares / len(vectors) - (total / len(vectors)) ** 2).mean()
-    return float(np.concatenate(norms).mean()), float(variance)
+    return float(np.median(np.concatenate(norms))), float(variance)
 
 
 def fixed_width(

@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from nla_jax.io.files import AnyPath
+from nla_jax.io.files import AnyPath, path_to
+from nla_jax.runtime.errors import InputError
 from nla_jax.stages.table import STAGES
 
 
@@ -27,7 +28,10 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
 
 
 def workdir(arguments: argparse.Namespace) -> str:
-    """The working folder that was asked for, else one named after the config."""
+    """The working folder that was asked for, else one named after the config. Raises `InputError` for an empty name, as
+    `--workdir "$UNSET"` gives it."""
+    if arguments.workdir == "":
+        raise InputError("--workdir is empty; name a folder, or leave it out.")
     return arguments.workdir or str(Path("runs") / Path(arguments.config_file.partition(":")[0]).stem)
 
 
@@ -38,21 +42,23 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.runtime import distributed
     from nla_jax.runtime.checkpoint import flat
     from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
-    from nla_jax.runtime.run import Run
-    from nla_jax.stages.check import check_functions
+    from nla_jax.runtime.run import Run, mesh_of
+    from nla_jax.stages.check import check_batches, check_documents, check_functions
 
-    stages = list(STAGES) if arguments.verb == "quickstart" else [arguments.verb]
-    if arguments.verb == "quickstart" and arguments.config.subject.path:
-        stages.remove("pretrain")
+    stages = stages_of(arguments.verb, arguments.config)
     take_gpus_whole()
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     check_functions(arguments.config, stages)
+    check_batches(arguments.config, mesh_of(arguments.config), stages)
+    check_begun(arguments.config, workdir(arguments), stages[0])
     logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
     enable_compile_cache()
     settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
     distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
     run = Run(arguments.config, workdir(arguments), STAGES, arguments.command)
     with run.alone():
+        if reads_corpus(run, stages):
+            check_documents(run.config, run.documents())
         for stage in stages:
             arguments.stage = stage  # for the sentence that says where the run was stopped
             before = run.result(stage)
@@ -67,11 +73,35 @@ def run(arguments: argparse.Namespace) -> None:
     distributed.leave()
 
 
+def stages_of(verb: str, config) -> list[str]:
+    """The stages that a verb runs. A subject from elsewhere needs no `pretrain`."""
+    if verb != "quickstart":
+        return [verb]
+    return [name for name in STAGES if name != "pretrain" or not config.subject.path]
+
+
+def check_begun(config, folder: str, stage: str) -> None:
+    """Raises `InputError` where the stage starts from another one, and the folder is not there: its name is mistyped."""
+    needs = STAGES[stage].needs
+    if needs and not (needs == "pretrain" and config.subject.path) and not path_to(folder).exists():
+        raise InputError(f"There is no working folder {folder}; run `nla {needs}` with the same flags first.")
+
+
+def reads_corpus(run, stages: list[str]) -> bool:
+    """Whether a stage that has not finished reads the documents of the corpus."""
+    sources = any(run.config.extract.source.to_dict().values())
+    reading = {"pretrain"} if sources else {"pretrain", "extract"}
+    return any(run.result(stage) is None for stage in stages if stage in reading)
+
+
 def print_headline(folder: AnyPath) -> None:
-    """The figures that everybody looks for first."""
+    """The figures that everybody looks for first, below what makes them worth little."""
+    from nla_jax.runtime.run import read_json
     from nla_jax.tools.report.page import interval
 
-    s = json.loads((folder / "summary.json").read_text())
+    s = read_json(folder / "summary.json", {}, "delete it, and the same command writes it again")
+    for sentence in s.get("warnings", ()):  # a summary of an earlier version has none
+        print(f"WARNING: {sentence}")
     controls = {"shuffled": "fve_shuffled", "no injection": "fve_no_injection", "empty": "fve_empty"}
     measured = [f"{name} {s[key]:.3f}" for name, key in controls.items() if key in s]
     if "fve_rl" in s:

@@ -18,6 +18,7 @@ from .style import CSS, SCRIPT
 MISSING = "–"
 HEADLINES = {"fve_rl": "Held-out FVE after RL", "fve_warm": "Held-out FVE after the warm start"}
 CONTROLS = ("fve_shuffled", "fve_empty", "fve_no_injection")  # these should score far below the headline
+COLLAPSED = 0.9  # a share of identical texts in a group from which nothing can be learned
 HIGHEST = {"FVE": 1.0, "cosine": 1.0, "share": 1.0}  # bars of these units show how far they are from the best
 COLOURS = {"gold": "gold", "warm": "warm", "rl": "rl", "shuffled": "control", "empty": "control", "no": "control"}
 PALETTE = ("rl", "warm", "third", "gold", "control")
@@ -119,18 +120,30 @@ def figure(title: str, chart: str, caption: str = "") -> str:
     return f"<figure><h3>{escape(title)}</h3>{chart}<figcaption>{caption}</figcaption></figure>"
 
 
-def warnings(report: Report) -> str:
-    """What makes the figures of a run worth little, said above them."""
+def warnings(report: Report) -> list[str]:
+    """What makes the figures of a run worth little, in sentences: said above them on the page and in the terminal."""
     rate, lead, steps = report.mean("extraction_rate"), report.mean("fve_rl"), len(report.history)
     controls = [report.mean(name) for name in CONTROLS if name in report.scores]
     skipped = sum(bool(row.get("skipped")) for row in report.history)
+    tail = [row.get("identical_texts") for row in report.history[-20:]]
+    alike = sum(filter(known, tail)) / len(tail) if tail and all(map(known, tail)) else 0.0
+    dropped = report.figures.get("labels_too_long") or 0.0
     sentences = {
         f"Only {written(rate, 'share')} of the responses hold an explanation; others are scored as empty.": rate < 0.5,
+        f"The AV has collapsed: at the end of RL {written(alike, 'share')} of its texts equal another sample of the same "
+        f"activation.": alike > COLLAPSED,
         "No control scores lower than the headline: the score does not come from the explanations.": controls
         and all(value > lead - 0.005 for value in controls),
         f"{skipped} of {steps} training steps were skipped: they were not finite.": skipped > 0.1 * steps,
+        f"{written(dropped, 'share')} of the labels are longer than prompts.max_new_tokens: the AV was not trained on "
+        f"them.": dropped > 0.1,
     }
-    said = "".join(f"<p>{sentence}</p>" for sentence, true in sentences.items() if true)
+    return [sentence for sentence, true in sentences.items() if true]
+
+
+def alert(report: Report) -> str:
+    """The warnings as they stand at the top of the page."""
+    said = "".join(f"<p>{sentence}</p>" for sentence in warnings(report))
     return f'<div class="warning" role="alert">{said}</div>' if said else ""
 
 
@@ -147,7 +160,7 @@ def header(report: Report) -> str:
     rows, documents = (written(report.figures[name]) for name in ("heldout_rows", "heldout_documents"))
     return (
         f'<header><h1>{escape(report.title)}</h1><p class="meta">Subject {breakable(report.subject)} · residual stream '
-        f"after block {report.layer} · {escape(report.created)}</p>{warnings(report)}"
+        f"after block {report.layer} · {escape(report.created)}</p>{alert(report)}"
         f'<div class="columns"><div><dl>{numbers}</dl><p class="meta">Measured on {rows} activations from {documents} '
         f"held-out documents.</p></div><p>{FVE_IN_WORDS if lead in HEADLINES else ''}</p></div></header>"
     )

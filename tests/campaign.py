@@ -1,0 +1,265 @@
+"""Random misuse of the command line: settings, damaged files, kills, full disks.
+
+    python -m tests.campaign --seed 1 --draws 100     # slow: some ten seconds a draw
+
+Every outcome must be the right result, or one sentence and a non-zero exit status: no trace, no hang, no other result in
+silence, no changed file outside the working folder. A draw is a function of seed and number alone, so that
+`--seed 1 --only 17` repeats one. What breaks the rule is printed, and the exit status is 1.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from nla_jax.cli import load_config
+from nla_jax.config import settings
+from nla_jax.stages.table import STAGES
+
+ROOT = Path(__file__).parent.parent
+CONFIG = f"{ROOT / 'tests/study.py'}:tiny"
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+SECONDS = 60  # beyond what the undisturbed run takes: a command that goes on is taken to hang
+VALUES = (-1, 0, 1, 2, 3, 7, 10**9, -0.5, 0.3, 1.5, "nan", "inf", "", "x", "nowhere:f", "../x", "()", "None", "True")
+FIGURES = ("fve_rl", "fve_warm", "fve_empty", "fve_gold_text", "extraction_rate", "subject_loss", "injection_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a campaign works: the undisturbed run and what it was made from."""
+
+    folder: Path
+    seconds: float = 0.0
+
+    @property
+    def whole(self) -> Path:
+        """The working folder of the undisturbed run."""
+        return self.folder / "whole"
+
+    def copy(self, before: str | None = None) -> Path:
+        """A copy of that run in which the stage `before` and those after it never happened."""
+        target = self.folder / "work"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.whole, target)
+        names = list(STAGES)
+        for name in names[names.index(before) :] if before else ():
+            (target / "stages" / f"{name}.json").unlink()
+            for pattern in STAGES[name].makes + STAGES[name].leaves:
+                for path in target.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return target
+
+    def run(self, *arguments: str, prepare: Callable | None = None, stop: tuple | None = None) -> "Outcome":
+        """Runs `nla` as a user does, in a process of its own; `stop`: (seconds, signal)."""
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": FAST,
+            "HF_HUB_OFFLINE": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command, start = [sys.executable, "-m", "nla_jax.cli", *arguments], time.monotonic()
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(
+            command, env=environment, cwd=self.folder / "here", preexec_fn=prepare, text=True, errors="replace", **pipes
+        )
+        if stop:
+            try:
+                process.wait(stop[0])
+            except subprocess.TimeoutExpired:
+                process.send_signal(stop[1])
+        limit = self.seconds + SECONDS if self.seconds else 3600
+        try:
+            out, err = process.communicate(timeout=limit)
+            hangs = False
+        except subprocess.TimeoutExpired:
+            process.kill()
+            (out, err), hangs = process.communicate(), True
+        return Outcome(arguments, process.returncode, out, err, time.monotonic() - start, hangs)
+
+    def study(self, verb: str, workdir: Path, *overrides: str, **how) -> "Outcome":
+        """A verb of the campaign's study."""
+        flags = (
+            "--config",
+            CONFIG,
+            "--workdir",
+            str(workdir),
+            f"--config.corpus.source={self.folder / 'topics.jsonl'}",
+        )
+        return self.run(verb, *flags, *overrides, **how)
+
+    def outside(self) -> str:
+        """A hash of all that no command may change."""
+        digest = hashlib.blake2b((self.folder / "topics.jsonl").read_bytes())
+        for file in sorted([*(self.folder / "here").rglob("*"), *self.whole.rglob("*")]):
+            digest.update(str(file).encode() + (file.read_bytes() if file.is_file() else b""))
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    arguments: tuple[str, ...]
+    status: int
+    out: str
+    err: str
+    seconds: float
+    hangs: bool
+
+    def wrong(self, allowed: tuple[int, ...] = (0, 1)) -> str:
+        """What breaks the rule; "" where nothing does."""
+        said = [line for line in self.err.splitlines() if line.startswith("nla: ")]
+        if self.hangs:
+            return f"hangs: no end after {self.seconds:.0f} s"
+        if "Traceback" in self.err:
+            return f"a trace: {self.err[self.err.index('Traceback') :][-600:]}"
+        if self.status not in allowed:
+            return f"status {self.status}: {self.err[-300:]}"
+        if self.status == 1 and (len(said) != 1 or not said[0].endswith((".", "?"))):
+            return f"no single sentence: {self.err[-300:]!r}"
+        return ""
+
+
+def figures(workdir: Path) -> dict:
+    """The headline of a run, and its trained weights."""
+    found = json.loads((workdir / "summary.json").read_text())
+    files = sorted((workdir / "pair").rglob("*.safetensors"))
+    weights = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files]
+    return {name: found.get(name) for name in FIGURES} | {"weights": weights}
+
+
+# What can be drawn: each returns (what was done, what breaks the rule)
+
+
+def odd_setting(place: Place, rng: random.Random) -> tuple[str, str]:
+    """A random setting gets a random value; the stages from a random one on run with it."""
+    name, field = rng.choice([item for item in settings() if item[1].type is not dict] + optimizer_settings())
+    stage = rng.choice([*STAGES, "check"])
+    flag = f"--config.{name}={rng.choice(VALUES)}"
+    if stage == "check":
+        return f"check {flag}", place.study("check", place.folder / "work", flag).wrong()
+    outcome = place.study("quickstart", place.copy(stage), flag)
+    return f"quickstart from {stage} {flag} -> {outcome.status} {outcome.err[-160:]!r}", outcome.wrong()
+
+
+def optimizer_settings() -> list[tuple[str, None]]:
+    """Numbers of open mappings."""
+    config = load_config(CONFIG, [])
+    found = [f"{path}.{key}" for path in ("rl.av_optimizer", "rl.ar_optimizer") for key in config.rl.av_optimizer]
+    return [
+        (name, None) for name in [*found, "pretrain.model.heads", "pretrain.model.width", "split.rl", "split.heldout"]
+    ]
+
+
+def damaged_file(place: Place, rng: random.Random) -> tuple[str, str]:
+    """A byte of a random file is changed, or the file is cut short or gone; then the rest of the run is made."""
+    stage = rng.choice(list(STAGES)[1:])
+    workdir = place.copy(stage)
+    file = rng.choice([path for path in sorted(workdir.rglob("*")) if path.is_file() and path.name != "lock"])
+    content, kind = bytearray(file.read_bytes()), rng.choice(("byte", "byte", "cut", "gone"))
+    at = rng.randrange(max(1, len(content)))
+    if kind == "byte" and content:
+        content[at] ^= 1 << rng.randrange(8)
+    file.write_bytes(content[:at] if kind == "cut" else content)
+    if kind == "gone":
+        file.unlink()
+    outcome = place.study("quickstart", workdir)
+    done = f"{kind} {at} of {file.relative_to(workdir)}, quickstart from {stage} -> {outcome.status} {outcome.err[-160:]!r}"
+    wrong = outcome.wrong()
+    if not wrong and outcome.status == 0 and figures(workdir) != figures(place.whole):
+        wrong = f"another result in silence: {figures(workdir)} instead of {figures(place.whole)}"
+    return done, wrong
+
+
+def killed(place: Place, rng: random.Random) -> tuple[str, str]:
+    """A signal at a random moment; the same command then gives what it would have given."""
+    stage, name = rng.choice(list(STAGES)), rng.choice(("SIGKILL", "SIGTERM", "SIGINT"))
+    workdir, seconds = place.copy(stage), rng.uniform(2, max(3.0, place.seconds))
+    sent = getattr(signal, name)
+    first = place.study("quickstart", workdir, stop=(seconds, sent))
+    wrong = first.wrong((0, -sent, 128 + sent))
+    return again(place, workdir, f"{name} after {seconds:.1f} s, quickstart from {stage} -> {first.status}", wrong)
+
+
+def full_disk(place: Place, rng: random.Random) -> tuple[str, str]:
+    """No file may grow beyond a random size; without the limit the same command then gives what it would have given."""
+    stage, size = rng.choice(list(STAGES)), int(10 ** rng.uniform(2, 6))
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    workdir = place.copy(stage)
+    first = place.study("quickstart", workdir, prepare=limit)
+    done = f"files of at most {size} bytes, quickstart from {stage} -> {first.status} {first.err[-160:]!r}"
+    return again(place, workdir, done, first.wrong())
+
+
+def again(place: Place, workdir: Path, done: str, wrong: str) -> tuple[str, str]:
+    """The same command once more, to its end."""
+    second = place.study("quickstart", workdir)
+    wrong = wrong or second.wrong((0,))
+    if not wrong and figures(workdir) != figures(place.whole):
+        wrong = f"then another result: {figures(workdir)} instead of {figures(place.whole)}"
+    return done, wrong
+
+
+KINDS = (odd_setting, damaged_file, killed, full_disk)
+
+
+def main() -> int:
+    """Runs a campaign and prints each draw; returns 1 where one breaks the rule."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--only", type=int, help="the number of one draw, from 0")
+    parser.add_argument("--kind", choices=[kind.__name__ for kind in KINDS], help="only draws of this kind")
+    asked = parser.parse_args()
+    kinds = [kind for kind in KINDS if asked.kind in (None, kind.__name__)]
+    with tempfile.TemporaryDirectory() as scratch:
+        place, broken = prepared(Path(scratch)), 0
+        before = place.outside()
+        for i in range(asked.draws) if asked.only is None else [asked.only]:
+            rng = random.Random(f"{asked.seed}-{i}")
+            done, wrong = rng.choice(kinds)(place, rng)
+            if not wrong and place.outside() != before:
+                wrong = "a file outside the working folder has changed"
+            broken += bool(wrong)
+            print(f"{'WRONG' if wrong else 'right'} {i}: {done}{f' :: {wrong}' if wrong else ''}", flush=True)
+            if wrong:
+                before = place.outside()
+    print(f"{broken} of {asked.draws if asked.only is None else 1} draws break the rule")
+    return int(broken > 0)
+
+
+def prepared(folder: Path) -> Place:
+    """The undisturbed run, made twice: the second time its programs are compiled, which is what later draws meet."""
+    (folder / "here").mkdir()
+    chosen = [(name, text[:1500]) for name, text in sorted(topics.items()) if len(text) > 800][:40]
+    lines = [json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen]
+    (folder / "topics.jsonl").write_text("".join(lines))
+    place = Place(folder)
+    for _ in range(2):
+        shutil.rmtree(place.whole, ignore_errors=True)
+        outcome = place.study("quickstart", place.whole)
+        assert outcome.status == 0, outcome.err
+    print(f"the undisturbed run takes {outcome.seconds:.0f} s", flush=True)
+    return dataclasses.replace(place, seconds=outcome.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

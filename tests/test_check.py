@@ -1,0 +1,253 @@
+"""What is found out before anything runs: wrong settings, functions, batches and splits; and the verb `nla check`."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from conftest import CONFIG, LOOP, nla_main, one_line
+
+from nla_jax.cli import load_config, main
+from nla_jax.data.corpus import Document
+from nla_jax.models.sharding import make_mesh
+from nla_jax.runtime.errors import InputError
+from nla_jax.stages.check import check_batches, check_documents, check_functions
+from nla_jax.study import Study
+from nla_jax.subject import subject_config
+from nla_jax.verbs.check import bytes_written
+
+QUICKSTART = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
+
+WRONG = {  # overrides, and what is said; nothing may have run
+    "reward that is not there": (["rl.reward=mine:f"], "rl.reward names the module 'mine', which cannot be found"),
+    "optimizer that is not there": (["pretrain.optimizer.function=optax:nobody"], "pretrain.optimizer.function names"),
+    "learning rate that is none": (["rl.av_optimizer.lr=nan"], "rl.av_optimizer.lr is nan, expected a finite number"),
+    "learning rate that is infinite": (["sft.ar.optimizer.lr=1e999"], "sft.ar.optimizer.lr is inf"),
+    "learning rate below 0": (
+        ["sft.av.optimizer.lr=-1.0"],
+        "sft.av.optimizer: AdamW's lr is -1.0; it must be at least 0",
+    ),
+    "decay of 1": (["rl.ar_optimizer.b2=1.0"], "rl.ar_optimizer: AdamW's b2 is 1.0; it must be at least 0 and below 1"),
+    "group of one": (["rl.group=1"], "rl.group is 1; it must be at least 2"),
+    "infinite temperature": (["rl.temperature=inf"], "rl.temperature is inf, expected a finite number"),
+    "KL below 0": (["rl.kl_coefficient=-5.0"], "rl.kl_coefficient is -5.0; it must be at least 0"),
+    "dtype that is none": (["compute.dtype=flat32"], "compute.dtype is 'flat32'; it must be one of"),
+    "remat that is none": (["compute.remat=foo"], "compute.remat is 'foo'; it must be one of"),
+    "heads that are none": (["pretrain.model.heads=0"], "pretrain.model.heads is 0; it must be a whole number from 1"),
+    "heads in odd groups": (["pretrain.model.heads=3", "pretrain.model.kv_heads=2"], "no multiple of kv_heads"),
+    "a shape that is unknown": (["pretrain.model.hats=3"], "pretrain.model makes no model"),
+    "layer beyond the model": (["subject.layer=7"], "subject.layer 7 does not exist: pretrain.model has 3 blocks"),
+    "shares beyond 1": (["split.rl=0.9"], "The shares under split add up to 1.7; they must add up to 1"),
+    "share below 0": (["split.rl=-0.2"], "split.rl is -0.2, expected a share"),
+    "two places for an activation": (
+        ["prompts.verbalizer_template={injection_char} {injection_char}"],
+        "prompts.verbalizer_template holds {injection_char} 2 times",
+    ),
+    "no place for the text": (["prompts.reconstructor_template=Summary:"], "holds {explanation} 0 times"),
+    "some datasets": (["extract.source.av_sft=a.parquet"], "extract.source.ar_sft is empty, but other files are given"),
+    "datasets that are not there": (
+        [f"extract.source.{split}={split}.parquet" for split in ("av_sft", "ar_sft", "rl")],
+        "extract.source.av_sft names av_sft.parquet, which is no file",
+    ),
+    "batch that the mesh does not divide": (
+        ["mesh.data=8"],
+        r"pretrain.batch is 4 rows, which the 8 devices of the mesh (data=8 x fsdp=1 x tensor=1) do not divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_settings_are_found_before_anything_runs(case, corpus, tmp_path, capsys):
+    overrides, said = WRONG[case]
+    assert nla_main("quickstart", tmp_path / "run", corpus, *(f"--config.{text}" for text in overrides)) == 1
+    assert said in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_is_no_number_is_found(tmp_path, monkeypatch):
+    """log(-mse) is NaN for every response; a failed one may not be infinitely bad either."""
+    code = "import jax.numpy as jnp\n\n\ndef bad(s):\n    return jnp.log(-s.mse)\n\n\n"
+    code += "def worst(s):\n    return jnp.where(s.valid, -s.mse, -jnp.inf)\n"
+    (tmp_path / "rewards_of_mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, said in (("bad", "gives nan for a failed response of mse 2.00"), ("worst", "gives -inf for a failed")):
+        config = load_config(CONFIG, [f"--config.rl.reward=rewards_of_mine:{name}"])
+        with pytest.raises(InputError, match=said):
+            check_functions(config, LOOP)
+    check_functions(load_config(CONFIG, []), LOOP)
+
+
+def test_a_probe_that_asks_for_more_than_a_run_has(tmp_path, monkeypatch):
+    code = (
+        "from nla_jax.probes.probe import probe\n\n\n@probe('T', needs=('judge',))\ndef judged(context):\n    'Asks.'\n"
+    )
+    (tmp_path / "probes_of_mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="needs 'judge'; a run has pair, warm, labels"):
+        check_functions(load_config(CONFIG, ["--config.evaluate.probes=probes_of_mine:judged"]), LOOP)
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["sft.av.batch=12"], "sft.av.batch is 12"),
+        (["sft.ar.batch=9"], "sft.ar.batch is 9"),
+        (["rl.activations=3"], r"rl.activations \* rl.group is 12"),
+        (["rl.rollout_chunks=4"], r"rl.activations \* rl.group / rl.rollout_chunks is 4"),
+        (["rl.micro_batches=4"], r"rl.activations \* rl.group / rl.micro_batches is 4"),
+    ],
+)
+def test_batches_that_the_mesh_does_not_divide(overrides, named):
+    config = load_config(CONFIG, [f"--config.{text}" for text in overrides])
+    check_batches(config, make_mesh(1, 1, 1), LOOP)
+    with pytest.raises(InputError, match=f"{named} rows, which the 8 devices of the mesh"):
+        check_batches(config, make_mesh(2, 2, 2), ("sft", "rl"))
+
+
+def test_splits_are_checked_from_ids_alone():
+    """Before a model is loaded: the documents have no text here."""
+    config = load_config(CONFIG, ["--config.extract.positions=1", "--config.rl.activations=12"])
+    documents = [Document(f"document {i}", "") for i in range(200)]
+    found = check_documents(config, documents)
+    assert sum(found.values()) == 200 and all(count > 20 for count in found.values())
+    with pytest.raises(InputError, match="None of the 1 documents falls into split"):
+        check_documents(config, documents[:1])
+    with pytest.raises(InputError, match=r"Split 'rl' has \d+ of the 40 documents.* fewer than rl.activations \(12\)"):
+        check_documents(config, documents[:40])
+
+
+def test_an_empty_split_is_found_before_the_first_stage_loads_a_model(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nla_jax.stages.pretrain.train_tokenizer", lambda *_: pytest.fail("the stage went on"))
+    assert nla_main("quickstart", tmp_path / "run", corpus, "--config.corpus.max_documents=2") == 1
+    assert "of the 2 documents falls into split" in one_line(capsys)
+    monkeypatch.setattr("nla_jax.stages.extract.load_subject", lambda *_: pytest.fail("the subject was loaded"))
+    flags = ["--config.corpus.max_documents=2", "--config.subject.path=nla_jax/quickstart/subject"]
+    assert nla_main("extract", tmp_path / "other", corpus, *flags) == 1
+    assert "of the 2 documents falls into split" in one_line(capsys)
+
+
+# The verb
+
+
+def check(capsys, *flags: str) -> dict[str, str]:
+    """What `nla check` printed, by its first word."""
+    capsys.readouterr()
+    assert main(["check", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len({line.partition("  ")[0] for line in lines})
+    return {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
+
+
+def test_check_says_what_a_run_would_need(tmp_path, capsys):
+    found = check(capsys, "--config", QUICKSTART, "--workdir", str(tmp_path / "run"), "--labels", "8")
+    assert list(found)[:5] == ["functions", "mesh", "memory", "documents", "disk"]
+    assert re.search(r"heldout \d+, rl \d+; at most 8 activations of each", found["documents"])
+    assert re.fullmatch(r"\d+ to \d+ tokens in 8 samples, 36 allowed", found["labels"])
+    assert found["AV reads"] == "'<|bos|><|user|>Explain this activation: ㈎<|assistant|>'"
+    assert found["AV writes"].startswith(r"'<explanation>\n") and found["AV writes"].endswith("</explanation><|end|>'")
+    assert found["AR reads"].startswith("'<|bos|><text>") and found["AR reads"].endswith("</text><summary>'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_reads_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nla_jax.io.folders.load_params", lambda *_, **__: pytest.fail("weights were read"))
+    assert "labels" not in check(capsys, "--config", QUICKSTART, "--workdir", str(tmp_path), "--labels", "0")
+
+
+def test_check_before_the_tokenizer_is_trained(corpus, tmp_path, capsys):
+    flags = ["--config", CONFIG, "--workdir", str(tmp_path), f"--config.corpus.source={corpus}"]
+    assert check(capsys, *flags)["prompts"] == "not looked at: the subject's tokenizer is not here yet"
+
+
+SHORT = {  # what is short, and what is said
+    "disk": ("writes about .* GiB, and .* has 0.0 free; make room, keep fewer checkpoints", []),
+    "memory": ("needs 0.0 GiB a device for parameters, optimizers and batch alone, and a device has 0.0", []),
+    "labels": (
+        r"8 of 8 labels need more than prompts.max_new_tokens = 9 tokens",
+        ["--config.prompts.max_new_tokens=9"],
+    ),
+    "rows of a step": ("joint_step needs .* GiB a device", ["--config.rl.activations=1000000000"]),  # only counted
+    "documents": ("None of the 2 documents falls into split", ["--config.corpus.max_documents=2"]),
+}
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_check_finds_what_would_run_short(case, tmp_path, monkeypatch, capsys):
+    said, flags = SHORT[case]
+    if case == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    if case == "memory":
+        monkeypatch.setattr("nla_jax.verbs.check.device_memory", lambda: 1000.0)
+    flags = ["--config", QUICKSTART, "--workdir", str(tmp_path / "run"), "--labels", "8", *flags]
+    assert main(["check", *flags]) == 1
+    assert re.search(said, one_line(capsys))
+
+
+def test_a_run_writes_about_what_check_says(finished, corpus):
+    """Of the files that are large: the shards of activations are of documents that may be shorter."""
+    config = load_config(CONFIG, [f"--config.corpus.source={corpus}"])
+    mesh = make_mesh(1, 1, 1)
+    config = dataclasses.replace(config, subject=dataclasses.replace(config.subject, path=str(finished / "subject")))
+    study = Study.of_shapes(config, mesh, subject_config(config, mesh))
+    said = bytes_written(study, 40, True)
+    size = lambda *folders: sum(
+        file.stat().st_size for folder in folders for file in (finished / folder).rglob("*") if file.is_file()
+    )
+    params = study.boxed
+    states = {"sft_av": [params[0]], "sft_ar": [params[1]], "rl": params}
+    for name, models in states.items():
+        state = 3 * 4 * sum(x.size for x in jax.tree.leaves(models))
+        assert said[f"checkpoints of {name}"] == pytest.approx(3 * state, rel=0.01)  # two are kept, one is written
+    assert size("pair/av", "pair/ar") < 1.5 * said["pairs"] / 3 + 300_000  # tokenizers are small files
+    assert size("activations") < said["activations"] + 100_000
+
+
+# Words instead of traces
+
+
+def test_a_folder_whose_name_is_mistyped_is_not_made(corpus, tmp_path, capsys):
+    assert nla_main("report", tmp_path / "typo", corpus) == 1
+    assert "There is no working folder" in (said := one_line(capsys)) and "run `nla evaluate`" in said
+    assert not (tmp_path / "typo").exists()
+    assert main(["report", "--config", CONFIG, "--workdir", ""]) == 1
+    assert "--workdir is empty" in one_line(capsys)
+
+
+def test_damaged_files_of_a_run_are_named(finished, corpus, tmp_path, capsys):
+    """Whatever a byte of them becomes."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    for name, content in {
+        "summary.json": b"{",
+        "stages/report.json": b"[]",
+        "stages/rl.json": b'{"basis": {}, "seconds": 1, "result": 3}',
+        "stages/evaluate.json": b"\xff",
+    }.items():
+        kept = (workdir / name).read_bytes()
+        (workdir / name).write_bytes(content)
+        assert nla_main("quickstart", workdir, corpus) == 1
+        assert re.search(f"{name} is damaged; delete it", one_line(capsys))
+        (workdir / name).write_bytes(kept)
+    (workdir / "stages/report.json").unlink()
+    page = (workdir / "evaluation.json").read_bytes()
+    (workdir / "evaluation.json").write_bytes(page.replace(b"fve_rl", b"fve_rm", 1))
+    assert nla_main("report", workdir, corpus) == 1
+    assert "evaluation.json is not what `nla evaluate` wrote; delete it" in one_line(capsys)
+    (workdir / "evaluation.json").unlink()
+    assert nla_main("quickstart", workdir, corpus) == 0
+    assert json.loads((workdir / "evaluation.json").read_bytes()) == json.loads(page)
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly():
+    """As in `nla settings | head -1`."""
+    code = "import sys; from nla_jax.cli import main; sys.exit(main(['settings']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
