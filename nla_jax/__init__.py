@@ -10,7 +10,7 @@ from nla_jax.runtime.errors import InputError
 # seconds.
 _HOMES = {
     "Activations": "subject",
-    "Conventions": "conventions",
+    "Conventions": "io.conventions",
     "Injection": "autoencoder",
     "Lora": "models.lora",
     "Pair": "pair",

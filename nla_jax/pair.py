@@ -17,11 +17,11 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
-from nla_jax.conventions import Conventions
 from nla_jax.data.batches import pad_tokens
 from nla_jax.fve import cosine, mse
 from nla_jax.io.adapters import CONFIG as ADAPTER
 from nla_jax.io.adapters import load_adapter, save_adapter
+from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import new_folder, path_to
 from nla_jax.io.folders import (
     dtypes_of,
@@ -47,9 +47,9 @@ from nla_jax.models.transformer import (
 from nla_jax.prompts import Prompts
 from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_input import padded_rows, similar_lengths, usable_rows, whole_number
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sidecar import FILE, Sidecar, with_ids
-from nla_jax.user_input import padded_rows, similar_lengths, usable_rows, whole_number
 
 
 @dataclasses.dataclass(frozen=True)

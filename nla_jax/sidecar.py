@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from nla_jax.autoencoder import Injection, PromptIds, add_norm_matched, replace
-from nla_jax.conventions import MAKERS, Conventions
+from nla_jax.io.conventions import MAKERS, Conventions
 from nla_jax.prompts import READINGS, THINKING, Marker, Prompts
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
@@ -133,6 +133,7 @@ class Sidecar:
         found = get("role", kind=str, **({"default": role} if shared or kind == "nla_dataset" else {}))
         if not shared and (named := {"actor": "av", "critic": "ar"}.get(found, found)) != role:
             raise InputError(f"{file}: role is {named!r}, expected {role!r}; were the AV and AR folders swapped?")
+        of_the_ar = {"default": None} if role == "av" else {}  # what an AV's sidecar may leave out
         d_model = count("d_model", "extraction.d_model", least=1)
         maker = _maker(kind, fields)
         stated = get("extraction.injection_scale", default=None)
@@ -151,25 +152,11 @@ class Sidecar:
         return cls(
             base_checkpoint=get("base_checkpoint", "extraction.base_model", kind=str),
             d_model=d_model,
-            layer=count(
-                "extraction_layer_index",
-                "extraction.layer_index",
-                "ar.extraction_layer_index",
-                "critic.extraction_layer_index",
-                "ar.num_hidden_layers",
-                "critic.num_hidden_layers",
-                least=0,
-                **({"default": None} if role == "av" else {}),
-            ),
+            layer=count(*LAYER_FIELDS, least=0, **of_the_ar),
             injection_scale=scale,
             marker=Marker(get("tokens.injection_char", kind=str), *marker),
             verbalizer_template=get("prompt_templates.av", "prompt_templates.actor", kind=str),
-            reconstructor_template=get(
-                "prompt_templates.ar",
-                "prompt_templates.critic",
-                kind=str,
-                **({"default": None} if role == "av" else {}),
-            ),
+            reconstructor_template=get("prompt_templates.ar", "prompt_templates.critic", kind=str, **of_the_ar),
             suffix_ids=None if suffix_ids is None else tuple(suffix_ids),
             injections=read_injections(injections),
             **conventions,
@@ -316,6 +303,14 @@ def _conventions(fields: _Fields, maker: str) -> tuple[dict[str, bool | str], li
     return values, guessed
 
 
+LAYER_FIELDS = (  # the names under which K is written
+    "extraction_layer_index",
+    "extraction.layer_index",
+    "ar.extraction_layer_index",
+    "critic.extraction_layer_index",
+    "ar.num_hidden_layers",
+    "critic.num_hidden_layers",
+)
 ID_FIELDS = {  # as the sidecar names them
     "av_prefix": "prefix",
     "av_suffix": "suffix",

@@ -18,8 +18,8 @@ from transformers.utils import chat_template_utils
 
 from nla_jax.autoencoder import Injection, add_norm_matched
 from nla_jax.cli import load_config
-from nla_jax.conventions import Conventions
 from nla_jax.io.adapters import save_adapter
+from nla_jax.io.conventions import Conventions
 from nla_jax.io.heads import HEAD
 from nla_jax.models.lora import Lora
 from nla_jax.pair import Pair, load_pair, new_pair

@@ -16,8 +16,8 @@ import yaml
 from conftest import TINY, close, one_line
 from safetensors.numpy import save_file
 
-from nla_jax.chats import chat_tokens
 from nla_jax.cli import main
+from nla_jax.data.chats import chat_tokens
 from nla_jax.io.hub import fingerprint
 from nla_jax.io.pairs import find_base
 from nla_jax.pair import load_pair
@@ -214,7 +214,7 @@ def test_only_what_is_used_is_imported(place):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtype_of_all_three_models(explain, monkeypatch, dtype):
-    import nla_jax.explain as module
+    import nla_jax.tools.explain as module
 
     seen, load = [], module.load_subject
     monkeypatch.setattr(module, "load_subject", lambda *a: seen.append(load(*a)) or seen[-1])

@@ -12,10 +12,10 @@ from conftest import TINY, one_line, random_params
 from safetensors.numpy import load_file, save_file
 
 from nla_jax.cli import main
-from nla_jax.golden import read_dump
 from nla_jax.io.folders import save_model
 from nla_jax.io.heads import HEAD
 from nla_jax.sidecar import FILE
+from nla_jax.tools.golden import read_dump
 
 REPLY = "The river turns north.\n\nShe wrote 'both' numbers."
 LINE = "─" * 80

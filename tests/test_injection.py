@@ -12,7 +12,7 @@ from conftest import TINY, close, one_sentence
 from jax.tree_util import Partial
 
 from nla_jax.autoencoder import Injection, add_norm_matched, keep, replace
-from nla_jax.conventions import Conventions
+from nla_jax.io.conventions import Conventions
 from nla_jax.pair import Pair, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.runtime.errors import InputError

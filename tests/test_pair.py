@@ -23,8 +23,8 @@ from nla_jax.losses import reconstructor_loss
 from nla_jax.pair import HEAD, Pair, Training, load_pair, new_pair
 from nla_jax.probes.fidelity import derangement
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_input import similar_lengths
 from nla_jax.subject import extract, load_subject
-from nla_jax.user_input import similar_lengths
 
 TEXTS = ["The river turns north.", "By noon the fish are gone and only bread is left.", "é", ""]
 SAMPLE = dict(max_new_tokens=24, seed=3, batch=8)

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nla_jax.autoencoder import PromptIds
-from nla_jax.conventions import Conventions
 from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
 from nla_jax.data.rows import LABEL, load_rows
 from nla_jax.fve import normalise
+from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate

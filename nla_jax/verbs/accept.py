@@ -23,12 +23,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints a table and a verdict. Raises `InputError` where the pair does not do what the dump says."""
     if not arguments.injection:  # which may be a function of the user's
         import_transformers_alone()
-    from nla_jax.explain import subject_of
-    from nla_jax.golden import accept, read_dump
     from nla_jax.io.files import path_to
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
-    from nla_jax.user_input import whole_number
+    from nla_jax.runtime.user_input import whole_number
+    from nla_jax.tools.explain import subject_of
+    from nla_jax.tools.golden import accept, read_dump
 
     dump, rows = read_dump(Path(arguments.dump)), whole_number("--rows", arguments.rows, 1)
     enable_compile_cache()

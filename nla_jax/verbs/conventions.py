@@ -20,7 +20,7 @@ def add_conventions(parser: argparse.ArgumentParser) -> None:
 
 def given_conventions(arguments: argparse.Namespace):
     """The `Conventions` that the command line names."""
-    from nla_jax.conventions import Conventions
+    from nla_jax.io.conventions import Conventions
 
     return Conventions(
         special_tokens=arguments.ar_bos,

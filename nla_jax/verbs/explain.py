@@ -40,11 +40,19 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.injection:  # which may be a function of the user's
         import_transformers_alone()
     material = None if arguments.vectors else read_material(arguments)
-    from nla_jax.explain import Sampling, expected_rows, explain_rows, of_chats, of_texts, read_vectors, subject_of
     from nla_jax.io.files import path_to
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
-    from nla_jax.user_input import whole_number
+    from nla_jax.runtime.user_input import whole_number
+    from nla_jax.tools.explain import (
+        Sampling,
+        expected_rows,
+        explain_rows,
+        of_chats,
+        of_texts,
+        read_vectors,
+        subject_of,
+    )
 
     enable_compile_cache()
     batch = whole_number("--batch", arguments.batch, 1)
@@ -93,7 +101,7 @@ def chosen_tokens(given: str) -> str | list[int]:
 def read_material(arguments: argparse.Namespace) -> list:
     """Documents (id, text) or chats (id, messages). Raises `InputError` where there is nothing to read."""
     if arguments.chat:
-        from nla_jax.chats import read_chats
+        from nla_jax.data.chats import read_chats
 
         return read_chats(Path(arguments.chat))
     if arguments.text is not None:

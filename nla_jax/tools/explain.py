@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_jax.chats import Messages, chat_tokens
+from nla_jax.data.chats import Messages, chat_tokens
 from nla_jax.io.files import AnyPath
 from nla_jax.io.folders import dtypes_of
 from nla_jax.io.hub import locate
