@@ -2,8 +2,8 @@
 pod."""
 
 import os
-import subprocess
-import sys
+
+from xla_flags import known_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "32"  # XLA's thread pool: with as many threads as devices, waiting collectives leave none to work
@@ -18,19 +18,6 @@ FLAGS = (
     "--xla_cpu_collective_timeout_seconds=600",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
-
-
-def known_flags(flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Those flags that the installed XLA knows. XLA ends the whole process over a flag that it does not know, so
-    another process is asked: once for all of them, and flag by flag where that fails."""
-
-    def accepted(*flags: str) -> bool:
-        command = [sys.executable, "-c", "import jax; jax.devices()"]
-        return not subprocess.run(
-            command, env=os.environ | {"XLA_FLAGS": " ".join(flags)}, capture_output=True
-        ).returncode
-
-    return flags if accepted(*flags) else tuple(flag for flag in flags if accepted(flag))
 
 
 if "NLA_TEST_FLAGS" not in os.environ:  # set by the process that starts the test workers
