@@ -67,8 +67,8 @@ def test_summary_report_and_pair(finished):
 
 
 def test_a_run_that_never_extracts_has_a_banner(finished, corpus, capsys):
-    """On the page, in the summary, and in the terminal of the command that ends it."""
-    said = json.loads((finished / "summary.json").read_text())["warnings"]
+    """On the page, and in the terminal of the command that ends it."""
+    said = json.loads((finished / "stages/report.json").read_text())["result"]["warnings"]
     assert said[0].startswith("Only 0.0 % of the responses hold an explanation")
     assert any(sentence.startswith("No control scores lower") for sentence in said)
     capsys.readouterr()

@@ -367,8 +367,8 @@ def test_the_terminal_says_what_the_page_says(tmp_path, capsys):
     said = warnings(Report(**data))
     assert len(said) == 2 and all(sentence in page_of(data) for sentence in said)
     scores = {"fve_rl": 0.601, "fve_rl_ci95": [0.5, 0.7], "fve_empty": 0.601}
-    (tmp_path / "summary.json").write_text(json.dumps(scores | {"warnings": said}))
-    print_headline(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(scores))
+    print_headline(tmp_path, said)
     assert capsys.readouterr().out.splitlines()[:2] == [f"WARNING: {sentence}" for sentence in said]
 
 

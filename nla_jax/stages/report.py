@@ -42,9 +42,9 @@ def report(run: Run) -> None:
             history=read_metrics(run.workdir / "train/rl/metrics.jsonl"),
         )
         write_atomically(run.workdir / "report.html", render(page))
-        summary = scores | figures | {"seconds_by_stage": seconds, "warnings": warnings(page)}
+        summary = scores | figures | {"seconds_by_stage": seconds}
         write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        result["page"] = "report.html"
+        result["page"], result["warnings"] = "report.html", warnings(page)
 
 
 def measured(run: Run, hash: str | None) -> dict:

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
                 done = "already done" if result == before else "done"
                 print(f"{stage}: {done} ({result['seconds']:.0f} s)", file=sys.stderr)
     if stages[-1] == "report" and distributed.is_writer():
-        print_headline(run.workdir)
+        print_headline(run.workdir, result.get("warnings", []))
     distributed.leave()
 
 
@@ -94,13 +94,13 @@ def reads_corpus(run, stages: list[str]) -> bool:
     return any(run.result(stage) is None for stage in stages if stage in reading)
 
 
-def print_headline(folder: AnyPath) -> None:
+def print_headline(folder: AnyPath, warnings: list[str]) -> None:
     """The figures that everybody looks for first, below what makes them worth little."""
     from nla_jax.runtime.run import read_json
     from nla_jax.tools.report.page import interval
 
     s = read_json(folder / "summary.json", {}, "delete it, and the same command writes it again")
-    for sentence in s.get("warnings", ()):  # a summary of an earlier version has none
+    for sentence in warnings:
         print(f"WARNING: {sentence}")
     controls = {"shuffled": "fve_shuffled", "no injection": "fve_no_injection", "empty": "fve_empty"}
     measured = [f"{name} {s[key]:.3f}" for name, key in controls.items() if key in s]
