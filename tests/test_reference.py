@@ -335,9 +335,9 @@ def test_missing_and_broken_files(sources, tmp_path):
     (tmp_path / "rl.parquet.nla_meta.yaml").rename(tmp_path / "kept")
     for change, message in [
         ({"rl": ""}, "extract.source.rl is empty"),
-        ({"av_sft": "nowhere.parquet"}, "nowhere.parquet cannot be read"),
+        ({"av_sft": "nowhere.parquet"}, "extract.source.av_sft names nowhere.parquet, which is no file"),
         ({"av_sft": str(tmp_path / "broken.parquet")}, "broken.parquet cannot be read"),
-        ({"av_sft": str(tmp_path)}, "cannot be read"),
+        ({"av_sft": str(tmp_path)}, "which is no file; name a Parquet file"),
         ({"heldout": ""}, "no rows for 'heldout'; give extract.source.heldout"),
     ]:
         with pytest.raises(InputError, match=message) as error:

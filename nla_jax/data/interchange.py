@@ -251,14 +251,14 @@ def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
     return extraction
 
 
-def check_sources(sources: Mapping[str, str]) -> None:
+def check_sources(sources: Mapping[str, str | Path]) -> None:
     """Raises `InputError` where only some of a run's datasets are named, and for one that is not there."""
     for split in TRAINING:
         if not sources[split]:
             raise InputError(f"extract.source.{split} is empty, but other files are given; name its Parquet file too.")
     for split, path in sources.items():
         if path and not Path(path).expanduser().is_file():
-            raise InputError(f"extract.source.{split} names {path}, which is no file.")
+            raise InputError(f"extract.source.{split} names {path}, which is no file; name a Parquet file there.")
 
 
 def import_datasets(
