@@ -81,7 +81,7 @@ def talking(arguments, tokenizer, tmp_path_factory) -> Path:
         assert main(arguments(verb, workdir)) == 0
     pair = load_pair(workdir / "pair_warm")
     params = talkative(pair.verbalizer_params, tokenizer)
-    dataclasses.replace(pair, verbalizer_params=params).save(workdir / "pair_warm")
+    dataclasses.replace(pair, verbalizer_params=params).save(workdir / "pair_warm", overwrite=True)
     assert main(arguments("rl", workdir)) == 0
     assert all(record["extraction_rate"] > 0.2 and record["reward"] > -2 for record in history(workdir))
     before, after = (load_pair(workdir / name).weights for name in ("pair_warm", "pair"))
