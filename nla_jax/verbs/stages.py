@@ -81,9 +81,12 @@ def stages_of(verb: str, config) -> list[str]:
 
 
 def check_begun(config, folder: str, stage: str) -> None:
-    """Raises `InputError` where the stage starts from another one, and the folder is not there: its name is mistyped."""
-    needs = STAGES[stage].needs
-    if needs and not (needs == "pretrain" and config.subject.path) and not path_to(folder).exists():
+    """Raises `InputError` where the stage starts from another one, and the folder is not there: its name is mistyped.
+
+    On a bucket, which may not be reachable, the stage itself finds that out."""
+    needs, place = STAGES[stage].needs, path_to(folder)
+    begins = not needs or (needs == "pretrain" and config.subject.path)
+    if not begins and isinstance(place, Path) and not place.exists():
         raise InputError(f"There is no working folder {folder}; run `nla {needs}` with the same flags first.")
 
 
