@@ -1,6 +1,9 @@
 """The configs of released settings: their values, that their meshes divide and hold their models, and that they run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,7 +21,8 @@ from nla_jax.runtime.metrics import read_metrics
 from nla_jax.tools.plan import programs_of
 from nla_jax.tools.topology import CHIPS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 # Published: parameters of the text model in 1e9, K, blocks, width, marker, injection scale, RL learning rate, and
 # samples of a step.
 RELEASED = {
@@ -178,3 +182,19 @@ def test_the_benchmarks_shapes_are_whole_studies(variant):
     assert {"rollout", "joint_step"} < programs.keys()
     with pytest.raises(InputError, match="no variant 'none'"):
         config("benchmark", "none")
+
+
+def test_an_installed_package_has_its_configs_and_its_subject(tmp_path):
+    """What a wheel holds, used from a folder that is no checkout."""
+    build = ["-q", "build", "--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")]
+    subprocess.run([sys.executable, "setup.py", *build], cwd=ROOT, check=True, capture_output=True)
+    for folder in ("nla_jax", "configs"):  # every module, and each file of settings
+        names = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py")}
+        place = tmp_path / "lib/nla_jax" / ("configs" if folder == "configs" else "")
+        assert names <= {str(path.relative_to(place)) for path in place.rglob("*.py")}
+    subject = ROOT / "nla_jax/quickstart/subject"
+    assert sorted(os.listdir(tmp_path / "lib/nla_jax/quickstart/subject")) == sorted(os.listdir(subject))
+    elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "lib")}, "text": True}
+    command = "from nla_jax.cli import load_config as load; print(load('configs/quickstart.py:tiny', []).rl.steps)"
+    found = subprocess.run([sys.executable, "-c", command], capture_output=True, **elsewhere)
+    assert int(found.stdout) > 0, found.stderr
