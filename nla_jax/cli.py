@@ -228,7 +228,8 @@ def load_config(file: str, overrides: list[str]) -> Config:
             raise InputError(f"There is no config file {path}.")
         path = str(shipped[0])
     try:
-        get_config = runpy.run_path(path)["get_config"]
+        if (get_config := runpy.run_path(path).get("get_config")) is None:
+            raise ValueError("it has no function get_config, which returns a ConfigDict")
         given = get_config(variant) if colon else get_config()
         given = given.to_dict() if isinstance(given, ConfigDict) else dict(given)
     except Exception as error:  # of the user's file

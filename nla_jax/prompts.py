@@ -236,7 +236,7 @@ class Prompts:
         )
 
     def reconstructor_ids(self, explanations: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """The AR's input: each explanation in its template, tokenised anew, with BOS where the tokenizer adds one
+        """The AR's input: each explanation in its template, tokenised again, with BOS where the tokenizer adds one
         (unless `special_tokens` is off), beginning and ending as recorded. Where the ids outnumber `limit`, the
         explanation loses its last characters; the template stays whole."""
         prefix, suffix, recorded = list(self._live_prefix), self.suffix_ids(), self.recorded

@@ -326,6 +326,7 @@ WRONG = {
         "unexpected keyword argument 'b3'",
     ),
     "config with an error": (["extract", "--config", "{broken}"], "SyntaxError"),
+    "config without get_config": (["extract", "--config", "{bare}"], "it has no function get_config"),
     "empty split": (
         ["extract", "--config.corpus.max_documents=2", "--config.subject.path={subject}"],
         "documents falls into split",
@@ -429,6 +430,8 @@ def test_wrong_input_gets_one_sentence(case, finished, exported, corpus, tmp_pat
     places = {"subject": finished / "subject", "run": finished, "exported": exported, "new": tmp_path / "new"}
     places["broken"] = tmp_path / "broken.py"
     places["broken"].write_text("def get_config(:\n")
+    places["bare"] = tmp_path / "bare.py"
+    places["bare"].write_text("steps = 1\n")
     if "{labelled}" in text:
         places["labelled"] = copy_before(finished, tmp_path, "label")
         shutil.rmtree(places["labelled"] / "labels")

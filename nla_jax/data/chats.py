@@ -17,7 +17,7 @@ def read_chats(file: Path) -> list[tuple[str, Messages]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as text ({error}).") from None
+        raise InputError(f"{file} cannot be read as text ({getattr(error, 'strerror', error)}).") from None
     try:
         found = [json.loads(text)]
     except json.JSONDecodeError:

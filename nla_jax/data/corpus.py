@@ -205,7 +205,7 @@ def tfds_rows(source: str, data_dir: str | os.PathLike, text_field: str, id_fiel
         examples = builder.as_data_source(split)
     except NotImplementedError as error:
         raise InputError(
-            f"The dataset {name!r} in {data_dir} was not written as ArrayRecord: prepare it anew in another data_dir."
+            f"The dataset {name!r} in {data_dir} was not written as ArrayRecord; prepare it again in another data_dir."
         ) from error
     for number, example in enumerate(examples, 1):
         yield Row(decoded(example.get(id_field)), decoded(example[text_field]), f"{name}:{number}")

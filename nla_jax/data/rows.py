@@ -115,7 +115,9 @@ def read_labels(shard: AnyPath) -> pa.ChunkedArray:
         raise InputError(f"{shard} has no labels; run `nla label` with its split in label.splits.")
     labels = read_table(file, [LABEL]).column(0)
     if len(labels) != row_count(shard):
-        raise InputError(f"{file} holds {len(labels)} labels for {row_count(shard)} rows; label anew.")
+        raise InputError(
+            f"{file} holds {len(labels)} labels for {row_count(shard)} rows; delete it and run `nla label`."
+        )
     return labels
 
 

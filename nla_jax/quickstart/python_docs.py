@@ -79,7 +79,7 @@ README_DECORATION = re.compile(r"^ *(<|\[!\[|!\[|\.\. image|\.\. \|).*\n?", re.M
 class PythonDocs(tfds.core.GeneratorBasedBuilder):
     """Examples `{"id": "numpy/numpy.linalg.norm", "text": ...}`; the parts of a cut document are `id#1`, `id#2`, ...
 
-    The configuration's name is a fingerprint of the sources: a changed environment is built anew, beside the old one.
+    The configuration's name is a fingerprint of the sources: a changed environment gets a new build, and the old one stays.
     """
 
     VERSION = tfds.core.Version("1.0.0")

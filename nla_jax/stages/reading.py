@@ -25,7 +25,7 @@ class Reading:
         self.cut: list[bool] = []  # of those that this host has read: whether the AR misses their end
 
     def read(self, vectors: jax.Array, sampled: Rollout, rows: np.ndarray, step: int) -> JointBatch:
-        """The batch that a rollout becomes: each explanation extracted, and tokenised anew in the AR's template.
+        """The batch that a rollout becomes: each explanation extracted, and tokenised again in the AR's template.
 
         `rows`: which activations of the data `vectors` [A, D] are."""
         (own, tokens), (_, mask), (_, finished) = map(local_rows, (sampled.tokens, sampled.mask, sampled.finished))

@@ -100,7 +100,7 @@ def block_params(c: TransformerConfig) -> int:
 
 
 def adapter_params(c: TransformerConfig, lora: Lora | None) -> int:
-    """Weights of one block's adapter: rank · (inputs + outputs) of each matrix that it stands beside."""
+    """Weights of one block's adapter: rank · (inputs + outputs) of each matrix that it adapts."""
     return lora.rank * sum(sum(matrices(c)[name]) for name in lora.targets) if lora else 0
 
 

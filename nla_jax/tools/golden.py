@@ -54,7 +54,7 @@ def read_dump(file: Path) -> Dump:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as text ({error}).") from None
+        raise InputError(f"{file} cannot be read as text ({getattr(error, 'strerror', error)}).") from None
     whole = "\n".join(lines)
     number = lambda pattern: (found := re.search(pattern, whole, re.MULTILINE)) and found[1]
     layer, width = number(r"^Extraction:\s+layer (\d+)"), number(r"^d_model:\s+(\d+)")

@@ -87,7 +87,7 @@ def search(config: Config, place: Slice, file: Path) -> list[dict]:
     """Plans of RL on every mesh of all devices on which it could fit, those that fit first, the fastest first.
 
     Each has the fewest micro-batches that fit, which gather the weights least often. A mesh that does not divide the
-    model, or whose arguments alone exceed a device's memory, is passed over uncompiled. `file`: see `Plans`."""
+    model, or whose arguments alone exceed a device's memory, is skipped without compiling. `file`: see `Plans`."""
     plans, found, start = Plans(config, place, file), [], 1
     meshes = candidates(config, place)
     progress = Progress("search", len(meshes))

@@ -136,7 +136,7 @@ def document(content: bytes, name: str) -> str:
 
 
 def counted(batches: Iterator[list[dict]], expected: int, limit: int) -> Iterator[list[dict]]:
-    """The batches as they come, with progress; at the end it is said how many texts were cut, and how many are none."""
+    """The batches as they come, with progress; at the end a note counts the texts that were cut, and those that are empty."""
     total = cut = empty = 0
     progress = None
     for rows in batches:

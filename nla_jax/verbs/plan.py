@@ -1,6 +1,7 @@
 """`nla plan`: what a config needs on a TPU slice, from its programs compiled without one."""
 
 import argparse
+import contextlib
 import json
 
 from nla_jax.verbs.stages import add_workdir, workdir
@@ -18,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def mesh_sizes(text: str) -> tuple[int, ...]:
     """`data,fsdp,tensor` of the command line."""
-    sizes = tuple(int(n) for n in text.split(","))
-    if len(sizes) != 3:
-        raise argparse.ArgumentTypeError("must be three numbers: data,fsdp,tensor")
-    return sizes
+    with contextlib.suppress(ValueError):
+        if len(sizes := tuple(int(n) for n in text.split(","))) == 3:
+            return sizes
+    raise argparse.ArgumentTypeError("must be three numbers: data,fsdp,tensor")
 
 
 def run(arguments: argparse.Namespace) -> None:
