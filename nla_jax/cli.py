@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent
 # Every verb with the module that runs it: `add_arguments(parser)`, `run(arguments)`. Only the verb's module is
 # imported.
 VERBS = {
-    "quickstart": ("nla_jax.verbs.stages", "all of the following, in order"),
+    "quickstart": ("nla_jax.verbs.stages", "a whole study: the stages from pretrain to report, in order"),
     "pretrain": ("nla_jax.verbs.stages", "train (or measure) the subject"),
     "extract": ("nla_jax.verbs.stages", "activations of the corpus, or of files given"),
     "label": ("nla_jax.verbs.stages", "explanations for the warm start"),
@@ -37,11 +37,11 @@ VERBS = {
         "nla_jax.verbs.export",
         "a pair as plain Hugging Face folders, and a run's datasets in the reference's form",
     ),
-    "accept": ("nla_jax.verbs.accept", "does a pair do here what the reference's golden dump of it says"),
-    "import": ("nla_jax.verbs.import_pair", "anybody's AV and AR as a checked pair of this package"),
+    "accept": ("nla_jax.verbs.accept", "compares a pair with the reference's golden dump of it"),
+    "import": ("nla_jax.verbs.import_pair", "checks anybody's AV and AR, and writes them as a pair of this package"),
     "check": (
         "nla_jax.verbs.check",
-        "what is wrong with a config, before it runs: functions, splits, memory, disk, labels",
+        "checks a config before it runs: functions, splits, memory, disk, labels",
     ),
     "settings": ("nla_jax.verbs.settings", "every setting of a config: meaning, default, limits"),
     "plan": ("nla_jax.verbs.plan", "what a config needs on a TPU slice, from its programs compiled without one"),
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0; 1 after one sentence on standard error where an input is wrong or training has broken down; 128 + the signal's
     number where one ended it and the same command continues. One of several hosts ends its process with that status
-    instead. `--debug` shows the trace behind a sentence."""
+    instead. `--debug` shows the Python trace of an error."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = argparse.Namespace(stage=None, debug="--debug" in argv)
     try:
@@ -173,13 +173,13 @@ def parse(argv: list[str], arguments: argparse.Namespace) -> None:
     parser.add_argument(
         "--version", action=Version, nargs=0, help="versions of this package and of what it computes with"
     )
-    parser.add_argument("--debug", action="store_true", help="show the trace behind a sentence")
+    parser.add_argument("--debug", action="store_true", help="show the Python trace of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (module, text) in VERBS.items():
         more = {"epilog": "--config.field=value overrides any field of the config."} if name in CONFIGURED else {}
         sub = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **more)
         sub.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace behind a sentence"
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the Python trace of an error"
         )
         if name == verb:
             if name in CONFIGURED:

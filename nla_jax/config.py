@@ -127,7 +127,7 @@ class Pretrain(Section):
     batch: int = setting(32, "windows of text per step", least=1)
     length: int = setting(256, "tokens of a window", least=2)
     checkpoint_every: int = setting(200, "steps between checkpoints", least=1, free=True)
-    dtype: str = setting("bfloat16", "in which the subject is saved", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting("bfloat16", "dtype in which the subject is saved", choices=("float32", "bfloat16", "float16"))
     vocab_size: int = setting(2048, "entries of the tokenizer that is trained", least=300)
     model: dict = setting({}, "shapes of a subject from scratch (fields of TransformerConfig)")
     optimizer: dict = setting(ADAMW, "`function`, and its settings")
@@ -153,9 +153,9 @@ class Extract(Section):
 @dataclasses.dataclass(frozen=True)
 class Label(Section):
     labeller: str = setting("nla_jax.labels.extractive:Extractive", "import path of the labeller")
-    settings: dict = setting({}, "what the labeller is made with")
+    settings: dict = setting({}, "arguments of the labeller's constructor")
     batch: int = setting(
-        256, "texts that it gets at a time; what it made of them is kept when a later one fails", least=1, free=True
+        256, "texts that the labeller gets at a time; its labels are kept when a later call fails", least=1, free=True
     )
     splits: tuple[str, ...] = setting(("av_sft", "ar_sft", "heldout"), "which splits get labels")
 
@@ -167,7 +167,7 @@ class Prompts(Section):
     marker: str = setting("", "the placeholder character; '' finds one that the tokenizer has")
     inject: tuple[str, ...] = setting(
         ("nla_jax.autoencoder:replace",),
-        "functions that bring activations in; @BLOCK: behind that block (-1: embeddings)",
+        "functions that put activations into the prompt; @BLOCK: after that block (-1: embeddings)",
     )
     injection_scale: float = setting(
         0.0, "length of injected activations; 0: median norm of the training activations", least=0
@@ -205,7 +205,7 @@ class Rl(Section):
     group: int = setting(8, "samples of each activation", least=2)
     rollout_chunks: int = setting(1, "parts in which a step samples", least=1, free=True)
     micro_batches: int = setting(1, "parts of a step whose gradients are summed", least=1, free=True)
-    temperature: float = setting(1.0, "of sampling, and of the policy that is trained", least=1e-3)
+    temperature: float = setting(1.0, "temperature of sampling, and of the policy that is trained", least=1e-3)
     reward: str = setting("nla_jax.objective:negative_mse", "import path: (Scored) -> [B]")
     advantage: str = setting("nla_jax.objective:group_normalised", "import path: ([A, G]) -> [A, G]")
     reader: str = setting("nla_jax.objective:whole", "import path: what the AR reads, (texts, rng) -> texts")
@@ -216,13 +216,13 @@ class Rl(Section):
     checkpoint_every: int = setting(50, "steps between checkpoints", least=1, free=True)
     heldout_every: int = setting(50, "steps between measurements on held-out rows", least=1, free=True)
     heldout_rows: int = setting(256, "how many held-out rows", least=2)
-    heldout_temperature: float = setting(0.0, "at which their texts are sampled (0: greedy)", least=0)
+    heldout_temperature: float = setting(0.0, "temperature of their texts (0: greedy)", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(Section):
     rows: int = setting(2000, "held-out rows, spread evenly over documents", least=2)
-    temperature: float = setting(0.0, "at which texts are sampled (0: greedy)", least=0)
+    temperature: float = setting(0.0, "temperature of sampling (0: greedy)", least=0)
     batch: int = setting(128, "rows at a time", least=1)
     examples: int = setting(30, "rows that the report shows", least=0)
     probes: tuple[str, ...] = setting(
@@ -233,7 +233,7 @@ class Evaluate(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Report(Section):
-    title: str = setting("", "of the page")
+    title: str = setting("", "title of the page")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,12 +246,12 @@ class Plan(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
-    seed: int = setting(0, "of all that is random", least=0, most=2**32 - 1)
+    seed: int = setting(0, "seed of everything random", least=0, most=2**32 - 1)
     compute: Compute = section(Compute, "how programs compute")
     mesh: Mesh = section(Mesh, "how many devices, and what they share", free=True)
     checkpoints: Checkpoints = section(Checkpoints, "which checkpoints are kept", free=True)
     watchdog: Watchdog = section(Watchdog, "when training is stopped", free=True)
-    log: Log = section(Log, "what training shows of itself", free=True)
+    log: Log = section(Log, "what training logs", free=True)
     corpus: Corpus = section(Corpus, "the text")
     split: dict = setting(
         {"av_sft": 0.4, "ar_sft": 0.4, "rl": 0.19, "heldout": 0.01}, "shares of the documents, which add up to 1"

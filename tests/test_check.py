@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import logging
 from conftest import CONFIG, LOOP, nla_main, one_line
 
 from nla_jax.cli import load_config, main
@@ -158,6 +159,13 @@ def test_check_says_what_a_run_would_need(tmp_path, capsys):
 def test_check_reads_no_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nla_jax.io.folders.load_params", lambda *_, **__: pytest.fail("weights were read"))
     assert "labels" not in check(capsys, "--config", QUICKSTART, "--workdir", str(tmp_path), "--labels", "0")
+
+
+def test_check_shows_no_warnings_of_libraries_and_refuses_a_negative_number_of_labels(tmp_path, capsys):
+    logging.set_verbosity(logging.WARNING)
+    assert main(["check", "--config", QUICKSTART, "--workdir", str(tmp_path), "--labels", "-3"]) == 1
+    assert "--labels of 0 or more" in one_line(capsys)
+    assert logging.get_verbosity() == logging.FATAL
 
 
 def test_check_before_the_tokenizer_is_trained(corpus, tmp_path, capsys):

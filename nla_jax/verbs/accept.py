@@ -1,4 +1,4 @@
-"""`nla accept`: does a pair do here what the reference's golden dump of it says?"""
+"""`nla accept`: compares a pair with the reference's golden dump of it."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subject", required=True, help="folder or hub id of the subject")
     parser.add_argument("--dump", required=True, help="a golden dump, as in the reference's examples/")
     parser.add_argument("--rows", type=int, default=8, help="how many texts the AV writes (default 8)")
-    parser.add_argument("--dtype", help="of weights and computation (default: in which they are stored)")
+    parser.add_argument("--dtype", help="dtype of weights and computation (default: that of the files)")
     add_conventions(parser)
 
 

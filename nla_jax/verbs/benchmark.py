@@ -8,7 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(config="configs/benchmark.py")
     parser.add_argument("program", help="what to measure: rl, rollout, sft_av, sft_ar, extract or load")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5)")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them (default 1)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before the timed ones (default 1)")
     parser.add_argument(
         "--peak-tflops",
         type=float,

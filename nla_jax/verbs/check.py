@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nla_jax.verbs.stages import add_workdir, stages_of, workdir
+from nla_jax.verbs.stages import add_workdir, hide_library_warnings, stages_of, workdir
 
 if TYPE_CHECKING:
     from nla_jax.config import Config
@@ -31,11 +31,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints a line for everything that was looked at. Raises `InputError` with the first thing that is wrong."""
     from nla_jax.models.sharding import AXES
     from nla_jax.runtime.run import mesh_of
+    from nla_jax.runtime.user_input import whole_number
     from nla_jax.stages.check import check_batches, check_documents, check_functions
     from nla_jax.study import Study
     from nla_jax.subject import subject_config
     from nla_jax.tools.topology import mesh_over, slice_named
 
+    hide_library_warnings()
+    whole_number("--labels", arguments.labels, 0)
     config, stages = arguments.config, stages_of("quickstart", arguments.config)
     check_functions(config, stages)
     say("functions", f"those of {', '.join(stages)} were found and called once")

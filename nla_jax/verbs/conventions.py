@@ -9,7 +9,7 @@ def add_conventions(parser: argparse.ArgumentParser) -> None:
         "--injection",
         help="replace, norm_matched_addition or package.module:function (default: what the AV's sidecar names)",
     )
-    parser.add_argument("--injection-block", type=int, help="behind which block, from 0 (default -1: input embeddings)")
+    parser.add_argument("--injection-block", type=int, help="after which block, from 0 (default -1: input embeddings)")
     parser.add_argument("--injection-scale", help="length of the injected activations, sqrt_d_model, or raw")
     parser.add_argument(
         "--ar-bos", action=argparse.BooleanOptionalAction, help="the AR's input begins with the tokenizer's BOS"

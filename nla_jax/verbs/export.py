@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--workdir", help="a run: writes its pair, and its datasets to OUT/datasets")
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default: in which they are stored)"
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: that of the files)"
     )
     parser.add_argument("--with-subject", action="store_true", help="write the pair's subject to OUT/subject too")
     parser.add_argument("--adapters", action="store_true", help="write LoRA adapters as they are (default: merged)")

@@ -12,9 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser)
     parser.add_argument("--topology", help="a TPU slice such as v5p:4x4x4 or v6e:4x4 (default: the devices present)")
     parser.add_argument("--mesh", type=mesh_sizes, help="data,fsdp,tensor; one may be -1 (default: the config's)")
-    parser.add_argument("--programs", type=lambda text: tuple(text.split(",")), default=(), help="only these")
+    parser.add_argument(
+        "--programs",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="plan only these, e.g. rollout,joint_step",
+    )
     parser.add_argument("--search", action="store_true", help="try meshes and micro-batches, rank those that fit")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def mesh_sizes(text: str) -> tuple[int, ...]:

@@ -14,11 +14,11 @@ from nla_jax.stages.table import STAGES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The working folder, and how several hosts find each other."""
     add_workdir(parser)
-    hosts = parser.add_argument_group("several hosts", "The same command on each of them; docs/running.md.")
-    hosts.add_argument("--coordinator", help="HOST:PORT of host 0, or auto: what a TPU pod or Slurm says")
-    hosts.add_argument("--num_processes", type=int, help="how many there are")
-    hosts.add_argument("--process_id", type=int, help="which of them this one is, from 0")
-    hosts.add_argument("--join_seconds", type=int, default=300, help="how long to wait for the others (default 300)")
+    hosts = parser.add_argument_group("several hosts", "Run the same command on each of them; see docs/running.md.")
+    hosts.add_argument("--coordinator", help="HOST:PORT of host 0, or auto on a TPU pod or under Slurm")
+    hosts.add_argument("--num_processes", type=int, help="number of processes")
+    hosts.add_argument("--process_id", type=int, help="number of this process, from 0")
+    hosts.add_argument("--join_seconds", type=int, default=300, help="seconds to wait for the others (default 300)")
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,6 @@ def workdir(arguments: argparse.Namespace) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the stages that the verb names."""
-    from absl import logging
-
     from nla_jax.runtime import distributed
     from nla_jax.runtime.checkpoint import flat
     from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
@@ -51,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_functions(arguments.config, stages)
     check_batches(arguments.config, mesh_of(arguments.config), stages)
     check_begun(arguments.config, workdir(arguments), stages[0])
-    logging.set_verbosity(logging.FATAL)  # TFDS warns of routine steps, Orbax prints what reaches us as exceptions
+    hide_library_warnings()
     enable_compile_cache()
     settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
     distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
@@ -71,6 +69,13 @@ def run(arguments: argparse.Namespace) -> None:
     if stages[-1] == "report" and distributed.is_writer():
         print_headline(run.workdir, result.get("warnings", []))
     distributed.leave()
+
+
+def hide_library_warnings() -> None:
+    """TFDS warns of routine steps; Orbax prints errors that reach us as exceptions."""
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)
 
 
 def stages_of(verb: str, config) -> list[str]:
