@@ -1,4 +1,4 @@
-"""Shapes for `nla benchmark`: random weights, no data, nothing to download. No study that could be trained.
+"""Shapes for `nla benchmark`: random weights, no data, nothing to download. Not a study to train.
 
     nla benchmark rl                        # also rollout, sft_av, sft_ar, extract, load
     nla benchmark rl --config configs/benchmark.py:smollm2 --config.rl.activations=8

@@ -1,1 +1,1 @@
-"""From documents to training batches: corpora, extraction, labels."""
+"""From documents to training batches: corpora, chats, rows, batches, and the reference's datasets."""

@@ -1,0 +1,1 @@
+"""Files in and out: model folders, adapters, tensors, pairs, Parquet, the hub, buckets."""

@@ -1,0 +1,1 @@
+"""Explanations for the warm start, and who writes them."""

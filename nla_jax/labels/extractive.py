@@ -1,4 +1,4 @@
-"""The default labeller of the warm start: what a text is like where it ends, in two short formulaic statements.
+"""The default labeller of the warm start: two short formulaic statements about the end of a text.
 
 An activation holds mostly the last words, the topic and what may come next, so that is what a label says:
 

@@ -1,0 +1,1 @@
+"""One transformer for all families: layers, attention, adapters, and where arrays lie on devices."""

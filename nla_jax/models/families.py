@@ -1,7 +1,7 @@
 """The model families: how the `config.json` of each one reads and writes, and where each of its tensors belongs.
 
-To add a family, add an entry to `FAMILIES` (`Family` says what it holds). What no field of `TransformerConfig`
-expresses yet is a new field and a few lines in models/transformer.py. Then add the family to `tests/parity.py`.
+To add a family, add an entry to `FAMILIES` (`Family` says what it holds). For what no field of `TransformerConfig`
+expresses yet, add a field to it and a few lines to models/transformer.py. Then add the family to `tests/parity.py`.
 """
 
 import dataclasses

@@ -1,0 +1,1 @@
+"""What the quickstart runs on without a network: corpora, a tokenizer, the shipped subject."""

@@ -1,4 +1,4 @@
-"""A corpus of two seconds: the topics of Python's `help()`, which every installation has."""
+"""A corpus that is read in two seconds: the topics of Python's `help()`, which every installation has."""
 
 from collections.abc import Iterator
 from pydoc_data.topics import topics

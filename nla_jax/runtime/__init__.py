@@ -1,0 +1,1 @@
+"""What every run needs: records, checkpoints, metrics, watchdogs, several hosts, errors."""

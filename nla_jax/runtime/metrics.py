@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics and texts of every step, and a progress line with an ETA."""
+"""What a run records about itself: metrics and texts of every step, and a progress line with an ETA."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What users hand to a pair, checked and cut into what programs take."""
+"""The input of users to a pair: checks of it, and the batches that programs take."""
 
 import operator
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a study's programs cannot avoid, from the shapes: FLOPs and bytes, for `nla benchmark` and `nla plan`.
+"""The FLOPs and bytes that a study's programs cannot avoid, from the shapes, for `nla benchmark` and `nla plan`.
 
 - A multiplication and an addition are two FLOPs.
 - Attention counts only the keys that a query may see.

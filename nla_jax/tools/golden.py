@@ -1,7 +1,7 @@
 """Golden dumps: what the reference printed for its released pairs, token by token, as an acceptance test.
 
-A dump (`examples/*.txt` of the reference) holds a chat, and for each of its tokens the raw norm of the activation, the AV's
-greedy text, and the AR's mse for that text."""
+A dump (`examples/*.txt` of the reference) holds a chat. For each of its tokens it has the raw norm of the activation,
+the AV's greedy text, and the AR's mse for that text."""
 
 import ast
 import dataclasses

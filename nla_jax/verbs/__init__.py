@@ -1,0 +1,1 @@
+"""The commands of `nla`: their flags, and what they call."""

@@ -1,8 +1,8 @@
 """Charts as strings of HTML and SVG, each drawn once and readable at every width.
 
 Places are percentages of the plot, so a drawing stretches from a phone to a desktop while letters, dots and strokes
-keep the size and the colour that the style sheet gives them. Only paths know no percentages: they are drawn in an inner
-SVG of 100 by 100 units, which stretches without its strokes. A value that is None or not finite is not drawn.
+keep the size and the colour that the style sheet gives them. Paths cannot use percentages: they are drawn in an inner
+SVG of 100 by 100 units, which stretches while its strokes do not. A value that is None or not finite is not drawn.
 """
 
 import math

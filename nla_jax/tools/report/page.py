@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run: headline, examples, a chart of every probe, training, settings.
 
-`render(report)` asks nothing of the network. It draws whatever probes and metrics it is given; it knows by name only
+`render(report)` does not use the network. It draws whatever probes and metrics it is given; it knows by name only
 those of the headline and of the warnings, and the panels that several metrics share.
 """
 

@@ -1,4 +1,4 @@
-"""The page's style sheet and script. Nothing is loaded: the reader's own fonts are used, the script asks nobody."""
+"""The page's style sheet and script. Nothing is loaded: the fonts are the reader's own, and the script makes no requests."""
 
 # Light and dark; a phone, and from 70rem on a desktop with the contents at the side.
 CSS = """
