@@ -43,7 +43,7 @@ def replace(
 def add_norm_matched(
     states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: float | None
 ) -> Float[Array, "A n D"]:
-    """h' = h + ‖h‖ · v/‖v‖: what EasyNLA and nanoNLA do behind block 1. `scale` is not used."""
+    """h' = h + ‖h‖ · v/‖v‖: what EasyNLA and nanoNLA do after block 1. `scale` is not used."""
     h, v = states.astype(jnp.float32), vectors.astype(jnp.float32)
     length = lambda x: jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
     return h + length(h) * v / length(v)
@@ -58,7 +58,7 @@ def keep(states: Float[Array, "A n D"], vectors: Float[Array, "A n D"], scale: f
 class Injection:
     """One way in which activations enter the prompt.
 
-    `function(states [A, n, D], vectors [A, n, D], scale) -> [A, n, D]` gives the new states of the n slots behind block
+    `function(states [A, n, D], vectors [A, n, D], scale) -> [A, n, D]` gives the new states of the n slots after block
     `block`, counted from 0; -1 means the input embeddings."""
 
     function: Callable = replace
@@ -89,7 +89,7 @@ def _inject(
     parts: list[Array],
     layer: Int[Array, ""] | int,
 ) -> list[Array]:
-    """The streams of prefix, prompt, … behind block `layer`; the injections of that block change the prompt's slots."""
+    """The streams of prefix, prompt, … after block `layer`; the injections of that block change the prompt's slots."""
     prefix, x, *responses = parts
     at = jnp.asarray(slots)
     for injection in injections:
@@ -229,7 +229,7 @@ def autoencoder(
     for injection in injections:
         if not -1 <= injection.block < model.layers:
             raise InputError(
-                f"Activations are to be injected behind block {injection.block}, but the model has blocks 0 to "
+                f"Activations are to be injected after block {injection.block}, but the model has blocks 0 to "
                 f"{model.layers - 1} (-1: the input embeddings)."
             )
     av = Verbalizer(

@@ -213,7 +213,7 @@ class Pair:
         `[n]`."""
         vectors = self._checked(vectors)
         if not isinstance(texts, str) and len(texts) != len(vectors):
-            raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; they must be as many.")
+            raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; give one for each.")
         recon, vectors = (np.asarray(x, np.float64) for x in (self.reconstruct(texts), vectors))
         return {"mse": mse(recon, vectors), "cosine": cosine(recon, vectors)}
 

@@ -180,7 +180,9 @@ class Sidecar:
         elif self.maker == other.maker == "nla_jax":
             facts["base_checkpoint"] = (short(self.base_checkpoint), short(other.base_checkpoint))
         elif short(self.base_checkpoint) != short(other.base_checkpoint):  # others name what each was trained from
-            note(f"The AV names {self.base_checkpoint} as what it was made from, the AR {other.base_checkpoint}.")
+            note(
+                f"The AV's sidecar says that it was made from {self.base_checkpoint}, the AR's says {other.base_checkpoint}."
+            )
         for field, (a, b) in facts.items():
             if a is not None and a != b:
                 raise InputError(

@@ -333,7 +333,7 @@ def injections(config: Config) -> tuple[Injection, ...]:
     for text in config.prompts.inject:
         path, at, block = text.partition("@")
         if at and not block.removeprefix("-").isdigit():
-            raise InputError(f"prompts.inject holds {text!r}; behind @ stands the number of a block, such as @1.")
+            raise InputError(f"prompts.inject holds {text!r}; write the number of a block after @, such as @1.")
         found.append(Injection(resolve(path, "prompts.inject"), int(block) if at else -1))
     return tuple(found)
 

@@ -106,7 +106,7 @@ def extract(
         raise InputError(f"positions must be 'last', 'all', an index or indices; found {positions!r}.")
     doc_ids = [str(i) for i in range(len(texts))] if doc_ids is None else list(doc_ids)
     if len(doc_ids) != len(texts):
-        raise InputError(f"There are {len(doc_ids)} doc_ids for {len(texts)} texts; they must be as many.")
+        raise InputError(f"There are {len(doc_ids)} doc_ids for {len(texts)} texts; give one for each.")
     rows = subject.tokenizer(texts, verbose=False).input_ids
     bos = subject.tokenizer.bos_token_id
     rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]  # a chat's rendered text has its own already
@@ -260,6 +260,5 @@ def _hub_folder(name: str) -> Path:
         return Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
     except Exception as error:  # network, authorisation, unknown repository
         raise InputError(
-            f"{name} is neither a folder nor a model that the hub gives ({first_line(error)}); "
-            "set subject.architecture."
+            f"{name} is not a folder, and cannot be read from the hub ({first_line(error)}); set subject.architecture."
         ) from None

@@ -29,7 +29,7 @@ def locate(name: AnyName) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
     except Exception as error:  # network, authorisation, unknown repository
-        raise InputError(f"{name} is neither a folder nor a model that the hub gives ({first_line(error)}).") from None
+        raise InputError(f"{name} is not a folder, and cannot be read from the hub ({first_line(error)}).") from None
 
 
 def fingerprint(folder: AnyName) -> str:
