@@ -229,7 +229,7 @@ def autoencoder(
     for injection in injections:
         if not -1 <= injection.block < model.layers:
             raise InputError(
-                f"Activations are to be injected after block {injection.block}, but the model has blocks 0 to "
+                f"Activations are to be injected behind block {injection.block}, but the model has blocks 0 to "
                 f"{model.layers - 1} (-1: the input embeddings)."
             )
     av = Verbalizer(
