@@ -33,9 +33,7 @@ def pair_folders(av: AnyName, ar: AnyName | None) -> tuple[Path, Path]:
         if root.name in names and both(root.parent, names):
             raise InputError(f"{av} is not a pair but half of one; name {root.parent}.")
     found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-    raise InputError(
-        f"{av} is not a pair: it has no folders `av` and `ar`, but {found}; name the folder that holds both."
-    )
+    raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`, but {found}; name AV and AR apart.")
 
 
 def find_base(recorded: str, beside: AnyPath, base_hash: str | None = None) -> str | AnyPath:
