@@ -152,18 +152,21 @@ def talkative(params: dict, tokenizer) -> dict:
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--core", action="store_true", help="only the quick tests: those that need no whole run of a study"
+        "--core", action="store_true", help="one case of each test that needs no whole run of a study"
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    """With `--core`: leaves out the tests that need a whole run, but for files that have no others."""
+    """With `--core`: leaves out the tests that need a whole run, but for files that have no others, and all cases of a
+    test but the first."""
     if not config.getoption("--core"):
         return
     runs = {"finished", "talking", "alone", "trained"}
     quick = [item for item in items if runs.isdisjoint(item.fixturenames) and not item.get_closest_marker("whole_run")]
     files = {item.path for item in quick}
-    kept = [item for item in items if item in quick or item.path not in files]
+    able = [item for item in items if item in quick or item.path not in files]
+    first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(able)}
+    kept = [item for item in items if item in first.values()]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 

@@ -259,3 +259,13 @@ def test_a_reader_that_has_enough_ends_the_command_quietly():
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+
+
+def no_corpus():
+    pytest.fail("the corpus is read although the subject is not there")
+
+
+def test_a_mistyped_subject_is_refused_before_the_corpus_is_read(tmp_path, capsys):
+    flags = [f"--config.subject.path={tmp_path}/nowhere", "--config.corpus.source=test_check:no_corpus"]
+    assert main(["extract", "--config", CONFIG, "--workdir", str(tmp_path / "run"), *flags]) == 1
+    assert f"There is no model folder {tmp_path}/nowhere" in capsys.readouterr().err

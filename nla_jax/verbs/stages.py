@@ -37,6 +37,7 @@ def workdir(arguments: argparse.Namespace) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the stages that the verb names."""
+    from nla_jax.io.hub import locate
     from nla_jax.runtime import distributed
     from nla_jax.runtime.checkpoint import flat
     from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
@@ -56,6 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     run = Run(arguments.config, workdir(arguments), STAGES, arguments.command)
     with run.alone():
         if reads_corpus(run, stages):
+            if run.config.subject.path:
+                locate(run.subject_folder)  # a mistyped one is refused before minutes of preparing a corpus
             check_documents(run.config, run.documents())
         for stage in stages:
             arguments.stage = stage  # for the sentence that says where the run was stopped
