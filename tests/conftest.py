@@ -151,9 +151,7 @@ def talkative(params: dict, tokenizer) -> dict:
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--core", action="store_true", help="one case of each test that needs no whole run of a study"
-    )
+    parser.addoption("--core", action="store_true", help="one case of each test that needs no whole run of a study")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -145,6 +145,7 @@ def test_phases_add_up(capsys):
     assert report["decode"]["seconds_per_step"] > 0 and report["decode"]["bandwidth_fraction"] > 0
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize(
     "fields",
     [

@@ -197,6 +197,7 @@ def test_check_finds_what_would_run_short(case, tmp_path, monkeypatch, capsys):
     assert re.search(said, one_line(capsys))
 
 
+@pytest.mark.whole_run
 def test_a_run_writes_about_what_check_says(finished, corpus):
     """Of the files that are large: the shards of activations are of documents that may be shorter."""
     config = load_config(CONFIG, [f"--config.corpus.source={corpus}"])

@@ -101,6 +101,7 @@ def test_an_unknown_variant_gets_one_sentence(capsys):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RELEASED if name != "gemma3_27b"]
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("name", ["gemma3_27b", *SLOW])
 def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
     """From text to a joint step, on a random subject of the config's family."""

@@ -128,6 +128,7 @@ def extended(flags, folder) -> Path:
     return folder / "run"
 
 
+@pytest.mark.whole_run
 def test_every_part_of_the_users_is_used(extended, folder):
     ids = set(load_rows(extended, "rl").column("doc_id"))
     assert any(id.startswith("my_study:documents:") for id in ids) and any(":" not in id for id in ids)

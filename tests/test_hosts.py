@@ -264,6 +264,7 @@ def test_hosts_that_disagree(settings, tmp_path, flag, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.whole_run
 def test_wrong_input_on_one_host_ends_all(settings, tmp_path):
     """The host that notices says what is wrong, and the other passes it on."""
     lines = [json.dumps({"id": f"document {i}", "text": f"{i} word " * 200}) + "\n" for i in range(40)]

@@ -77,6 +77,7 @@ def test_a_run_that_never_extracts_has_a_banner(finished, corpus, capsys):
     assert all(f"WARNING: {sentence}" in out and sentence in page for sentence in said)
 
 
+@pytest.mark.whole_run
 def test_bfloat16_with_rematerialisation(corpus, tmp_path):
     """The precision of accelerators: bfloat16 compute over float32 parameters, activations recomputed."""
     flags = ["--config.compute.dtype=bfloat16", "--config.compute.remat=nothing_saveable"]
@@ -130,6 +131,7 @@ def test_a_second_run_changes_nothing(finished, corpus, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
 
 
+@pytest.mark.whole_run
 def test_evaluation_on_a_mesh_is_that_on_one_device(finished, corpus, tmp_path, monkeypatch):
     """Each pair is laid out for decoding once, whatever the conditions and batches."""
     workdir, laid_out = copy_before(finished, tmp_path, "evaluate"), []
@@ -142,6 +144,7 @@ def test_evaluation_on_a_mesh_is_that_on_one_device(finished, corpus, tmp_path, 
     close(read(workdir), read(finished), 1e-4)
 
 
+@pytest.mark.whole_run
 def test_functions_of_the_user_are_found_where_the_command_runs(finished, corpus, tmp_path, monkeypatch, capsys):
     """An injection and a reward in a file of the current folder, through training, evaluation and use."""
     code = "def half(states, vectors, scale):\n    return (states + vectors) / 2\n\n\ndef short(s):\n    return -s.mse - 0.1 * s.length\n"
@@ -191,6 +194,7 @@ def sources(folder: Path, splits=SPLITS) -> list[str]:
     return [f"--config.extract.source.{split}={folder / split}.parquet" for split in splits]
 
 
+@pytest.mark.whole_run
 def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corpus, tmp_path, capsys):
     """Vectors and labels from the files give the same models bit for bit; without texts, examples have none."""
     for split in SPLITS:
