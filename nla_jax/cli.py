@@ -264,7 +264,14 @@ def invalid(error: Exception) -> str:
     if isinstance(error, (AttributeError, KeyError)):  # of a ConfigDict: a name in quotes, and what is near it
         name, near = (re.search(pattern, str(error)) for pattern in (r"\w{2,}", r"Did you mean .*?\?"))
         return f"there is no setting {name[0] if name else '?'}{f' ({near[0]})' if near else ''}"
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
+    for words, kind in (
+        ("invalid literal for int", "a whole number"),
+        ("could not convert string to float", "a number"),
+    ):
+        if words in said:
+            return re.sub(f"^flag (--[^:]*): {words}.*", rf"\1 is not {kind}", said)
+    return said
 
 
 if __name__ == "__main__":

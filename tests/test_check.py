@@ -270,3 +270,9 @@ def test_a_mistyped_subject_is_refused_before_the_corpus_is_read(tmp_path, capsy
     flags = [f"--config.subject.path={tmp_path}/nowhere", "--config.corpus.source=test_check:no_corpus"]
     assert main(["extract", "--config", CONFIG, "--workdir", str(tmp_path / "run"), *flags]) == 1
     assert f"There is no model folder {tmp_path}/nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("rl.steps=x", "a whole number"), ("rl.temperature=warm", "a number")])
+def test_a_word_where_a_number_belongs(flag, kind, capsys):
+    assert main(["check", "--config", CONFIG, f"--config.{flag}"]) == 1
+    assert capsys.readouterr().err.rstrip().endswith(f"is not valid: --config.{flag} is not {kind}.")
