@@ -293,3 +293,21 @@ def test_the_subject_beside_a_pair_wins_over_another_of_the_recorded_name(place,
     assert find_base("runs/subject", tmp_path / "backup/pair", right) == tmp_path / "backup/subject"
     assert find_base("runs/subject", tmp_path / "backup/pair", fingerprint(other)) == "runs/subject"
     assert find_base("org/name", tmp_path / "elsewhere/pair") == "org/name"
+
+
+def test_an_attention_sink_is_said(place, tmp_path, capsys, vectors):
+    """An activation far longer than those of the pair's training: its explanation is worth little."""
+    shutil.copytree(place / "pair", tmp_path / "pair")
+    norms = np.linalg.norm(vectors, axis=1)
+    for role in ("av", "ar"):
+        file = tmp_path / "pair" / role / FILE
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content["provenance"]["activation_norm"] = float(np.median(norms))
+        file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    long = vectors.copy()
+    long[2] *= 40 * np.median(norms) / norms[2]
+    np.save(tmp_path / "long.npy", long)
+    flags = ["--pair", str(tmp_path / "pair"), "--max-new-tokens", "4", "--vectors", str(tmp_path / "long.npy")]
+    assert main(["explain", *flags]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "attention sink" in line]
+    assert len(notes) == 1 and "(position 2 of long.npy) is 40 times as long" in notes[0]

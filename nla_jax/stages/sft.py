@@ -163,6 +163,7 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
         provenance={
             "base_hash": fingerprint(folder),
             "activation_variance": variance,
+            "activation_norm": norm,
             "max_new_tokens": c.max_new_tokens,
         },
     )

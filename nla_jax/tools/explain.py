@@ -16,7 +16,8 @@ from nla_jax.io.pairs import find_base
 from nla_jax.io.safetensors import read_tensors
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
-from nla_jax.subject import ROWS, Activations, Subject, activations_at, extract, load_subject
+from nla_jax.runtime.notes import note
+from nla_jax.subject import ROWS, SINK, Activations, Subject, activations_at, extract, load_subject
 
 RELEASED = {  # of the subjects of released pairs, whose sidecars do not say it: as the reference's examples print it
     ("qwen2.5-7b-instruct", 20): 0.7335,
@@ -126,6 +127,7 @@ def explain_rows(pair: Pair, found: Iterable[Activations], sampling: Sampling) -
         for start in range(0, len(activations), sampling.batch):
             rows = range(start, min(start + sampling.batch, len(activations)))
             vectors = np.asarray(activations.vectors[rows.start : rows.stop])
+            note_sinks(pair, activations, rows, vectors)
             numbers = [next(first) for _ in rows]
             options = {"batch": sampling.batch, "first": numbers[0]}
             said = pair.explain(vectors, sampling.max_new_tokens, sampling.temperature, sampling.seed, **options)
@@ -145,6 +147,21 @@ def explain_rows(pair: Pair, found: Iterable[Activations], sampling: Sampling) -
                 }
                 for i, row in enumerate(rows)
             ]
+
+
+def note_sinks(pair: Pair, activations: Activations, rows: range, vectors: np.ndarray) -> None:
+    """Says which activations are far longer than those that the pair was trained on, where its sidecar has their norm."""
+    usual = pair.sidecar.provenance.get("activation_norm")
+    if not isinstance(usual, (int, float)) or not usual > 0:
+        return
+    norms = np.linalg.norm(vectors.reshape(len(vectors), -1).astype(np.float64), axis=1)
+    for row, norm in zip(rows, norms):
+        if norm > SINK * usual:
+            note(
+                f"The activation of {activations.tokens[row]!r} (position {activations.positions[row]} of "
+                f"{activations.doc_ids[row]}) is {norm / usual:.0f} times as long as the median of the pair's training: "
+                f"an attention sink, of which an explanation says little."
+            )
 
 
 def training_variance(pair: Pair) -> float | None:
