@@ -36,7 +36,7 @@ setup(
         "safetensors>=0.7.0",
         "tokenizers>=0.22.2",
         "huggingface_hub>=1.5.0",
-        "jinja2>=3.1.4",  # chat templates
+        "jinja2>=3.1.6",  # chat templates
         "pyyaml>=6.0.2",
         "tensorboardX>=2.6.4",
         "tqdm>=4.67.1",
