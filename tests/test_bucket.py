@@ -24,7 +24,8 @@ def store(tmp_path_factory):
     store = Store()
     with serving(store) as address, pytest.MonkeyPatch.context() as patch:
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask another service for the bucket's kind
-        pytest.importorskip("gcsfs")
+        import gcsfs  # noqa: F401 (after the switch above, which it reads when it is imported)
+
         patch.setenv("STORAGE_EMULATOR_HOST", address)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")

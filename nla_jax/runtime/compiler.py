@@ -3,10 +3,11 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nla_jax.io.files import cache_folder
 
 # What XLA's compilers are told about training steps, by platform.
 COMPILER_OPTIONS = {
@@ -43,8 +44,7 @@ def compiler_knows(options: dict, mesh: Mesh) -> bool:
 def enable_compile_cache() -> None:
     """Keeps compiled programs between runs, so that a resumed run does not compile them again."""
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nla_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long too
 
 
