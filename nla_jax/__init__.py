@@ -9,7 +9,7 @@ from nla_jax.runtime.errors import InputError
 # Where the other names live. Each module is imported when a name of it is first used: JAX and transformers take
 # seconds.
 _HOMES = {
-    "Activations": "subject",
+    "Activations": "data.activations",
     "Conventions": "io.conventions",
     "Injection": "autoencoder",
     "Lora": "models.lora",

@@ -33,6 +33,10 @@ VERBS = {
     "evaluate": ("nla_jax.verbs.stages", "held-out FVE and its controls"),
     "report": ("nla_jax.verbs.stages", "summary.json and report.html"),
     "explain": ("nla_jax.verbs.explain", "what activations of a text say"),
+    "diff": (
+        "nla_jax.verbs.diff",
+        "whose tokens' activations moved most between two subjects, and what a pair says of both",
+    ),
     "export": (
         "nla_jax.verbs.export",
         "a pair as plain Hugging Face folders, and a run's datasets in the reference's form",

@@ -32,7 +32,7 @@ from nla_jax.io.folders import (
     save_model,
     save_tokenizer,
 )
-from nla_jax.io.heads import HEAD, read_head, write_head
+from nla_jax.io.heads import HEAD, read_head, stamped, unstamped, write_head
 from nla_jax.io.hub import locate
 from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_tokenizer
 from nla_jax.models.kernels import with_kernel
@@ -73,7 +73,7 @@ class Pair:
     """A verbalizer and a reconstructor with their parameters, prompts and sidecar.
 
     Where one of them is a LoRA adapter, its parameters are the adapter's, and `base` holds the frozen model that both
-    share, read from the folder `base_at`. `mesh`: the devices over which the parameters are cut (None: they are on one device)."""
+    share, read from the folder `base_at`. `mesh`: the devices over which the parameters are cut (None: one device)."""
 
     sidecar: Sidecar
     prompts: Prompts
@@ -123,7 +123,7 @@ class Pair:
         first: int = 0,
     ) -> list[str]:
         """One explanation for each row of `vectors`, raw activations [n, d] ([n, slots, d] for a prompt of several
-        slots): the texts of `explain`, which has the same arguments."""
+        slots) or `Activations`: the texts of `explain`, which has the same arguments."""
         options = {"inject": inject, "batch": batch, "first": first}
         return [found.text for found in self.explain(vectors, max_new_tokens, temperature, seed, **options)]
 
@@ -144,7 +144,8 @@ class Pair:
         row: rows given in pieces get the texts they would get together. With `inject=False` the slot keeps the marker's
         embedding: a control that shows what the prompt alone says.
 
-        Raises `InputError` for vectors that are no numbers, not finite or zero, and for a setting out of range."""
+        Raises `InputError` for vectors that are no numbers, not finite, zero, or of another layer, and for a setting
+        out of range."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
         batch, first = whole_number("batch", batch, 1), whole_number("first", first, 0)
@@ -249,12 +250,13 @@ class Pair:
         if problem := from_writer(lambda: taken(folder, overwrite)):
             raise InputError(problem)
         head = np.asarray(to_host(self.reconstructor_params["head"]), np.float32).reshape(d, d)
+        sidecar = dataclasses.replace(self.sidecar, provenance=stamped(self.sidecar.provenance, head))
         extra = {"av": {}, "ar": {HEAD: lambda path: write_head(path, head)}}
         for role, model, params in (
             ("av", self.verbalizer, self.verbalizer_params),
             ("ar", self.reconstructor, self.reconstructor_params["backbone"]),
         ):
-            files = extra[role] | {FILE: functools.partial(self.sidecar.write, role=role)}
+            files = extra[role] | {FILE: functools.partial(sidecar.write, role=role)}
             config, tokenizer = model.model.config, self.prompts.tokenizer
             if model.lora is None:
                 save_model(
@@ -279,7 +281,13 @@ class Pair:
                     write(scratch / name)
 
     def _checked(self, vectors: ArrayLike, slots: int | None = None) -> Float[np.ndarray, "n *slots D"]:
-        """Activations as float32 rows. Raises `InputError` where they cannot be that."""
+        """Activations as float32 rows. Raises `InputError` where they cannot be that, and for those of another layer."""
+        layer = getattr(vectors, "layer", None)
+        if layer not in (None, self.sidecar.layer):
+            ours = self.sidecar.layer
+            raise InputError(
+                f"These are activations of layer {layer}, the pair reads layer {ours}: load_subject(…, {ours})."
+            )
         shape = ([slots] if slots else []) + [self.sidecar.d_model]
         keeps_length = self.sidecar.injection_scale is None and Injection() in self.verbalizer.injections
         return usable_rows(vectors, shape, keeps_length)
@@ -361,6 +369,7 @@ def load_pair(
             f"config.json says width {truncated.width} and {truncated.layers} blocks (AV: width {config.width})."
         )
     head = read_head(ar, sidecar.d_model)
+    sidecar = dataclasses.replace(sidecar, provenance=unstamped(sidecar.provenance, head, av, ar))
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
     prompts = sidecar.prompts(load_tokenizer(with_tokenizer(av, ar, base_at)))

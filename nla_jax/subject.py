@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
 from nla_jax.config import Config
+from nla_jax.data.activations import Activations
 from nla_jax.data.batches import pad_tokens
 from nla_jax.io.folders import load_params, load_tokenizer, model_config, read_config
 from nla_jax.io.hub import fingerprint, locate
@@ -47,23 +48,6 @@ class Subject:
     def fingerprint(self) -> str:
         """Hash of the checkpoint's config and weights."""
         return fingerprint(self.folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class Activations:
-    """Activations at token positions, raw, with all that it takes to look at a row and to run it again."""
-
-    vectors: np.ndarray  # [n, D] float32
-    tokens: list[str]
-    texts: list[str]  # up to and with the token
-    following: list[str]  # the text after it
-    positions: np.ndarray  # [n], the token's index in its document, from 0
-    doc_ids: list[str]
-    token_ids: list[list[int]]  # of the document, up to and with the token
-    roles: list[str]  # who speaks there, in a chat; "" elsewhere
-
-    def __len__(self) -> int:
-        return len(self.vectors)
 
 
 def load_subject(
@@ -166,6 +150,7 @@ def activations_at(
         doc_ids=[id for _, _, id in where],
         token_ids=[row[: i + 1] for row, i, _ in where],
         roles=[""] * len(where),
+        layer=subject.layer,
     )
 
 

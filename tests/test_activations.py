@@ -10,13 +10,13 @@ import pytest
 from conftest import SENTENCES, one_sentence
 
 from nla_jax.config import Extract
+from nla_jax.data.activations import median_norm_and_variance
 from nla_jax.data.corpus import Document
 from nla_jax.data.rows import load_rows
 from nla_jax.io.folders import load_params, load_tokenizer, read_config, save_model
 from nla_jax.io.parquet import VECTORS, list_column, write_table
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.extract import sample_activations, say_sinks
-from nla_jax.stages.sft import median_norm_and_variance
 from nla_jax.subject import attention_sinks, extract, load_subject
 
 

@@ -12,9 +12,10 @@ import transformers
 from conftest import SENTENCES, TINY, close, one_sentence
 
 from nla_jax.config import Extract
+from nla_jax.data.activations import Activations, median_norm_and_variance
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step, text_windows
 from nla_jax.data.corpus import Document
-from nla_jax.data.rows import activation_table, load_rows, shards_of, spread
+from nla_jax.data.rows import load_rows, shards_of, spread
 from nla_jax.fve import fve, row_fve
 from nla_jax.io.parquet import list_vectors, read_table, write_table
 from nla_jax.models.sharding import host_mesh, make_mesh
@@ -22,7 +23,7 @@ from nla_jax.probes.fidelity import derangement
 from nla_jax.probes.probe import clustered_interval
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.extract import sample_activations, sample_positions
-from nla_jax.stages.sft import fixed_width, median_norm_and_variance, say_dropped, text_batches
+from nla_jax.stages.sft import fixed_width, say_dropped, text_batches
 from nla_jax.subject import extract, load_subject
 
 LAYER = 1
@@ -209,12 +210,48 @@ def test_a_layer_that_does_not_exist(subject_folder, layer):
     one_sentence(error)
 
 
+# Activations
+
+
+def test_activations_are_indexed_as_numpy_does(activations):
+    n = len(activations)
+    for index in (3, -1, slice(1, 4), [2, 0], np.arange(n) % 3 == 0, np.int64(1)):
+        at = np.atleast_1d(np.arange(n)[index])
+        some = activations[index]
+        assert np.array_equal(some.vectors, activations.vectors[at])
+        assert np.array_equal(some.positions, activations.positions[at]) and some.layer == LAYER
+        for name in ("tokens", "texts", "following", "doc_ids", "token_ids", "roles"):
+            assert getattr(some, name) == [getattr(activations, name)[i] for i in at]
+    assert len(list(activations)) == n
+    with pytest.raises(IndexError):
+        activations[n]
+    assert np.array_equal(np.asarray(activations), activations.vectors)
+    assert repr(activations[:2]) == f"Activations(2 of width 32 after block {LAYER})"
+
+
+def test_activations_are_saved_and_loaded(activations, tmp_path):
+    file = tmp_path / "acts.parquet"
+    activations.save(file)
+    again = Activations.load(file)
+    assert np.array_equal(again.vectors, activations.vectors) and again.layer == LAYER
+    assert again.token_ids == activations.token_ids and again.texts == activations.texts
+    with pytest.raises(InputError, match=r"acts.parquet exists; .* overwrite=True") as error:
+        activations[:1].save(file)
+    one_sentence(error)
+    activations[:1].save(file, overwrite=True)
+    assert len(Activations.load(file)) == 1
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    with pytest.raises(InputError, match=r"text.parquet cannot be read as a Parquet file") as error:
+        Activations.load(tmp_path / "text.parquet")
+    one_sentence(error)
+
+
 # Parquet
 
 
 def test_vectors_are_fixed_size_float32_lists(activations, tmp_path):
     file = tmp_path / "rl-00000-of-00001.parquet"
-    write_table(activation_table(activations, LAYER), file, {"kind": "nla_dataset"})
+    write_table(activations.table(), file, {"kind": "nla_dataset"})
     read = read_table(file)
     assert pq.read_schema(file).field("activation_vector").type == pa.list_(pa.float32(), 32)
     (column,) = read.column("activation_vector").chunks

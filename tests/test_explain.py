@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import TINY, close, one_line
-from safetensors.numpy import save_file
+from conftest import SENTENCES, TINY, close, one_line
+from safetensors.numpy import load_file, save_file
 
 from nla_jax.cli import main
 from nla_jax.data.chats import chat_tokens
+from nla_jax.io.folders import load_tokenizer
 from nla_jax.io.hub import fingerprint
 from nla_jax.io.pairs import find_base
 from nla_jax.pair import load_pair
@@ -228,7 +229,7 @@ def test_dtype_of_all_three_models(explain, monkeypatch, dtype):
 WRONG = {
     "no such file": (["--file", "nowhere.txt"], "nowhere.txt cannot be read as text"),
     "not text": (["--file", "{bytes}"], "cannot be read as text"),
-    "empty": (["--file", "{empty}"], "no text to explain in"),
+    "empty": (["--file", "{empty}"], "There is no text in"),
     "long": (["--text", "mill " * 200, "--max-tokens", "50"], "more than max_tokens = 50"),
     "long chat": (["--chat", "{chat}", "--max-tokens", "5"], "more than max_tokens = 5"),
     "template token": (
@@ -311,3 +312,78 @@ def test_an_attention_sink_is_said(place, tmp_path, capsys, vectors):
     assert main(["explain", *flags]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if "attention sink" in line]
     assert len(notes) == 1 and "(position 2 of long.npy) is 40 times as long" in notes[0]
+
+
+# The variance of a pair that records none
+
+
+def test_calibrated_fve_has_the_variance_of_the_texts(explain, place, tmp_path, subject_folder, capsys):
+    files = [tmp_path / f"{i}.txt" for i in range(3)]
+    for file, text in zip(files, (" ".join(SENTENCES), " ".join(SENTENCES[::-1]), TEXT * 8)):
+        file.write_text(text)
+    (row,), _ = explain("--text", TEXT)
+    (again,), _ = explain("--text", TEXT, "--calibrate", *files)
+    acts = extract(load_subject(subject_folder, 1), [file.read_text() for file in files], "all")
+    at = np.linspace(0, len(acts) - 1, min(len(acts), 96)).astype(int)
+    norms = np.linalg.norm(acts.vectors[at], axis=1)
+    unit = (acts.vectors[at] / norms[:, None])[norms <= 5 * np.median(norms)]
+    variance = TINY.width * unit.var(0).mean()
+    assert again["fve"] == pytest.approx(1 - 2 * (1 - row["cosine"]) / variance, abs=1e-5)
+    assert again["explanation"] == row["explanation"] and again["fve"] != row["fve"]
+    pair = place / "pair"
+    options = ["--subject", str(place / "subject"), "--calibrate", *map(str, files)]
+    command = ["import", "--av", str(pair / "av"), "--ar", str(pair / "ar"), "--out", str(tmp_path / "out"), *options]
+    assert main(command) == 0
+    made_from = load_pair(tmp_path / "out").sidecar.provenance
+    assert made_from["activation_variance"] == pytest.approx(variance, rel=1e-5)
+    assert made_from["calibrated_on"] == len(unit)
+    capsys.readouterr()
+    _, err = explain("--text", TEXT, "--calibrate", files[0], status=1)
+    assert "give at least 64" in err
+
+
+# Two subjects
+
+
+@pytest.fixture
+def another(place, tmp_path):
+    """The subject with another vector for the word that "mill" ends with, and who knows it as that."""
+    shutil.copytree(place / "subject", tmp_path / "another")
+    file = tmp_path / "another/model.safetensors"
+    tensors, (token,) = load_file(file), set(load_tokenizer(place / "subject")(TEXT).input_ids[-2:-1])
+    tensors["model.embed_tokens.weight"][token] *= -1
+    save_file(tensors, file, {"format": "pt"})
+    return tmp_path / "another", token
+
+
+def test_diff_shows_the_tokens_that_moved_most(place, another, capsys, tmp_path):
+    folder, token = another
+    command = ["diff", "--pair", str(place / "pair"), "--other", str(folder), "--max-new-tokens", "16", "--top", "3"]
+    assert main([*command, "--text", TEXT, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    subjects = [load_subject(name, 1) for name in (place / "subject", folder)]
+    one, other = (extract(subject, TEXT, "all") for subject in subjects)
+    cosines = (one.vectors * other.vectors).sum(1) / np.prod([np.linalg.norm(x, axis=1) for x in (one, other)], axis=0)
+    expected = np.argsort(cosines)[:3]
+    assert [row["position"] for row in rows] == one.positions[expected].tolist()
+    assert one.token_ids[-1][rows[0]["position"]] == token and rows[0]["cosine"] < 0.9
+    np.testing.assert_allclose([row["cosine"] for row in rows], cosines[expected], atol=1e-5)
+    pair = load_pair(place / "pair")
+    said = [pair.verbalize(acts[expected], 16, 0.0) for acts in (one, other)]
+    assert [[row[name] for row in rows] for name in ("explanation", "other")] == said
+    assert main([*command, "--text", TEXT, "--out", str(tmp_path / "rows.parquet")]) == 0
+    assert pq.read_table(tmp_path / "rows.parquet").to_pylist() == rows
+    assert main([*command, "--text", TEXT]) == 0
+    assert f"[{rows[0]['position']}] {rows[0]['token']!r}" in capsys.readouterr().out
+
+
+def test_diff_refuses_subjects_that_do_not_fit(place, another, capsys, tmp_path):
+    folder, _ = another
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    command = ["diff", "--pair", str(place / "pair"), "--other", str(folder), "--text", TEXT]
+    assert main(command) == 1
+    assert "they must share a tokenizer" in capsys.readouterr().err
+    assert main([*command, "--top", "0"]) == 1
+    assert "--top of 1 or more" in capsys.readouterr().err

@@ -18,7 +18,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["models.families"],
     ["io.folders", "io.adapters", "models"],
     ["io"],
-    ["autoencoder", "objective", "data.batches", "data.corpus", "quickstart"],
+    ["autoencoder", "objective", "data.batches", "data.activations", "data.corpus", "quickstart"],
     ["losses", "sampling"],
     ["joint_step", "prompts", "data.chats", "runtime.user_input", "runtime.metrics", "runtime.checkpoint"],
     ["io.conventions"],

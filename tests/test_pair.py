@@ -61,6 +61,31 @@ def test_a_loaded_pair_is_the_saved_one(pair, saved, vectors, texts):
     close(load_pair(saved / "av", saved / "ar").reconstructor_params, pair.reconstructor_params, 0)
 
 
+def test_an_av_with_the_ar_of_another_step_is_said(pair, saved, tmp_path, capsys):
+    head = pair.reconstructor_params["head"]
+    later = dataclasses.replace(pair, reconstructor_params=pair.reconstructor_params | {"head": head * 1.001})
+    later.save(tmp_path)
+    load_pair(tmp_path)
+    assert "saved with another AR" not in capsys.readouterr().err
+    load_pair(tmp_path / "av", saved / "ar")
+    assert "av was saved with another AR than" in capsys.readouterr().err
+
+
+def test_activations_of_another_layer_are_refused(pair, subject_folder):
+    there, elsewhere = (load_subject(subject_folder, layer) for layer in (pair.sidecar.layer, pair.sidecar.layer - 1))
+    acts, others = (extract(subject, TEXTS[:2], "all") for subject in (there, elsewhere))
+    assert pair.verbalize(acts[:2], **SAMPLE) == pair.verbalize(acts.vectors[:2], **SAMPLE)
+    np.testing.assert_array_equal(
+        pair.score(TEXTS[:2], acts[:2])["mse"], pair.score(TEXTS[:2], acts.vectors[:2])["mse"]
+    )
+    for use in (lambda: pair.verbalize(others), lambda: pair.score(TEXTS[:2], others[:2])):
+        with pytest.raises(
+            InputError, match=r"activations of layer \d, the pair reads layer \d: load_subject"
+        ) as error:
+            use()
+        one_sentence(error)
+
+
 def test_texts_do_not_depend_on_the_batch(pair, vectors, texts):
     batch = np.concatenate([vectors, -vectors, 3 * vectors[::-1]])
     assert pair.verbalize(batch, **SAMPLE | {"batch": 5}) == texts

@@ -12,19 +12,19 @@ import pytest
 import yaml
 from conftest import SENTENCES, TINY, one_sentence
 
+from nla_jax.data.activations import Activations
 from nla_jax.data.interchange import (
     Origin,
     export_datasets,
     import_datasets,
     sidecar_content,
 )
-from nla_jax.data.rows import activation_table, load_rows
+from nla_jax.data.rows import load_rows
 from nla_jax.io import parquet
 from nla_jax.io.parquet import write_table
 from nla_jax.prompts import find_marker
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.errors import InputError
-from nla_jax.subject import Activations
 
 D, LAYER = 8, 1
 SUBJECT = Origin("models/tiny", "c0ffee", D, LAYER)
@@ -367,9 +367,10 @@ def workdir(tmp_path, small_batches):
             ids,
             token_ids=[[5] * (51 + i) for i in range(3)],
             roles=["user"] * 3,
+            layer=LAYER,
         )
         facts = SUBJECT.extraction("web", 24, 3)
-        table, name = activation_table(activations, LAYER), f"{split}-{i:05d}-of-00002.parquet"
+        table, name = activations.table(), f"{split}-{i:05d}-of-00002.parquet"
         if split == "heldout":
             table = table.drop_columns(["detokenized_text_truncated", "token", "following", "token_ids", "role"])
         write_table(

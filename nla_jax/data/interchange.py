@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from nla_jax.data.activations import TEXT
 from nla_jax.data.corpus import document_of
-from nla_jax.data.rows import LABEL, TEXT, read_labels, shards_of
+from nla_jax.data.rows import LABEL, read_labels, shards_of
 from nla_jax.io.files import AnyPath, local
 from nla_jax.io.parquet import (
     SIDECAR,

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nla_jax.data.activations import TEXT
 from nla_jax.io.files import AnyPath, local
 from nla_jax.io.parquet import (
     VECTORS,
     columns_of,
-    list_column,
     list_vectors,
     read_batches,
     read_table,
@@ -25,29 +25,8 @@ from nla_jax.io.parquet import (
 )
 from nla_jax.runtime.distributed import from_writer, host_index
 from nla_jax.runtime.errors import InputError
-from nla_jax.subject import Activations
 
-LABEL, TEXT, IDS = "api_explanation", "detokenized_text_truncated", "token_ids"
-
-
-def activation_table(activations: Activations, layer: int) -> pa.Table:
-    """A shard's rows: the reference's columns, and what it takes to look at a row and to run it again.
-
-    `token_ids` are those of the document up to the row's token; `role` is who speaks there, in a chat."""
-    strings = lambda x: pa.array(x, pa.string())
-    return pa.table(
-        {
-            VECTORS: list_column(activations.vectors.astype(np.float32, copy=False)),
-            "doc_id": strings(activations.doc_ids),
-            "n_raw_tokens": pa.array(activations.positions + 1, pa.int32()),
-            "activation_layer": pa.array(np.full(len(activations), layer, np.int32)),
-            TEXT: strings(activations.texts),
-            "token": strings(activations.tokens),
-            "following": strings(activations.following),
-            "role": strings(activations.roles),
-            IDS: pa.array(activations.token_ids, pa.list_(pa.int32())),
-        }
-    )
+LABEL = "api_explanation"
 
 
 @dataclasses.dataclass(frozen=True)

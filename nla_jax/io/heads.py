@@ -1,5 +1,6 @@
 """The AR's linear head on disk: `value_head.safetensors`, whose `weight` is the transpose of how it acts here."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from safetensors.numpy import save_file
 from nla_jax.io.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from nla_jax.io.safetensors import INDEX, INSIDE, SINGLE, Stored, read_tensors, stored_tensors
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.notes import note
 
 HEAD = "value_head.safetensors"
+STAMP = "ar_head_hash"  # in the provenance of both sidecars
 
 
 def read_head(ar: Path, d: int) -> Float[np.ndarray, "{d} {d}"]:
@@ -57,3 +60,20 @@ def write_head(file: Path, head: Float[np.ndarray, "D D"]) -> None:
     if not np.isfinite(head).all():
         raise InputError("The AR's head holds NaN or infinite values; it is not saved.")
     save_file({"weight": np.ascontiguousarray(head.T)}, file)
+
+
+def stamped(provenance: dict, head: Float[np.ndarray, "D D"]) -> dict:
+    """A sidecar's provenance with a hash of the AR's head: every step of training changes the head, so the hash says
+    which AR an AV was saved with."""
+    return provenance | {STAMP: _hash(head)}
+
+
+def unstamped(provenance: dict, head: Float[np.ndarray, "D D"], av: Path, ar: Path) -> dict:
+    """The provenance of `av` without that hash. A note says where it is of another head than that of `ar`."""
+    if provenance.get(STAMP) not in (None, _hash(head)):
+        note(f"{av} was saved with another AR than {ar}, from another step or run; this AR may read its texts worse.")
+    return {name: value for name, value in provenance.items() if name != STAMP}
+
+
+def _hash(head: Float[np.ndarray, "D D"]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(head, np.float32), digest_size=16).hexdigest()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from nla_jax.data.rows import TEXT
+from nla_jax.data.activations import TEXT
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import columns_of, read_table
 from nla_jax.runtime.errors import InputError

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from nla_jax.data.activations import TEXT
 from nla_jax.data.corpus import document_of
-from nla_jax.data.rows import LABEL, TEXT, Rows, load_rows, spread
+from nla_jax.data.rows import LABEL, Rows, load_rows, spread
 from nla_jax.fve import row_fve
 from nla_jax.io.hub import fingerprint
 from nla_jax.io.parquet import read_table, write_table

@@ -9,7 +9,7 @@ import numpy as np
 
 from nla_jax.data.corpus import Document
 from nla_jax.data.interchange import Origin, import_datasets, sidecar_content
-from nla_jax.data.rows import Rows, activation_table, load_rows
+from nla_jax.data.rows import Rows, load_rows
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import row_count, write_table
@@ -71,7 +71,7 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
         if not file.exists():
             activations = sample_activations(subject, found, c, run.config.seed)
             sidecar = sidecar_content(split, "base", len(activations), facts, base_hash=origin.base_hash)
-            write_table(activation_table(activations, subject.layer), file, sidecar)
+            write_table(activations.table(), file, sidecar)
         progress.update(len(found))
     progress.close()
     barrier("the activations")

@@ -2,7 +2,8 @@
 
 import pyarrow as pa
 
-from nla_jax.data.rows import LABEL, TEXT, shards_of
+from nla_jax.data.activations import TEXT
+from nla_jax.data.rows import LABEL, shards_of
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import columns_of, read_table, write_table
 from nla_jax.labels.labeller import CheckedLabeller, make_labeller, rows_of

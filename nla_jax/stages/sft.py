@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from nla_jax.autoencoder import PromptIds
+from nla_jax.data.activations import median_norm_and_variance
 from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
 from nla_jax.data.rows import LABEL, load_rows
-from nla_jax.fve import normalise
 from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
@@ -204,20 +204,6 @@ def check_source(run: Run, subject: str) -> None:
                 f"prompts.{field} = {ours!r}.",
                 file=sys.stderr,
             )
-
-
-def median_norm_and_variance(vectors: Float[np.ndarray, "n d"], chunk: int = 1024) -> tuple[float, float]:
-    """The median norm of `vectors`, and the mean variance of their normalised entries, without a second copy of them.
-
-    The median, since a few attention sinks among the rows move the mean by any factor."""
-    norms, total, squares = [], 0.0, 0.0
-    for start in range(0, len(vectors), chunk):
-        part = vectors[start : start + chunk]
-        norms.append(np.linalg.norm(part, axis=1))
-        unit = normalise(np.asarray(part))
-        total, squares = total + unit.sum(0), squares + (unit**2).sum(0)
-    variance = (squares / len(vectors) - (total / len(vectors)) ** 2).mean()
-    return float(np.median(np.concatenate(norms))), float(variance)
 
 
 def fixed_width(

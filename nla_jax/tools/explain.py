@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nla_jax.data.activations import Activations, median_norm_and_variance
 from nla_jax.data.chats import Messages, chat_tokens
 from nla_jax.io.files import AnyPath
 from nla_jax.io.folders import dtypes_of
@@ -17,7 +18,7 @@ from nla_jax.io.safetensors import read_tensors
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
-from nla_jax.subject import ROWS, SINK, Activations, Subject, activations_at, extract, load_subject
+from nla_jax.subject import ROWS, SINK, Subject, activations_at, attention_sinks, extract, load_subject
 
 RELEASED = {  # of the subjects of released pairs, whose sidecars do not say it: as the reference's examples print it
     ("qwen2.5-7b-instruct", 20): 0.7335,
@@ -25,6 +26,7 @@ RELEASED = {  # of the subjects of released pairs, whose sidecars do not say it:
     ("gemma-3-27b-it", 41): 0.0579,
     ("llama-3.3-70b-instruct", 53): 0.9169,
 }
+SPREAD, ENOUGH = 32, 64  # activations: of a document, and in all, to calibrate with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,25 @@ def read_vectors(name: str, width: int) -> Iterator[Activations]:
             raise InputError(f"{path}: {label} has shape {list(array.shape)}, expected [n, {width}] or [{width}].")
         n, blank = len(rows), [""] * len(rows)
         yield Activations(rows, blank, blank, blank, np.arange(n, dtype=np.int32), [label] * n, [[]] * n, blank)
+
+
+def calibrated(pair: Pair, subject: Subject, documents: Sequence[tuple[str, str]], max_tokens: int = 2048) -> Pair:
+    """The pair with the variance and the median norm of the subject's activations of `documents` in its sidecar, which
+    make its FVE known: those of about `SPREAD` tokens a document, spread evenly, attention sinks left out.
+
+    Raises `InputError` for documents that give fewer than `ENOUGH` activations."""
+    kept = []
+    for found in of_texts(subject, documents, "all", max_tokens):
+        count = min(len(found), SPREAD * len(set(found.doc_ids)))
+        kept.append(found.vectors[np.linspace(0, len(found) - 1, count).astype(int)])
+    vectors = np.concatenate(kept)
+    vectors = vectors[~attention_sinks(np.linalg.norm(vectors, axis=1))]
+    if len(vectors) < ENOUGH:
+        raise InputError(f"The texts to calibrate with give {len(vectors)} activations; give at least {ENOUGH}.")
+    norm, variance = median_norm_and_variance(vectors)
+    facts = {"activation_variance": variance, "activation_norm": norm, "calibrated_on": len(vectors)}
+    sidecar = dataclasses.replace(pair.sidecar, provenance=pair.sidecar.provenance | facts)
+    return dataclasses.replace(pair, sidecar=sidecar)
 
 
 def explain_rows(pair: Pair, found: Iterable[Activations], sampling: Sampling) -> Iterator[list[dict]]:

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nla_jax.runtime.environment import import_transformers_alone
@@ -15,25 +15,42 @@ from nla_jax.verbs.conventions import add_conventions, given_conventions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The pair, what is explained, and how."""
+    source = add_material(parser)
+    source.add_argument("--vectors", help="X.npy, X.safetensors or X.safetensors:TENSOR: vectors as they are")
+    parser.add_argument("--tokens", default="last", help="which tokens: last (default), all, or indices such as 3,-1")
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="FILE",
+        help="texts of which the FVE's variance is taken (default: the pair's)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling (default 0: greedy)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    add_output(parser)
+    add_conventions(parser)
+
+
+def add_material(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The pair, its subject, and what is read; returns the group of sources."""
     parser.add_argument("--pair", required=True, help="folder with av/ and ar/, or a run's working folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", help="the text (default: standard input)")
     source.add_argument("--file", nargs="+", help="files, a document each; the line break at a file's end is left out")
     source.add_argument("--chat", help="conversations: JSON or JSON lines of messages with role and content")
-    source.add_argument("--vectors", help="X.npy, X.safetensors or X.safetensors:TENSOR: vectors as they are")
     parser.add_argument("--subject", help="the subject's folder or hub id (default: what the pair's sidecar names)")
-    parser.add_argument("--tokens", default="last", help="which tokens: last (default), all, or indices such as 3,-1")
     parser.add_argument(
         "--max-tokens", type=int, default=2048, help="tokens of the longest document that is read (default 2048)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling (default 0: greedy)")
+    return source
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """How much is computed at a time, and where results go."""
     parser.add_argument("--max-new-tokens", type=int, default=200, help="where an explanation is cut (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     parser.add_argument("--batch", type=int, default=64, help="explanations that are sampled at a time (default 64)")
     parser.add_argument("--dtype", help="dtype of weights and computation (default: that of the files)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--out", help="a new file, X.jsonl or X.parquet, instead of the screen")
-    add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,12 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.injection:  # which may be a function of the user's
         import_transformers_alone()
     material = None if arguments.vectors else read_material(arguments)
+    texts = read_files(arguments.calibrate or [])
     from nla_jax.io.files import path_to
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
     from nla_jax.runtime.user_input import whole_number
     from nla_jax.tools.explain import (
         Sampling,
+        calibrated,
         expected_rows,
         explain_rows,
         of_chats,
@@ -61,21 +80,28 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, batch)
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
+    if texts or material:
+        subject = subject_of(pair, path_to(arguments.pair), arguments.subject, arguments.dtype)
+        pair = calibrated(pair, subject, texts, arguments.max_tokens) if texts else pair
     if arguments.vectors:
         found = list(read_vectors(arguments.vectors, pair.sidecar.d_model))
         total = sum(map(len, found))
     else:
-        subject = subject_of(pair, path_to(arguments.pair), arguments.subject, arguments.dtype)
         read = of_chats if arguments.chat else of_texts
         found = read(subject, material, tokens, arguments.max_tokens)
         total = expected_rows(subject, material, tokens)
     batches = counted(explain_rows(pair, found, sampling), total, arguments.max_new_tokens)
+    write(batches, out, arguments.json, spelt)
+
+
+def write(batches: Iterator[list[dict]], out: Path | None, as_json: bool, spelt: Callable[[dict], str]) -> None:
+    """Writes the rows to a file, or prints them: as JSON lines, or as `spelt` has them."""
     if out and out.suffix == ".parquet":
         write_parquet(batches, out)
     elif out:
         write_lines(batches, out)
     else:
-        show(batches, arguments.json)
+        show(batches, (lambda row: json.dumps(row, ensure_ascii=False)) if as_json else spelt)
 
 
 def new_file(name: str | None) -> Path | None:
@@ -109,13 +135,23 @@ def read_material(arguments: argparse.Namespace) -> list:
     if arguments.text is not None:
         documents = [("text", arguments.text)]
     elif arguments.file:
-        documents = [(name, document(read_bytes(name), name)) for name in arguments.file]
+        return read_files(arguments.file)
     else:
         if sys.stdin.isatty():
             print("nla: reading the text from the terminal; Ctrl-D ends it.", file=sys.stderr)
         documents = [("standard input", document(sys.stdin.buffer.read(), "Standard input"))]
+    return not_empty(documents)
+
+
+def read_files(names: list[str]) -> list[tuple[str, str]]:
+    """Files as documents (id, text). Raises `InputError` for one that cannot be read or holds no text."""
+    return not_empty([(name, document(read_bytes(name), name)) for name in names])
+
+
+def not_empty(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The documents. Raises `InputError` where one of them has no text."""
     if empty := [name for name, text in documents if not text.strip()]:
-        raise InputError(f"There is no text to explain in {empty[0]}; give --text, --file or standard input.")
+        raise InputError(f"There is no text in {empty[0]}; give --text, --file or standard input one.")
     return documents
 
 
@@ -159,11 +195,11 @@ def counted(batches: Iterator[list[dict]], expected: int, limit: int) -> Iterato
         print(f"note: {'; '.join(said)}.", file=sys.stderr)
 
 
-def show(batches: Iterator[list[dict]], as_json: bool) -> None:
+def show(batches: Iterator[list[dict]], spelt: Callable[[dict], str]) -> None:
     """Prints the rows, until nobody reads them."""
     try:
         for row in itertools.chain.from_iterable(batches):
-            print(json.dumps(row, ensure_ascii=False) if as_json else spelt(row), flush=True)
+            print(spelt(row), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
 
@@ -193,8 +229,8 @@ def write_parquet(batches: Iterator[list[dict]], out: Path) -> None:
 
     from nla_jax.io.parquet import write_tables
 
-    text, number = pa.string(), pa.float64()
-    kinds = [text, pa.int32(), text, text, text, pa.bool_(), number, number]
-    names = ["document", "position", "token", "role", "explanation", "cut", "cosine", "fve"]
-    schema = pa.schema(list(zip(names, kinds)))
+    kinds = {"position": pa.int32(), "cut": pa.bool_()} | dict.fromkeys(("cosine", "fve", "norm_ratio"), pa.float64())
+    first = next(batches)
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in first[0]])
+    batches = itertools.chain([first], batches)
     write_tables(schema, (pa.Table.from_pylist(rows, schema) for rows in batches), out)

@@ -3,6 +3,7 @@
 import argparse
 
 from nla_jax.verbs.conventions import add_conventions, given_conventions
+from nla_jax.verbs.explain import read_files
 from nla_jax.verbs.export import empty_folder, print_written
 
 
@@ -12,17 +13,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ar", required=True, help="folder or hub id of the AR, a model or a PEFT adapter")
     parser.add_argument("--base", help="the adapters' base model (default: what they name)")
     parser.add_argument("--out", required=True, help="a new or empty folder")
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="FILE",
+        help="texts of which the FVE's variance is taken (default: the pair's)",
+    )
+    parser.add_argument("--subject", help="the subject for --calibrate (default: what the pair's sidecar names)")
     add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads an AV and an AR with all checks, and writes them as whole models with complete sidecars."""
+    from nla_jax.io.files import path_to
     from nla_jax.pair import load_pair
     from nla_jax.runtime.errors import InputError
+    from nla_jax.tools.explain import calibrated, subject_of
 
     out, conventions = empty_folder(arguments.out), given_conventions(arguments)
+    texts = read_files(arguments.calibrate or [])
     pair = load_pair(arguments.av, arguments.ar, base=arguments.base, conventions=conventions)
     if arguments.base and pair.base is None:
         raise InputError("--base names the base model of adapters, but AV and AR are whole models; leave it out.")
+    if texts:
+        pair = calibrated(pair, subject_of(pair, path_to(arguments.av), arguments.subject), texts)
     pair.merged().save(out)
     print_written(out)
