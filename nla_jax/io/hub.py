@@ -32,6 +32,38 @@ def locate(name: AnyName) -> Path:
         raise InputError(f"{name} is not a folder, and cannot be read from the hub ({first_line(error)}).") from None
 
 
+def reserve(repo: str, private: bool) -> None:
+    """Makes the hub repository `org/name` where it is not there yet, so that a lack of rights is known before work
+    begins. Raises `InputError` where it cannot be made or written to."""
+    from huggingface_hub import create_repo
+
+    if repo.count("/") != 1:
+        raise InputError(f"{repo} is no hub id of the form org/name.")
+    try:
+        create_repo(repo, private=private, exist_ok=True)
+    except Exception as error:  # network, authorisation
+        raise InputError(
+            f"{repo} cannot be made on the hub ({first_line(error)}); log in with `hf auth login`."
+        ) from None
+
+
+def push(folder: Path, repo: str, leave: str) -> str:
+    """Uploads a folder, but for files that match `leave`, to the hub repository `repo`; returns the commit's address. Raises `InputError` where that
+    fails; what is in the folder is kept."""
+    from huggingface_hub import upload_folder
+
+    try:
+        done = upload_folder(
+            repo_id=repo, folder_path=folder, ignore_patterns=leave, commit_message="Pair written by nla_jax"
+        )
+    except Exception as error:  # network, authorisation, a full disk there
+        raise InputError(
+            f"{folder} is written, but cannot be uploaded to {repo} ({first_line(error)}); `hf upload {repo} {folder}` tries "
+            f"it again."
+        ) from None
+    return str(done.commit_url)
+
+
 def fingerprint(folder: AnyName) -> str:
     """A hash of the weights and config of a checkpoint (or a PEFT adapter), to record what a run was based on. Of
     several hosts, which must all call this, only the first one reads the files.

@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: that of the files)"
     )
     parser.add_argument("--with-subject", action="store_true", help="write the pair's subject to OUT/subject too")
+    parser.add_argument("--push", metavar="ORG/NAME", help="also upload OUT, without datasets, to this hub repository")
+    parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
     parser.add_argument("--adapters", action="store_true", help="write LoRA adapters as they are (default: merged)")
     add_conventions(parser)
 
@@ -25,20 +27,29 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes a trained pair, and where a run is given its datasets."""
     from nla_jax.data.interchange import export_datasets
     from nla_jax.io.files import path_to
+    from nla_jax.io.hub import push, reserve
     from nla_jax.pair import load_pair
     from nla_jax.runtime.errors import InputError
+    from nla_jax.tools.model_card import model_card
 
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
     pair = load_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
+    workdir = path_to(arguments.workdir) if arguments.workdir else None
+    card = model_card(arguments.push or out.name, pair.sidecar, workdir)
+    if arguments.push:
+        reserve(arguments.push, arguments.private)
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
-    if arguments.workdir:
-        export_datasets(path_to(arguments.workdir), out / "datasets", pair.sidecar)
+    if workdir:
+        export_datasets(workdir, out / "datasets", pair.sidecar)
     (pair if arguments.adapters else pair.merged()).save(out, arguments.dtype)
     export_subject(pair.sidecar, folder, out, arguments.with_subject)
+    (out / "README.md").write_text(card, encoding="utf-8")
     print_written(out)
+    if arguments.push:
+        print(f"Uploaded: {push(out, arguments.push, leave='datasets/*')}")
 
 
 def export_subject(sidecar, folder, out: Path, wanted: bool) -> None:
@@ -74,6 +85,6 @@ def empty_folder(name: str) -> Path:
 
 def print_written(out: Path) -> None:
     """The folders below `out`, each with its number of files and their size."""
-    for folder in sorted(out.iterdir()):
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
         sizes = [file.stat().st_size for file in folder.iterdir()]
         print(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")
