@@ -17,6 +17,10 @@ def load(source, tmp_path, **options):
     return load_corpus(str(source), data_dir=tmp_path / "tfds", **options)
 
 
+def by_id(documents) -> dict[str, str]:
+    return {document.id: document.text for document in documents}
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -40,6 +44,24 @@ def broken_corpus():
 def test_jsonl_keeps_ids_and_names_rows_without_one(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": 7, "text": TEXTS[0]}, {"text": TEXTS[1]}])
     assert load(path, tmp_path) == [Document("7", TEXTS[0]), Document("a.jsonl:2", TEXTS[1])]
+
+
+CHAT = ({"role": "user", "content": "What is bread?"}, {"role": "assistant", "content": "It is in the market."})
+
+
+def chat_corpus():
+    return [{"id": "one", "messages": CHAT}, Document("two", "said", CHAT[:1]), TEXTS[0]]
+
+
+def test_chats_are_documents_with_messages(tmp_path):
+    said = "What is bread?\n\nIt is in the market."
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": "one", "messages": CHAT}, {"text": TEXTS[0]}])
+    assert load(path, tmp_path) == [Document("one", said, CHAT), Document("a.jsonl:2", TEXTS[0])]
+    found = load(f"{__name__}:chat_corpus", tmp_path)
+    assert found == [Document("one", said, CHAT), Document("two", "said", CHAT[:1]), Document(found[2].id, TEXTS[0])]
+    write_jsonl(path, [{"messages": [{"role": "user"}]}])
+    with pytest.raises(InputError, match=r"The chat a.jsonl:1 is \[.*\], expected messages with a role and a content"):
+        load(path, tmp_path)
 
 
 def test_parquet_across_batches(tmp_path):
@@ -231,7 +253,7 @@ def test_python_docs_budget_per_distribution(sources, monkeypatch):
 def test_python_docs_through_tfds(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(python_docs, "installed_sources", lambda: sources)
     documents = load("python_docs", tmp_path)
-    assert dict(documents) == dict(python_docs.documents(sources))
+    assert by_id(documents) == dict(python_docs.documents(sources))
     assert load("python_docs", tmp_path) == documents
     assert load("python_docs", tmp_path / "elsewhere") == documents
     with pytest.raises(InputError, match=r"has no split 'test', only \['train'\]"):
@@ -247,7 +269,7 @@ def test_python_docs_of_a_changed_environment_is_built_anew(sources, tmp_path, m
     before = load("python_docs", tmp_path)
     del sources["fake"]["fake/alpha.py"]
     after = load("python_docs", tmp_path)
-    assert "fake/fake.alpha.f" in dict(before) and "fake/fake.alpha.f" not in dict(after)
+    assert "fake/fake.alpha.f" in by_id(before) and "fake/fake.alpha.f" not in by_id(after)
 
 
 def test_python_docs_build_that_was_interrupted_starts_over(sources, tmp_path, monkeypatch):
@@ -261,7 +283,7 @@ def test_python_docs_build_that_was_interrupted_starts_over(sources, tmp_path, m
         patch.setattr(python_docs, "documents", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load("python_docs", tmp_path)
-    assert dict(load("python_docs", tmp_path)) == dict(python_docs.documents(sources))
+    assert by_id(load("python_docs", tmp_path)) == dict(python_docs.documents(sources))
 
 
 def test_python_docs_prepared_by_another_process_meanwhile(sources, tmp_path, monkeypatch):
@@ -274,7 +296,7 @@ def test_python_docs_prepared_by_another_process_meanwhile(sources, tmp_path, mo
         yield from original(sources)
 
     monkeypatch.setattr(python_docs, "documents", overtaken)
-    assert dict(load("python_docs", tmp_path)) == dict(original(sources))
+    assert by_id(load("python_docs", tmp_path)) == dict(original(sources))
 
 
 def test_installed_sources_hold_the_running_python_and_the_dependencies():

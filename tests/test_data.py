@@ -14,6 +14,7 @@ from conftest import SENTENCES, TINY, close, one_sentence
 from nla_jax.config import Extract
 from nla_jax.data.activations import Activations, median_norm_and_variance
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step, text_windows
+from nla_jax.data.chats import chat_tokens
 from nla_jax.data.corpus import Document
 from nla_jax.data.rows import load_rows, shards_of, spread
 from nla_jax.fve import fve, row_fve
@@ -24,7 +25,7 @@ from nla_jax.probes.probe import clustered_interval
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.extract import sample_activations, sample_positions
 from nla_jax.stages.sft import fixed_width, say_dropped, text_batches
-from nla_jax.subject import extract, load_subject
+from nla_jax.subject import activations_at, extract, load_subject
 
 LAYER = 1
 
@@ -166,6 +167,20 @@ def test_positions_respect_their_bounds_and_skip_special_tokens(subject):
     ids = subject.tokenizer(text).input_ids
     assert not {ids[i] for i in found.positions} & set(subject.tokenizer.all_special_ids)
     assert set(found.positions) == {i for i in range(3, 20) if ids[i] not in subject.tokenizer.all_special_ids}
+
+
+def test_positions_of_a_chat_are_where_somebody_speaks(subject):
+    chat = ({"role": "user", "content": SENTENCES[0]}, {"role": "assistant", "content": SENTENCES[1]})
+    documents = [Document("chat", "", chat), Document("text", SENTENCES[0])]
+    options = Extract(positions=999, min_position=3, max_tokens=200)
+    found = sample_activations(subject, documents, options, 0)
+    ids, roles = chat_tokens(subject.tokenizer, list(chat))
+    at = [i for i, role in enumerate(roles) if role and i >= 3]
+    first = found[: len(at)]
+    assert first.positions.tolist() == at and first.roles == [roles[i] for i in at]
+    assert first.token_ids == [ids[: i + 1] for i in at] and set(found[len(at) :].roles) == {""}
+    assert {"user", "assistant"} == set(first.roles)
+    close(first.vectors[-1], activations_at(subject, [ids], [[at[-1]]], ["chat"]).vectors[0], 1e-5)
 
 
 def test_extract_by_position(subject):

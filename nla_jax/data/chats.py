@@ -3,6 +3,7 @@
 import json
 import reprlib
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,17 +29,20 @@ def read_chats(file: Path) -> list[tuple[str, Messages]]:
             raise InputError(f"{file} is neither JSON nor JSON lines ({error}).") from None
     chats = []
     for i, entry in enumerate(found):
-        messages = entry.get("messages") if isinstance(entry, dict) else entry
-        whole = isinstance(messages, list) and messages
-        if not whole or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages
-        ):
-            raise InputError(
-                f"{file}: conversation {i + 1} is {reprlib.repr(entry)}, expected messages with a role and a content."
-            )
+        messages = checked(entry.get("messages") if isinstance(entry, dict) else entry, f"{file}: conversation {i + 1}")
         named = entry.get("id") if isinstance(entry, dict) else None
         chats.append((str(named or (file.name if len(found) == 1 else f"{file.name}#{i + 1}")), messages))
     return chats
+
+
+def checked(messages: Any, place: str) -> Messages:
+    """A conversation. Raises `InputError`, naming `place`, for what is none."""
+    whole = isinstance(messages, (list, tuple)) and messages
+    if not whole or not all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages
+    ):
+        raise InputError(f"{place} is {reprlib.repr(messages)}, expected messages with a role and a content.")
+    return list(messages)
 
 
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[str]]:

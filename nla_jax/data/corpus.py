@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nla_jax.data.chats import checked
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import resolve
 
@@ -24,10 +25,13 @@ PART_SUFFIX = re.compile(r"#\d+$")
 
 
 class Document(NamedTuple):
-    """A text and its unique id; ids that differ only in a final `#number` name parts of one document."""
+    """A text or a chat, and its unique id; ids that differ only in a final `#number` name parts of one document.
+
+    `messages`: of a chat, each with role and content; its `text` is what is said there, one message after another."""
 
     id: str
     text: str
+    messages: tuple[dict[str, str], ...] = ()
 
 
 class Row(NamedTuple):
@@ -36,6 +40,7 @@ class Row(NamedTuple):
     id: Any
     text: Any
     place: str
+    messages: tuple[dict[str, str], ...] = ()
 
 
 def load_corpus(
@@ -55,7 +60,8 @@ def load_corpus(
         file or a folder of such files; or `package.module:function`, called without arguments for Documents. A `.txt`
         file is one document, or several separated by `<|endoftext|>`.
       data_dir: where TFDS keeps its datasets.
-      text_field: the name of the text in JSON-lines, Parquet and TFDS rows.
+      text_field: the name of the text in JSON-lines, Parquet and TFDS rows. A JSON line, or a mapping that the function
+        gives, may have `messages` instead, each with a role and a content: a chat.
       id_field: the name of the id in them; a row without one gets `{file name}:{row}`, counted from 1. A row that
         repeats an id becomes a part of that document, `{id}#2`.
       split: which split of a TFDS dataset.
@@ -76,7 +82,8 @@ def load_corpus(
         if not row.text.strip() or len(row.text) < min_chars or digest in texts:
             continue
         texts.add(digest)
-        documents.append(Document(unique(row.place if row.id is None else str(row.id), ids), row.text))
+        id = unique(row.place if row.id is None else str(row.id), ids)
+        documents.append(Document(id, row.text, row.messages))
         if len(documents) == max_documents:
             break
     if not read:
@@ -160,10 +167,19 @@ def jsonl_rows(file: Path, name: str, text_field: str, id_field: str) -> Iterato
                 row = json.loads(line)
             except ValueError as error:
                 raise InputError(f"Line {number} of {name} is not valid JSON ({error}): correct it.") from error
+            if isinstance(row, dict) and "messages" in row:
+                yield chat_row(row, place)
+                continue
             if not isinstance(row, dict) or text_field not in row:
                 found = sorted(row) if isinstance(row, dict) else type(row).__name__
                 raise InputError(f"Line {number} of {name} has no {text_field!r} (found {found}): set text_field.")
             yield Row(row.get(id_field), row[text_field], place)
+
+
+def chat_row(entry: Mapping, place: str) -> Row:
+    """The row of a chat, a mapping with `messages`."""
+    messages = checked(entry["messages"], f"The chat {place}")
+    return Row(entry.get("id"), "\n\n".join(m["content"] for m in messages), place, tuple(messages))
 
 
 def parquet_rows(file: Path, name: str, text_field: str, id_field: str) -> Iterator[Row]:
@@ -236,14 +252,18 @@ def callable_rows(source: str) -> Iterator[Row]:
             place = f"{source}:{number}"
             if isinstance(document, str):
                 yield Row(None, document, place)
+            elif isinstance(document, Mapping) and "messages" in document:
+                yield chat_row(document, place)
             elif isinstance(document, Mapping) and "text" in document:
                 yield Row(document.get("id"), document["text"], place)
-            elif isinstance(document, tuple) and len(document) == 2:  # a Document too
+            elif isinstance(document, Document):
+                yield Row(document.id, document.text, place, document.messages)
+            elif isinstance(document, tuple) and len(document) == 2:
                 yield Row(*document, place)
             else:
                 raise InputError(
                     f"Item {number} of {produce} is {type(document).__name__}; give a text, (id, text), or a mapping with "
-                    f"text and id."
+                    f"text (or messages) and id."
                 )
 
 

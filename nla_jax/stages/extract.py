@@ -1,12 +1,14 @@
 """The `extract` stage: activations of a corpus at sampled positions, or of datasets that exist, as Parquet shards."""
 
 import collections
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
+from nla_jax.data.chats import chat_tokens
 from nla_jax.data.corpus import Document
 from nla_jax.data.interchange import Origin, import_datasets, sidecar_content
 from nla_jax.data.rows import Rows, load_rows
@@ -110,17 +112,26 @@ def say_sinks(splits: Sequence[Rows], layer: int, chunk: int = 4096) -> int:
 
 
 def sample_activations(subject: Subject, documents: Sequence[Document], settings, seed: int) -> Activations:
-    """Activations at sampled positions of each document, never at a special token.
+    """Activations at sampled positions of each document, never at a special token, nor at a token of a chat's template.
 
     `settings`: the section `extract`. Of a document only the first `max_tokens` tokens are read."""
-    texts = [document.text for document in documents]
-    rows = [ids[: settings.max_tokens] for ids in subject.tokenizer(texts, verbose=False).input_ids]
-    special = set(subject.tokenizer.all_special_ids)
+    tokenizer, rows, spoken = subject.tokenizer, [], []
+    special = set(tokenizer.all_special_ids)
+    for document in documents:
+        if document.messages:
+            ids, roles = chat_tokens(tokenizer, list(document.messages))
+        else:
+            ids, roles = tokenizer(document.text, verbose=False).input_ids, None
+        rows.append(ids[: settings.max_tokens])
+        spoken.append(roles)
     chosen = []
-    for document, row in zip(documents, rows):
-        candidates = [i for i in range(settings.min_position, len(row)) if row[i] not in special]
+    for document, row, roles in zip(documents, rows, spoken):
+        ordinary = lambda i: row[i] not in special and (roles is None or roles[i])
+        candidates = [i for i in range(settings.min_position, len(row)) if ordinary(i)]
         chosen.append(sample_positions(document.id, candidates, settings.positions, seed))
-    return activations_at(subject, rows, chosen, [document.id for document in documents])
+    found = activations_at(subject, rows, chosen, [document.id for document in documents])
+    said = [roles[i] if roles else "" for roles, positions in zip(spoken, chosen) for i in positions]
+    return dataclasses.replace(found, roles=said)
 
 
 def sample_positions(document_id: str, candidates: Sequence[int], count: int, seed: int) -> list[int]:
