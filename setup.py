@@ -15,10 +15,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.configs"],
     package_dir={"nla_jax.configs": "configs"},  # so that commands find configs/NAME.py outside a checkout too
-    package_data={"nla_jax": ["quickstart/subject/*"]},
+    package_data={"nla_jax": ["quickstart/subject/*", "quickstart/pair/*/*"]},
     # The lower bounds are those that `make test-oldest` installs and tests.
     install_requires=[
-        "jax>=0.10.0",
+        "jax>=0.10.2",
         "flax>=0.12.6",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.36",
@@ -42,8 +42,8 @@ setup(
         "tqdm>=4.67.1",
     ],
     extras_require={
-        "cuda": ["jax[cuda12]>=0.10.0"],
-        "tpu": ["jax[tpu]>=0.10.0"],
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
         "gcs": ["gcsfs"],
         "wandb": ["wandb>=0.22.0"],
         "test": [

@@ -185,7 +185,7 @@ def test_the_benchmarks_shapes_are_whole_studies(variant):
         config("benchmark", "none")
 
 
-def test_an_installed_package_has_its_configs_and_its_subject(tmp_path):
+def test_an_installed_package_has_its_configs_subject_and_pair(tmp_path):
     """What a wheel holds, used from a folder that is no checkout."""
     build = ["-q", "build", "--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")]
     subprocess.run([sys.executable, "setup.py", *build], cwd=ROOT, check=True, capture_output=True)
@@ -195,6 +195,8 @@ def test_an_installed_package_has_its_configs_and_its_subject(tmp_path):
         assert names <= {str(path.relative_to(place)) for path in place.rglob("*.py")}
     subject = ROOT / "nla_jax/quickstart/subject"
     assert sorted(os.listdir(tmp_path / "lib/nla_jax/quickstart/subject")) == sorted(os.listdir(subject))
+    pair, there = ROOT / "nla_jax/quickstart/pair", tmp_path / "lib/nla_jax/quickstart/pair"
+    assert all((there / file.relative_to(pair)).is_file() for file in pair.rglob("*") if file.is_file())
     elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "lib")}, "text": True}
     command = "from nla_jax.cli import load_config as load; print(load('configs/quickstart.py:tiny', []).rl.steps)"
     found = subprocess.run([sys.executable, "-c", command], capture_output=True, **elsewhere)

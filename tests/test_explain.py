@@ -23,7 +23,7 @@ from nla_jax.io.hub import fingerprint
 from nla_jax.io.pairs import find_base
 from nla_jax.pair import load_pair
 from nla_jax.sidecar import FILE
-from nla_jax.subject import extract, load_subject
+from nla_jax.subject import SHIPPED, extract, load_subject
 
 TEXT = "The river turns north at the mill."
 CHAT = [
@@ -312,6 +312,26 @@ def test_an_attention_sink_is_said(place, tmp_path, capsys, vectors):
     assert main(["explain", *flags]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if "attention sink" in line]
     assert len(notes) == 1 and "(position 2 of long.npy) is 40 times as long" in notes[0]
+
+
+# The pair that comes with the package
+
+
+def test_the_shipped_pair_explains_its_subject(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    texts = ["Return the sum of the array elements over a given axis.", "The name of the file that is to be opened, or"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    assert main(["explain", "--pair", "quickstart", "--file", "0.txt", "1.txt", "--tokens", "all", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if row["position"] > 4]
+    assert np.mean([row["fve"] for row in rows]) > 0.1
+    pair, subject = load_pair("quickstart"), load_subject(SHIPPED, 2)
+    acts = extract(subject, texts, "all")
+    acts = acts[acts.positions > 4]
+    said = [row["explanation"] for row in rows]
+    own, others = (pair.score(texts, acts)["cosine"].mean() for texts in (said, said[::-1]))
+    assert own == pytest.approx(np.mean([row["cosine"] for row in rows]), abs=1e-3) and own > others + 0.2
 
 
 # The variance of a pair that records none

@@ -10,16 +10,22 @@ from nla_jax.runtime.errors import InputError
 
 ROLES = (("av", "ar"), ("av_lora", "ar_lora"), ("actor", "critic"))  # what makers call the two folders
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is there where a tokenizer is
+SHIPPED = Path(__file__).parent.parent / "quickstart/pair"  # which the name "quickstart" means
+
+
+def place_of(name: AnyName) -> AnyPath:
+    """The folder of a pair by its name: a path, or "quickstart" for the pair that comes with the package."""
+    return SHIPPED if str(name) == "quickstart" and not path_to(name).exists() else path_to(name)
 
 
 def pair_folders(av: AnyName, ar: AnyName | None) -> tuple[Path, Path]:
     """The local folders of AV and AR. Where only one name is given, it is that of a folder (or hub id) that holds both,
-    or of a run's working folder.
+    or of a run's working folder, or "quickstart".
 
     Raises `InputError` saying what is there where there is no pair."""
     if ar is not None:
         return locate(av), locate(ar)
-    root = path_to(av)
+    root = place_of(av)
     if not root.is_dir():
         try:
             root = locate(av)

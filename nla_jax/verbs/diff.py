@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.injection:  # which may be a function of the user's
         import_transformers_alone()
     material = read_material(arguments)
-    from nla_jax.io.files import path_to
     from nla_jax.io.folders import dtypes_of
     from nla_jax.io.hub import locate
+    from nla_jax.io.pairs import place_of
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
     from nla_jax.runtime.user_input import whole_number
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     enable_compile_cache()
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
-    one = subject_of(pair, path_to(arguments.pair), arguments.subject, arguments.dtype)
+    one = subject_of(pair, place_of(arguments.pair), arguments.subject, arguments.dtype)
     other = load_subject(arguments.other, pair.sidecar.layer, dtypes_of(locate(arguments.other), arguments.dtype)[1])
     if (width := other.model.config.width) != pair.sidecar.d_model:
         raise InputError(f"The other subject {other.name} has width {width}, the pair {pair.sidecar.d_model}.")

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_material(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """The pair, its subject, and what is read; returns the group of sources."""
-    parser.add_argument("--pair", required=True, help="folder with av/ and ar/, or a run's working folder")
+    parser.add_argument(
+        "--pair", required=True, help="folder with av/ and ar/, a run's working folder, a hub id, or quickstart"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", help="the text (default: standard input)")
     source.add_argument("--file", nargs="+", help="files, a document each; the line break at a file's end is left out")
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         import_transformers_alone()
     material = None if arguments.vectors else read_material(arguments)
     texts = read_files(arguments.calibrate or [])
-    from nla_jax.io.files import path_to
+    from nla_jax.io.pairs import place_of
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
     from nla_jax.runtime.user_input import whole_number
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
     if texts or material:
-        subject = subject_of(pair, path_to(arguments.pair), arguments.subject, arguments.dtype)
+        subject = subject_of(pair, place_of(arguments.pair), arguments.subject, arguments.dtype)
         pair = calibrated(pair, subject, texts, arguments.max_tokens) if texts else pair
     if arguments.vectors:
         found = list(read_vectors(arguments.vectors, pair.sidecar.d_model))

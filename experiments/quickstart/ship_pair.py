@@ -1,0 +1,37 @@
+"""Puts a quickstart's trained pair into the package, where `nla explain --pair quickstart` finds it.
+
+    python experiments/quickstart/ship_pair.py runs/quickstart
+
+The pair is written in bfloat16, and names the shipped subject, whose weights must be those that the run used.
+"""
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nla_jax.io.folders import load_params, read_config
+from nla_jax.io.hub import fingerprint
+from nla_jax.io.pairs import SHIPPED as PAIR
+from nla_jax.pair import load_pair
+from nla_jax.subject import SHIPPED as SUBJECT
+
+
+def main(workdir: Path) -> None:
+    """Writes the folder."""
+    used, shipped = (load_params(folder, read_config(folder)) for folder in (workdir / "subject", SUBJECT))
+    same = jax.tree.map(np.array_equal, used, shipped)
+    if not all(jax.tree.leaves(same)):
+        sys.exit(f"{workdir}/subject is not the shipped subject; their weights differ.")
+    pair = load_pair(workdir / "pair", dtype="bfloat16")
+    facts = pair.sidecar.provenance | {"base_hash": fingerprint(SUBJECT)}
+    sidecar = dataclasses.replace(pair.sidecar, base_checkpoint="quickstart/subject", provenance=facts)
+    shutil.rmtree(PAIR, ignore_errors=True)
+    dataclasses.replace(pair, sidecar=sidecar).save(PAIR)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
