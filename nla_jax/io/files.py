@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def upload(source: Path, folder: epath.Path) -> None:
     files = [file for file in sorted(source.rglob("*")) if file.is_file()]
     with reaching(folder):
         _bucket().put([str(file) for file in files], [str(folder / file.relative_to(source)) for file in files])
+
+
+def checksum(file: Path) -> str:
+    """A CRC-32 of a file's bytes, by which damage is noticed; it reads several GB a second."""
+    value = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
 
 
 @contextlib.contextmanager
