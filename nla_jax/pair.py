@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
-import numbers
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +45,7 @@ from nla_jax.models.transformer import (
 from nla_jax.prompts import Prompts
 from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import padded_rows, similar_lengths, usable_rows, whole_number
+from nla_jax.runtime.user_input import padded_rows, sampling_temperature, similar_lengths, usable_rows, whole_number
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sidecar import FILE, Sidecar, with_ids
 
@@ -149,8 +147,7 @@ class Pair:
         vectors = self._checked(vectors, slots if slots > 1 else None)
         batch, first = whole_number("batch", batch, 1), whole_number("first", first, 0)
         limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
-        if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
-            raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {temperature!r}.")
+        temperature = sampling_temperature(temperature)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
         parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
         with self._on_mesh() as mesh:
@@ -167,7 +164,7 @@ class Pair:
                     first + i * batch,
                     group=1,
                     max_new_tokens=limit,
-                    temperature=float(temperature),
+                    temperature=temperature,
                 )
 
             for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):

@@ -8,6 +8,8 @@ import json
 import math
 import mmap
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 INSIDE = "value_head.weight"  # how the name of an AR's head ends where it lies among the tensors of its model
 SHARD_BYTES = 2 << 30  # of a saved file, at most
+CHECKSUM, UNKNOWN = "nla_jax_crc32", "00000000"  # among a file's metadata; what stands there while it is computed
+LONGEST = 1 << 28  # bytes of a header that is worth reading
 NewTensor = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # to be saved: name, form, `read()` to the host
 
 
@@ -134,16 +138,49 @@ def save_tensors(folder: Path, tensors: Iterable[NewTensor]) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
+def write_file(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a few arrays as one file."""
+    _write_file(file, [(name, jax.ShapeDtypeStruct(x.shape, x.dtype), lambda x=x: x) for name, x in arrays.items()])
+
+
 def _write_file(file: Path, tensors: list[NewTensor]) -> None:
-    """One file: the header's length, the header, the tensors' bytes."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    """One file: the header's length, the header, the tensors' bytes. The header's metadata hold a checksum of all
+    other bytes, by which `check_bytes` knows the file again."""
+    header, end = {"__metadata__": {"format": "pt", CHECKSUM: UNKNOWN}}, 0
     for name, form, _ in tensors:
         start, end = end, end + form.size * form.dtype.itemsize
         stored = next(key for key, value in DTYPES.items() if value == form.dtype)
         header[name] = {"dtype": stored, "shape": form.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text = (len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(text)
+        value = zlib.crc32(text)
         for *_, read in tensors:
-            stream.write(np.ascontiguousarray(read()).reshape(-1).view(np.uint8))
+            part = np.ascontiguousarray(read()).reshape(-1).view(np.uint8)
+            stream.write(part)
+            value = zlib.crc32(part, value)
+        if file != Path(os.devnull):
+            stream.seek(text.index(UNKNOWN.encode()))
+            stream.write(f"{value:08x}".encode())
+
+
+def check_bytes(*folders: Path) -> int:
+    """Reads the weights files in some folders, and returns of how many it knows that they are whole: of those that this
+    package has written. Raises `InputError` naming the first one whose bytes are not those that were written."""
+    known = 0
+    for file in [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]:
+        with open(file, "rb") as stream:
+            text = stream.read(8)
+            text += stream.read(min(int.from_bytes(text, "little"), LONGEST))
+            stated = re.search(rb'"%s": "(\w{8})"' % CHECKSUM.encode(), text)
+            value = zlib.crc32(text[: stated.start(1)] + UNKNOWN.encode() + text[stated.end(1) :]) if stated else 0
+            while stated and (block := stream.read(1 << 24)):
+                value = zlib.crc32(block, value)
+        if stated and stated[1] != f"{value:08x}".encode():
+            raise InputError(
+                f"{file} is damaged: its bytes are not those that were written; copy it again from where it is whole, "
+                f"or delete its folder and have it made again."
+            )
+        known += stated is not None
+    return known

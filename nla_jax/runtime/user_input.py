@@ -1,5 +1,7 @@
 """The input of users to a pair: checks of it, and the batches that programs take."""
 
+import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +27,13 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
         limits = f"of {least} or more" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} {limits} is needed, a whole number; found {value!r:.50}.")
     return number
+
+
+def sampling_temperature(value: Any) -> float:
+    """`value` as a float. Raises `InputError` where it is no finite number of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {value!r:.50}.")
+    return float(value)
 
 
 def usable_rows(vectors: ArrayLike, shape: list[int], keeps_length: bool = False) -> Float[np.ndarray, "n *slots D"]:

@@ -17,6 +17,7 @@ from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
+from nla_jax.io.safetensors import check_bytes
 from nla_jax.joint_step import SupervisedStep, TrainState
 from nla_jax.models.sharding import RowsOf, place_batch, placed, shardings
 from nla_jax.pair import Pair, Training, load_pair, new_pair
@@ -131,8 +132,10 @@ def save(run: Run, pair: Pair, name: str) -> None:
 
 
 def load(run: Run, name: str) -> Pair:
-    """Reads the pair in `{workdir}/{name}` with the run's injections, onto its mesh."""
+    """Reads the pair in `{workdir}/{name}` with the run's injections, onto its mesh. Raises `InputError` where its
+    weights are damaged."""
     c = run.config.compute
+    from_writer(lambda: check_bytes(*(local(run.workdir / name / role) for role in ("av", "ar"))))
     how = {"dtype": c.dtype, "attention": c.attention, "training": Training(c.remat)}
     return load_pair(
         run.workdir / name, conventions=Conventions(injections=injections(run.config)), mesh=run.mesh, **how

@@ -39,30 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints or writes, for each row, the explanation and how much of the activation it carries."""
     out, tokens = new_file(arguments.out), chosen_tokens(arguments.tokens)
+    check_numbers(arguments)
     if not arguments.injection:  # which may be a function of the user's
         import_transformers_alone()
     material = None if arguments.vectors else read_material(arguments)
     from nla_jax.io.files import path_to
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
-    from nla_jax.runtime.user_input import whole_number
     from nla_jax.tools.explain import (
         Sampling,
         expected_rows,
         explain_rows,
         of_chats,
         of_texts,
-        read_vectors,
+        of_vectors,
+        stored_vectors,
         subject_of,
     )
 
+    arrays = stored_vectors(arguments.vectors) if arguments.vectors else None
     enable_compile_cache()
-    batch = whole_number("--batch", arguments.batch, 1)
-    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, batch)
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, arguments.batch)
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
-    if arguments.vectors:
-        found = list(read_vectors(arguments.vectors, pair.sidecar.d_model))
+    if arrays:
+        found = list(of_vectors(arrays, arguments.vectors, pair.sidecar.d_model))
         total = sum(map(len, found))
     else:
         subject = subject_of(pair, path_to(arguments.pair), arguments.subject, arguments.dtype)
@@ -100,6 +101,20 @@ def chosen_tokens(given: str) -> str | list[int]:
         raise InputError(f"--tokens must be last, all, or indices such as 3,-1; found {given!r}.") from None
 
 
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises `InputError` for a number out of range, before a pair is read."""
+    from nla_jax.runtime.user_input import sampling_temperature, whole_number
+
+    for name, least, most in (
+        ("--max-tokens", 1, None),
+        ("--max-new-tokens", 1, None),
+        ("--batch", 1, None),
+        ("--seed", 0, (1 << 32) - 1),
+    ):
+        whole_number(name, getattr(arguments, name[2:].replace("-", "_")), least, most)
+    sampling_temperature(arguments.temperature)
+
+
 def read_material(arguments: argparse.Namespace) -> list:
     """Documents (id, text) or chats (id, messages). Raises `InputError` where there is nothing to read."""
     if arguments.chat:
@@ -115,6 +130,8 @@ def read_material(arguments: argparse.Namespace) -> list:
             print("nla: reading the text from the terminal; Ctrl-D ends it.", file=sys.stderr)
         documents = [("standard input", document(sys.stdin.buffer.read(), "Standard input"))]
     if empty := [name for name, text in documents if not text.strip()]:
+        if arguments.text is not None:
+            raise InputError(f"The text to explain, --text {arguments.text!r}, is empty; give one with words.")
         raise InputError(f"There is no text to explain in {empty[0]}; give --text, --file or standard input.")
     return documents
 

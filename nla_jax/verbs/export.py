@@ -25,12 +25,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes a trained pair, and where a run is given its datasets."""
     from nla_jax.data.interchange import export_datasets
     from nla_jax.io.files import path_to
+    from nla_jax.io.pairs import pair_folders
+    from nla_jax.io.safetensors import check_bytes
     from nla_jax.pair import load_pair
     from nla_jax.runtime.errors import InputError
 
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
+    check_bytes(*pair_folders(folder, None))
     pair = load_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
