@@ -257,7 +257,9 @@ def test_no_flipped_bit_of_a_parquet_file_changes_what_is_read(tmp_path):
         try:
             read = read_table(file)
             vectors = list_vectors(read.column(VECTORS).combine_chunks(), 8, file)
-            others = [read.column(name).to_pylist() == table.column(name).to_pylist() for name in ("doc_id", "token_ids")]
+            others = [
+                read.column(name).to_pylist() == table.column(name).to_pylist() for name in ("doc_id", "token_ids")
+            ]
             assert vectors.tobytes() == table.column(VECTORS).combine_chunks().flatten().to_numpy().tobytes(), at
             assert all(others) and row_count(file) == 40, at
         except InputError as error:

@@ -54,7 +54,6 @@ def save_adapter(
         raise InputError(f"Tensor {broken[0]!r} holds NaN or infinite values; it is not saved.")
     if not is_writer():
         return
-    write_file(folder / WEIGHTS, tensors)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -74,6 +73,7 @@ def save_adapter(
         settings["target_modules"] = rf".*language_model\.layers\.({layers})\.(self_attn|mlp)\.({names})"
         settings["layers_to_transform"] = None
     (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_file(folder / WEIGHTS, tensors)
 
 
 def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:

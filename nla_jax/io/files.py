@@ -30,8 +30,10 @@ REACH_SECONDS = 60  # for the first answer of a bucket, with all the attempts th
 def path_to(name: AnyName) -> AnyPath:
     """The path of that name: a `Path`, or one of `epath` for `gs://`.
 
-    Raises `InputError` for another kind of address, if the package that reaches buckets is not installed, and if the
-    bucket does not answer."""
+    Raises `InputError` for what is no name, for another kind of address, if the package that reaches buckets is not
+    installed, and if the bucket does not answer."""
+    if not isinstance(name, (str, os.PathLike)) or "\0" in str(name):
+        raise InputError(f"Files and folders are named by texts and paths; found {name!r:.60}.")
     scheme, separator, rest = os.fspath(name).partition("://")
     if not separator:
         return Path(name)
@@ -41,6 +43,15 @@ def path_to(name: AnyName) -> AnyPath:
         raise InputError(f"{name} is on a bucket, which the package gcsfs reaches; install it: pip install gcsfs.")
     _reach(rest.partition("/")[0])
     return epath.Path(os.fspath(name))
+
+
+def is_folder(path: AnyPath) -> bool:
+    """Whether there is such a folder. Raises `InputError` where that cannot be known: for a name that is too long, or
+    one in a folder that one may not look into."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise InputError(f"{str(path):.80} cannot be looked at ({error.strerror}).") from None
 
 
 def cache_folder() -> Path:

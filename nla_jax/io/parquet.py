@@ -95,7 +95,10 @@ def opened(path: AnyPath, columns: Sequence[str] | None = None) -> Iterator[pq.P
     """An open Parquet file that has these columns; what is read of it is checked. See `readable`."""
     with readable(path), pq.ParquetFile(local(path), memory_map=True, page_checksum_verification=True) as file:
         facts = file.metadata
-        stated, rows = (facts.metadata or {}).get(FORM), sum(facts.row_group(i).num_rows for i in range(facts.num_row_groups))
+        stated, rows = (
+            (facts.metadata or {}).get(FORM),
+            sum(facts.row_group(i).num_rows for i in range(facts.num_row_groups)),
+        )
         if rows != facts.num_rows or stated not in (None, _form(file.schema_arrow, rows)):
             raise pa.ArrowInvalid("its footer is damaged")
         if absent := [name for name in columns or () if name not in file.schema_arrow.names]:

@@ -54,7 +54,9 @@ def checksum(state: Any) -> int:
     raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     leaves = [raw(x) for x in jax.tree.leaves(state)]
     here = all(x.is_fully_addressable and jax.default_backend() == "cpu" for x in leaves)
-    sums = [_weighted(np.asarray(x), np) for x in leaves] if here else jax.device_get([_weighted_there(x) for x in leaves])
+    sums = (
+        [_weighted(np.asarray(x), np) for x in leaves] if here else jax.device_get([_weighted_there(x) for x in leaves])
+    )
     return sum(int(value) * (2 * i + 1) for i, value in enumerate(sums)) % (1 << 32)
 
 
@@ -253,5 +255,7 @@ def _words(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or first_line(error)
     # Tensorstore's messages begin with a status and end with its settings. (JAX's errors are no `ValueError`.)
-    tensorstore = isinstance(error, ValueError) and re.match("[A-Z_]{5,}: |Error (open|read|writ|decod)ing ", str(error))
+    tensorstore = isinstance(error, ValueError) and re.match(
+        "[A-Z_]{5,}: |Error (open|read|writ|decod)ing ", str(error)
+    )
     return first_line(error).partition(" [")[0].rpartition(": ")[2] if tensorstore else None

@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +27,31 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
         limits = f"of {least} or more" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} {limits} is needed, a whole number; found {value!r:.50}.")
     return number
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """`value` as a bool. Raises `InputError` naming it where it is none: "no" would count as yes."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{name} is True or False; found {value!r:.50}.")
+    return bool(value)
+
+
+def text_list(what: str, texts: Any) -> list[str]:
+    """Some texts, of any kind of list. Raises `InputError`, saying that `what` takes one, where an entry is no text, or
+    holds half of a character, which no tokenizer reads."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise InputError(f"{what} a list of texts, even of a single one; found {texts!r:.50}.")
+    for i, text in enumerate(texts := list(texts)):
+        if not isinstance(text, str):
+            raise InputError(f"{what} a list of texts; entry {i} is {text!r:.50}.")
+        if not is_whole(text):
+            raise InputError(f"{what} a list of texts; entry {i} holds half of a character: {ascii(text):.60}.")
+    return texts
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has no half of a character (a lone surrogate), as badly cut JSON gives it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
 
 
 def sampling_temperature(value: Any) -> float:

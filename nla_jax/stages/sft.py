@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 
 import jax
@@ -176,15 +177,18 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
 def fixed_prompts(run: Run, sidecar: Sidecar, prompts: Prompts) -> PromptIds:
     """The ids of the prompts as they were when this stage began, kept in `{workdir}/train`: a chat template may write
     the date, and a run that is resumed on another day is to go on with the same prompts."""
-    folder = run.workdir / "train" / "prompts"
+    folder, seal = run.workdir / "train" / "prompts", lambda ids: zlib.crc32(repr(ids).encode())
     if from_writer((folder / FILE).exists):
         kept, facts = Sidecar.read(local(folder), "av"), ("marker", "verbalizer_template", "reconstructor_template")
+        if kept.provenance.get("checksum") != seal(kept.ids):
+            raise InputError(f"{folder / FILE} is damaged; delete it, and `nla sft` makes it again from the tokenizer.")
         if all(getattr(kept, name) == getattr(sidecar, name) for name in facts):
             return kept.ids
     if is_writer():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / FILE) as file:
-            dataclasses.replace(sidecar, ids=prompts.ids()).write(file, "av")
+            made = dataclasses.replace(sidecar, ids=prompts.ids(), provenance={"checksum": seal(prompts.ids())})
+            made.write(file, "av")
     barrier("the prompts")
     return prompts.ids()
 
