@@ -37,18 +37,15 @@ from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_t
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import TRAIN, place_batch, shardings, usable_mesh
-from nla_jax.models.transformer import (
-    Transformer,
-    TransformerConfig,
-    abstract_params,
-    truncate,
-)
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.prompts import Prompts
 from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.user_input import (
+    of_class,
     padded_rows,
-    sampling_temperature,
+    row_number,
+    sampling,
     similar_lengths,
     text_list,
     usable_rows,
@@ -154,11 +151,8 @@ class Pair:
         Raises `InputError` for vectors that are no numbers, not finite or zero, and for a setting out of range."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
-        batch, first = whole_number("batch", batch, 1), whole_number("first", first, 0)
-        limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
-        if first > 1 << 30:
-            raise InputError(f"first numbers rows up to {1 << 30}; found {first}.")
-        temperature, inject = sampling_temperature(temperature), yes_or_no("inject", inject)
+        limit, temperature, seed = sampling(max_new_tokens, temperature, seed)
+        inject, batch, first = yes_or_no("inject", inject), whole_number("batch", batch, 1), row_number(first)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
         parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
         with self._on_mesh() as mesh:
@@ -349,9 +343,8 @@ def load_pair(
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     mesh = usable_mesh(mesh)
-    for name, value, kind in (("conventions", conventions, Conventions), ("training", training, Training)):
-        if not isinstance(value, kind) and (name, value) != ("training", None):
-            raise InputError(f"{name} must be of the class {kind.__name__}; found {value!r:.50}.")
+    of_class("conventions", conventions, Conventions)
+    of_class("training", Training() if training is None else training, Training)
     av, ar = pair_folders(av, ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
     sidecar = sidecar.settled(conventions, av)

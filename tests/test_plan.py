@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.cli import load_config, main
 from nla_jax.config import Compute, Config, LoraSettings, Plan, Sft, Subject
+from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools import search as searching
-from nla_jax.models.sharding import make_mesh
 from nla_jax.tools import topology
 from nla_jax.tools.hlo import Machine, Program
 from nla_jax.tools.plan import RL, plan, plan_program, programs_of, table

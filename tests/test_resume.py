@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import (
-    flip,
     CONFIG,
     LOOP,
     close,
     copy_before,
+    flip,
     history,
     nla_main,
     one_line,

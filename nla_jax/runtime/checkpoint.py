@@ -184,9 +184,9 @@ class Checkpoints:
                 if isinstance(leaf, jax.Array):
                     leaf.delete()
             state = read(state=ocp.args.StandardRestore(abstract)).state
-            if (self.manager.directory / str(step) / "checksum").exists():
-                if read(checksum=ocp.args.JsonRestore()).checksum.get("state") != checksum(state):
-                    raise ValueError("DATA_LOSS: the checksum of its arrays is another one")
+            made = lambda: read(checksum=ocp.args.JsonRestore()).checksum.get("state")
+            if (self.manager.directory / str(step) / "checksum").exists() and made() != checksum(state):
+                raise ValueError("DATA_LOSS: the checksum of its arrays is another one")
             return step, state
         except Exception as error:
             if type(error) is Exception and error.__cause__:  # Orbax wraps what went wrong with one array

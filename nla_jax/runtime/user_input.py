@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from nla_jax.runtime.errors import InputError
 
+LAST_ROW = 1 << 30
 ATTENDED = 64 << 20  # pairs of positions that one program attends over, at most: 64 rows of 1024 tokens
 
 
@@ -59,6 +60,25 @@ def sampling_temperature(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
         raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {value!r:.50}.")
     return float(value)
+
+
+def sampling(max_new_tokens: Any, temperature: Any, seed: Any) -> tuple[int, float, int]:
+    """What sampling needs, as numbers. Raises `InputError` for one out of range."""
+    limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
+    return limit, sampling_temperature(temperature), seed
+
+
+def row_number(first: Any) -> int:
+    """The number of a row. Raises `InputError` for one that random keys cannot be made of."""
+    if (first := whole_number("first", first, 0)) > LAST_ROW:
+        raise InputError(f"first numbers rows up to {LAST_ROW}; found {first}.")
+    return first
+
+
+def of_class(name: str, value: Any, kind: type) -> None:
+    """Raises `InputError` where `value` is of another class."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be of the class {kind.__name__}; found {value!r:.50}.")
 
 
 def usable_rows(vectors: ArrayLike, shape: list[int], keeps_length: bool = False) -> Float[np.ndarray, "n *slots D"]:

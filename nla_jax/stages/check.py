@@ -27,8 +27,8 @@ from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import UserFunction, resolve
-from nla_jax.stages.reading import read_by
 from nla_jax.sidecar import read_yaml
+from nla_jax.stages.reading import read_by
 from nla_jax.study import compute_features, injections, make_optimizer
 from nla_jax.subject import SHIPPED
 
