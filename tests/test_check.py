@@ -312,10 +312,7 @@ def test_no_changed_digit_in_a_finished_run_goes_unnoticed(finished, corpus, tmp
 
 def test_damaged_weights_and_prompts_of_a_run_are_named(finished, corpus, tmp_path, capsys):
     workdir = copy_before(finished, tmp_path, "sft")
-    prompts = workdir / "train/prompts/nla_meta.yaml"
-    meta = yaml.safe_load(prompts.read_text())
-    meta["prompt_ids"]["av_prefix"][-1] ^= 1
-    prompts.write_text(yaml.safe_dump(meta))
+    changed(workdir / "train/prompts/nla_meta.yaml")
     assert nla_main("sft", workdir, corpus) == 1
     assert "train/prompts/nla_meta.yaml is damaged; delete it" in one_line(capsys)
     workdir = copy_before(finished, tmp_path / "later", "rl")
@@ -342,8 +339,11 @@ def test_damage_to_a_pair_is_found_before_it_is_copied(finished, tmp_path, capsy
         assert f"{ar}/model.safetensors is damaged: its bytes are not those that were written" in one_line(capsys)
     flip(ar / "model.safetensors", -3)
     changed(av / "config.json")
+    flip(av / "nla_meta.yaml", (av / "nla_meta.yaml").read_bytes().index(b"injection_scale: ") + len("injection_scale: 0."))
     main([*commands[0], "--out", str(tmp_path / "out")])
-    assert f"{av}/config.json has changed since it was written" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for name in ("config.json", "nla_meta.yaml"):
+        assert f"{av}/{name} has changed since it was written" in said
 
 
 def test_a_mistaken_working_folder_or_marker_is_said_first(corpus, tmp_path, capsys):

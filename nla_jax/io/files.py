@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -94,6 +95,17 @@ def upload(source: Path, folder: epath.Path) -> None:
     files = [file for file in sorted(source.rglob("*")) if file.is_file()]
     with reaching(folder):
         _bucket().put([str(file) for file in files], [str(folder / file.relative_to(source)) for file in files])
+
+
+def sealed(text: str) -> str:
+    """A YAML text with a last line that holds a checksum of the others."""
+    return f"{text}checksum: {zlib.crc32(text.encode()):08x}\n"
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether a file's content fits the checksum in its last line, if it has one."""
+    found = re.fullmatch(rb"(.*^)checksum: (\w{8})\n", content, re.DOTALL | re.MULTILINE)
+    return found is None or found[2] == f"{zlib.crc32(found[1]):08x}".encode()
 
 
 def checksum(file: Path) -> str:

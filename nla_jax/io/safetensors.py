@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from nla_jax.io.files import checksum
+from nla_jax.io.files import checksum, is_sealed
 from nla_jax.runtime.distributed import is_writer, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
@@ -151,7 +151,8 @@ def write_file(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def checksums_beside(folder: Path) -> dict[str, str]:
     """The checksum of each file in a folder that has none of its own."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".safetensors"]
+    own = (".safetensors", ".yaml")
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in own]
     return {file.name: checksum(file) for file in files}
 
 
@@ -202,7 +203,8 @@ def check_bytes(*folders: Path) -> int:
             )
         known += 1
         beside = json.loads(json.loads(text[8:])["__metadata__"].get(BESIDE, "{}"))
-        for other in [file.with_name(name) for name in beside]:
-            if other.is_file() and checksum(other) != beside[other.name]:
-                note(f"{other} has changed since it was written; if nobody has meant to, it is damaged: copy it again.")
+        others = [file.with_name(name) for name in beside]
+        changed = [other for other in others if other.is_file() and checksum(other) != beside[other.name]]
+        for other in changed + [other for other in file.parent.glob("*.yaml") if not is_sealed(other.read_bytes())]:
+            note(f"{other} has changed since it was written; if nobody has meant to, it is damaged: copy it again.")
     return known

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable
 
 import jax
@@ -15,7 +14,7 @@ from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
 from nla_jax.data.rows import LABEL, load_rows
 from nla_jax.fve import normalise
 from nla_jax.io.conventions import Conventions
-from nla_jax.io.files import local, replacing
+from nla_jax.io.files import is_sealed, local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.safetensors import check_bytes
@@ -177,18 +176,17 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
 def fixed_prompts(run: Run, sidecar: Sidecar, prompts: Prompts) -> PromptIds:
     """The ids of the prompts as they were when this stage began, kept in `{workdir}/train`: a chat template may write
     the date, and a run that is resumed on another day is to go on with the same prompts."""
-    folder, seal = run.workdir / "train" / "prompts", lambda ids: zlib.crc32(repr(ids).encode())
+    folder = run.workdir / "train" / "prompts"
     if from_writer((folder / FILE).exists):
         kept, facts = Sidecar.read(local(folder), "av"), ("marker", "verbalizer_template", "reconstructor_template")
-        if kept.provenance.get("checksum") != seal(kept.ids):
+        if not is_sealed((folder / FILE).read_bytes()):
             raise InputError(f"{folder / FILE} is damaged; delete it, and `nla sft` makes it again from the tokenizer.")
         if all(getattr(kept, name) == getattr(sidecar, name) for name in facts):
             return kept.ids
     if is_writer():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / FILE) as file:
-            made = dataclasses.replace(sidecar, ids=prompts.ids(), provenance={"checksum": seal(prompts.ids())})
-            made.write(file, "av")
+            dataclasses.replace(sidecar, ids=prompts.ids()).write(file, "av")
     barrier("the prompts")
     return prompts.ids()
 
