@@ -55,15 +55,20 @@ def row_fve(recon: ArrayLike, vectors: ArrayLike, baseline: str = "mean") -> Flo
 
     Raises `InputError` where shapes differ and where the activations have no variance."""
     try:
-        if np.iscomplexobj(recon) or np.iscomplexobj(vectors):
-            raise TypeError("complex numbers")
-        recon, vectors = np.asarray(recon, np.float64), np.asarray(vectors, np.float64)
+        recon, vectors = np.asarray(recon), np.asarray(vectors)
+        if (recon.dtype.kind + vectors.dtype.kind).strip("fiubV"):  # bfloat16 is of kind V
+            raise TypeError("no real numbers")
+        recon, vectors = recon.astype(np.float64), vectors.astype(np.float64)
     except (TypeError, ValueError):
         raise InputError("FVE needs two arrays of numbers, reconstructions and activations [n, d].") from None
     if recon.shape != vectors.shape or vectors.ndim != 2 or len(vectors) < 2:
         raise InputError(
             f"FVE needs two or more rows of equal width; found reconstructions {recon.shape} for activations "
             f"{vectors.shape}."
+        )
+    if not (np.isfinite(recon).all() and np.isfinite(vectors).all()):
+        raise InputError(
+            "FVE needs reconstructions and activations that are finite; these hold NaN or infinite values."
         )
     if baseline not in ("mean", "meannorm"):
         raise InputError(f"baseline must be 'mean' or 'meannorm', not {baseline!r}.")

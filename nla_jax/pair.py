@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
-import numbers
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,10 @@ from nla_jax.fve import cosine, mse
 from nla_jax.io.adapters import CONFIG as ADAPTER
 from nla_jax.io.adapters import load_adapter, save_adapter
 from nla_jax.io.conventions import Conventions
-from nla_jax.io.files import new_folder, path_to
+from nla_jax.io.files import AnyPath, new_folder, path_to
 from nla_jax.io.folders import (
     dtypes_of,
+    floating_dtype,
     is_wrapped,
     load_params,
     load_tokenizer,
@@ -38,16 +37,21 @@ from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_t
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import TRAIN, place_batch, shardings, usable_mesh
-from nla_jax.models.transformer import (
-    Transformer,
-    TransformerConfig,
-    abstract_params,
-    truncate,
-)
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.prompts import Prompts
 from nla_jax.runtime.distributed import from_writer, is_writer, to_host
-from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import padded_rows, similar_lengths, usable_rows, whole_number
+from nla_jax.runtime.errors import InputError, first_line
+from nla_jax.runtime.user_input import (
+    of_class,
+    padded_rows,
+    row_number,
+    sampling,
+    similar_lengths,
+    text_list,
+    usable_rows,
+    whole_number,
+    yes_or_no,
+)
 from nla_jax.sampling import Rollout, decoding_layout, rollout, start_all
 from nla_jax.sidecar import FILE, Sidecar, with_ids
 
@@ -148,10 +152,8 @@ class Pair:
         out of range."""
         slots = len(self.verbalizer.slots)
         vectors = self._checked(vectors, slots if slots > 1 else None)
-        batch, first = whole_number("batch", batch, 1), whole_number("first", first, 0)
-        limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
-        if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
-            raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {temperature!r}.")
+        limit, temperature, seed = sampling(max_new_tokens, temperature, seed)
+        inject, batch, first = yes_or_no("inject", inject), whole_number("batch", batch, 1), row_number(first)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
         parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
         with self._on_mesh() as mesh:
@@ -168,7 +170,7 @@ class Pair:
                     first + i * batch,
                     group=1,
                     max_new_tokens=limit,
-                    temperature=float(temperature),
+                    temperature=temperature,
                 )
 
             for part, sampled in zip(parts, start_all(mesh, sample, len(parts))):
@@ -186,11 +188,7 @@ class Pair:
         Texts of similar length are read together, at most `batch` at a time, so that a long one costs its own length
         alone. Raises `InputError` where `texts` is no list of texts."""
         batch = whole_number("batch", batch, 1)
-        if isinstance(texts, str):
-            raise InputError("reconstruct and score take a list of texts; put a single one in a list.")
-        for i, text in enumerate(texts := list(texts)):
-            if not isinstance(text, str):
-                raise InputError(f"reconstruct and score take a list of texts; entry {i} is {text!r:.50}.")
+        texts = text_list("reconstruct and score take", texts)
         rows = self.prompts.reconstructor_ids(texts)
         out = np.zeros((len(rows), self.sidecar.d_model), np.float32)
         with self._on_mesh() as mesh:
@@ -212,8 +210,8 @@ class Pair:
     def score(self, texts: Sequence[str], vectors: ArrayLike) -> dict[str, np.ndarray]:
         """How well each text brings back its row of `vectors`: `mse` = 2(1 - cos) in [0, 4], and `cosine`, both
         `[n]`."""
-        vectors = self._checked(vectors)
-        if not isinstance(texts, str) and len(texts) != len(vectors):
+        vectors, texts = self._checked(vectors), text_list("reconstruct and score take", texts)
+        if len(texts) != len(vectors):
             raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; give one for each.")
         recon, vectors = (np.asarray(x, np.float64) for x in (self.reconstruct(texts), vectors))
         return {"mse": mse(recon, vectors), "cosine": cosine(recon, vectors)}
@@ -243,12 +241,19 @@ class Pair:
         they are held); adapters and the AR's head are float32.
 
         Raises `InputError` where `av` or `ar` is there already and holds anything (unless `overwrite`, which replaces
-        them with all that they hold), and for weights that are not finite."""
-        folder, d = path_to(folder), self.sidecar.d_model
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-            raise InputError(f"Weights are saved as floating point numbers, not as {dtype}.")
-        if problem := from_writer(lambda: taken(folder, overwrite)):
-            raise InputError(problem)
+        them with all that they hold), for weights that are not finite, and where the disk does not take them."""
+        folder, overwrite = path_to(folder), yes_or_no("overwrite", overwrite)
+        dtype = None if dtype is None else floating_dtype(dtype)
+        try:
+            if problem := from_writer(lambda: taken(folder, overwrite)):
+                raise InputError(problem)
+            self._write(folder, dtype)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written ({error.strerror or first_line(error)}).") from None
+
+    def _write(self, folder: AnyPath, dtype: Any) -> None:
+        """Writes `folder/av` and `folder/ar`."""
+        d = self.sidecar.d_model
         head = np.asarray(to_host(self.reconstructor_params["head"]), np.float32).reshape(d, d)
         sidecar = dataclasses.replace(self.sidecar, provenance=stamped(self.sidecar.provenance, head))
         extra = {"av": {}, "ar": {HEAD: lambda path: write_head(path, head)}}
@@ -271,14 +276,13 @@ class Pair:
                 )
                 continue
             with new_folder(folder / role) as scratch:
+                if is_writer():
+                    save_tokenizer(tokenizer, scratch)
+                    for name, write in files.items():
+                        write(scratch / name)
                 save_adapter(
                     scratch, params, model.lora, config, self.sidecar.base_checkpoint, wrapped=is_wrapped(self.base_at)
                 )
-                if not is_writer():
-                    continue
-                save_tokenizer(tokenizer, scratch)
-                for name, write in files.items():
-                    write(scratch / name)
 
     def _checked(self, vectors: ArrayLike, slots: int | None = None) -> Float[np.ndarray, "n *slots D"]:
         """Activations as float32 rows. Raises `InputError` where they cannot be that, and for those of another layer."""
@@ -347,6 +351,8 @@ def load_pair(
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     mesh = usable_mesh(mesh)
+    of_class("conventions", conventions, Conventions)
+    of_class("training", Training() if training is None else training, Training)
     av, ar = pair_folders(av, ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
     sidecar = sidecar.settled(conventions, av)
@@ -388,7 +394,7 @@ def load_pair(
 
 
 def _config(folder: Path, dtype, remat, attention, mesh) -> TransformerConfig:
-    if remat and not hasattr(jax.checkpoint_policies, remat):
+    if remat and not (isinstance(remat, str) and hasattr(jax.checkpoint_policies, remat)):
         raise InputError(f"remat {remat!r} is no policy of jax.checkpoint_policies; nothing_saveable is one.")
     return dataclasses.replace(with_kernel(read_config(folder, dtype), attention, mesh), remat=remat or None)
 

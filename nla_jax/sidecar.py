@@ -10,6 +10,7 @@ import yaml
 
 from nla_jax.autoencoder import Injection, PromptIds, add_norm_matched, replace
 from nla_jax.io.conventions import MAKERS, Conventions
+from nla_jax.io.files import sealed
 from nla_jax.prompts import READINGS, THINKING, Marker, Prompts
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
@@ -78,7 +79,8 @@ class Sidecar:
 
     def write(self, path: Path, role: str) -> None:
         """Writes `nla_meta.yaml` for a model of `role` "av" or "ar"."""
-        path.write_text(yaml.safe_dump(self.content(role), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(self.content(role), sort_keys=False, allow_unicode=True)
+        path.write_text(sealed(text), encoding="utf-8")
 
     def content(self, role: str) -> dict:
         """The fields of `nla_meta.yaml`. Scales are written as numbers: the reference's client reads nothing else."""

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from nla_jax.autoencoder import residual
 from nla_jax.config import Config
 from nla_jax.data.activations import Activations
 from nla_jax.data.batches import pad_tokens
-from nla_jax.io.folders import load_params, load_tokenizer, model_config, read_config
+from nla_jax.io.folders import dtypes_of, load_params, load_tokenizer, model_config, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.sharding import place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.runtime.errors import InputError, first_line
+from nla_jax.runtime.user_input import text_list, whole_number
 
 ROWS = 16  # texts that are read at a time
 SINK = 5.0  # how many times longer than the median an activation is that counts as an attention sink
@@ -57,7 +58,8 @@ def load_subject(
     `attention` names a kernel (models/kernels.py).
 
     Raises `InputError` for a layer that the model does not have, and where the mesh does not divide it."""
-    folder, mesh = locate(name), usable_mesh(mesh)
+    folder, mesh, layer = locate(name), usable_mesh(mesh), whole_number("layer", layer, -1)
+    dtype = dtypes_of(folder, dtype)[1]
     config = with_kernel(read_config(folder, dtype), attention, mesh)
     if not 0 <= layer < config.layers:
         raise InputError(
@@ -83,11 +85,14 @@ def extract(
     Raises `InputError` for positions of another kind, an index that a text does not have, an empty text, one of more
     than `max_tokens` tokens (16 are read at a time, and the memory for it grows with the square of their length), and
     `doc_ids` that are not as many as the texts."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = text_list("extract takes", [texts] if isinstance(texts, str) else texts)
+    max_tokens = whole_number("max_tokens", max_tokens, 1)
     if not texts:
         raise InputError("There is no text to extract activations from.")
     if isinstance(positions, str) and positions not in ("last", "all"):
         raise InputError(f"positions must be 'last', 'all', an index or indices; found {positions!r}.")
+    if not isinstance(doc_ids, (Iterable, type(None))):
+        raise InputError(f"doc_ids are a list of names, one for each text; found {doc_ids!r:.50}.")
     doc_ids = [str(i) for i in range(len(texts))] if doc_ids is None else list(doc_ids)
     if len(doc_ids) != len(texts):
         raise InputError(f"There are {len(doc_ids)} doc_ids for {len(texts)} texts; give one for each.")

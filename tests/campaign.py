@@ -1,4 +1,4 @@
-"""Random misuse of the command line: settings, damaged files, kills, full disks.
+"""Random misuse: odd settings and arguments, damaged files, kills, full disks.
 
     python -m tests.campaign --seed 1 --draws 100     # slow: some ten seconds a draw
 
@@ -73,7 +73,9 @@ class Place:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         return target
 
-    def run(self, *arguments: str, prepare: Callable | None = None, stop: tuple | None = None) -> "Outcome":
+    def run(
+        self, *arguments: str, prepare: Callable | None = None, stop: tuple | None = None, module: str = "nla_jax.cli"
+    ) -> "Outcome":
         """Runs `nla` as a user does, in a process of its own; `stop`: (seconds, signal)."""
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -83,7 +85,7 @@ class Place:
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command, start = [sys.executable, "-m", "nla_jax.cli", *arguments], time.monotonic()
+        command, start = [sys.executable, "-m", module, *arguments], time.monotonic()
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(
             command, env=environment, cwd=self.folder / "here", preexec_fn=prepare, text=True, errors="replace", **pipes
@@ -230,7 +232,17 @@ def again(place: Place, workdir: Path, done: str, wrong: str) -> tuple[str, str]
     return done, wrong
 
 
-KINDS = (odd_setting, damaged_file, killed, full_disk)
+def odd_arguments(place: Place, rng: random.Random) -> tuple[str, str]:
+    """Functions of the package are called with odd arguments (tests/campaign_api.py)."""
+    folders = ("--pair", f"{place.whole / 'pair'}", "--subject", f"{place.whole / 'subject'}")
+    scratch = ("--scratch", f"{place.folder / 'scratch'}", "--draw", str(rng.random()))
+    outcome = place.run(*folders, *scratch, module="tests.campaign_api")
+    calls = [json.loads(line) for line in outcome.out.splitlines()]
+    broken = [f"{done}: {wrong}" for done, wrong in calls if wrong]
+    return f"{len(calls)} calls ({' '.join(scratch[2:])})", outcome.wrong((0,)) or "; ".join(broken)
+
+
+KINDS = (odd_setting, damaged_file, killed, full_disk, odd_arguments)
 
 
 def main() -> int:

@@ -302,3 +302,10 @@ def one_line(capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nla: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+def flip(file: Path, at: int, bit: int = 0) -> None:
+    """Changes one bit of a file, as a failing disk does; `at`: which byte."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1 << bit
+    file.write_bytes(content)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 from absl import logging
-from conftest import CONFIG, LOOP, nla_main, one_line
+from conftest import CONFIG, LOOP, copy_before, flip, nla_main, one_line
 
 from nla_jax.cli import load_config, main
 from nla_jax.data.corpus import Document
@@ -276,3 +277,102 @@ def test_a_mistyped_subject_is_refused_before_the_corpus_is_read(tmp_path, capsy
 def test_a_word_where_a_number_belongs(flag, kind, capsys):
     assert main(["check", "--config", CONFIG, f"--config.{flag}"]) == 1
     assert capsys.readouterr().err.rstrip().endswith(f"is not valid: --config.{flag} is not {kind}.")
+
+
+def changed(file: Path) -> None:
+    """Another digit in the middle of a text file: it stays what it is, and says something else."""
+    content = bytearray(file.read_bytes())
+    at = next(i for i in range(len(content) // 2, len(content)) if content[i : i + 1].isdigit())
+    content[at] = ord("1") if content[at] != ord("1") else ord("2")
+    file.write_bytes(content)
+
+
+def test_no_changed_digit_in_a_finished_run_goes_unnoticed(finished, corpus, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    for name in (
+        "stages/rl.json",
+        "stages/sft.json",
+        "summary.json",
+        "report.html",
+        "evaluation.json",
+        "pair/av/config.json",
+        "pair/ar/nla_meta.yaml",
+        "pair_warm/ar/tokenizer.json",
+        "subject/tokenizer.json",
+    ):
+        kept = (workdir / name).read_bytes()
+        changed(workdir / name)
+        assert nla_main("quickstart", workdir, corpus) == 1
+        assert re.search(f"{name} is (damaged|not what `nla .*` wrote); delete it", one_line(capsys)), name
+        (workdir / name).write_bytes(kept)
+    (workdir / "report.html").unlink()
+    assert nla_main("quickstart", workdir, corpus) == 0 and (workdir / "report.html").exists()
+
+
+def test_damaged_weights_and_prompts_of_a_run_are_named(finished, corpus, tmp_path, capsys):
+    workdir = copy_before(finished, tmp_path, "sft")
+    changed(workdir / "train/prompts/nla_meta.yaml")
+    assert nla_main("sft", workdir, corpus) == 1
+    assert "train/prompts/nla_meta.yaml is damaged; delete it" in one_line(capsys)
+    workdir = copy_before(finished, tmp_path / "later", "rl")
+    for name in ("av/model.safetensors", "ar/value_head.safetensors"):
+        flip(workdir / "pair_warm" / name, -3)
+        assert nla_main("rl", workdir, corpus) == 1
+        assert f"pair_warm/{name} is damaged" in one_line(capsys)
+        flip(workdir / "pair_warm" / name, -3)
+    flip(workdir / "subject/model.safetensors", -3)
+    (workdir / "stages/extract.json").unlink()
+    shutil.rmtree(workdir / "activations")
+    assert nla_main("extract", workdir, corpus) == 1
+    assert "subject/model.safetensors is damaged" in one_line(capsys)
+
+
+def test_damage_to_a_pair_is_found_before_it_is_copied(finished, tmp_path, capsys):
+    """`nla explain` alone does not read a pair's weights twice."""
+    pair = shutil.copytree(finished / "pair", tmp_path / "pair")
+    av, ar = pair / "av", pair / "ar"
+    flip(ar / "model.safetensors", -3)
+    commands = [["export", "--pair", str(pair)], ["import", "--av", str(av), "--ar", str(ar)]]
+    for command in commands:
+        assert main([*command, "--out", str(tmp_path / "out")]) == 1
+        assert f"{ar}/model.safetensors is damaged: its bytes are not those that were written" in one_line(capsys)
+    flip(ar / "model.safetensors", -3)
+    changed(av / "config.json")
+    flip(av / "nla_meta.yaml", (av / "nla_meta.yaml").read_bytes().index(b"injection_scale: ") + len("injection_scale: 0."))
+    main([*commands[0], "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    for name in ("config.json", "nla_meta.yaml"):
+        assert f"{av}/{name} has changed since it was written" in said
+
+
+def test_a_mistaken_working_folder_or_marker_is_said_first(corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "file/below"):
+        for verb in ("check", "quickstart"):
+            assert nla_main(verb, tmp_path / name, corpus) == 1
+            found = capsys.readouterr()
+            assert f"{tmp_path}/file is a file; use another --workdir" in found.err and not found.out
+    shipped = ["--config.pretrain.init_from=shipped", "--config.prompts.marker=marker"]
+    assert nla_main("quickstart", tmp_path / "new", corpus, *shipped) == 1
+    assert "no usable injection marker" in one_line(capsys) and not (tmp_path / "new").exists()
+
+
+def test_the_marker_of_a_dataset_is_looked_at_before_anything_runs(finished, corpus, tmp_path, capsys):
+    flags = [f"--config.extract.source.{split}={tmp_path}/{split}.parquet" for split in ("av_sft", "ar_sft", "rl")]
+    for split in ("av_sft", "ar_sft", "rl"):
+        (tmp_path / f"{split}.parquet").write_bytes(b"not looked at")
+    meta = yaml.safe_load((finished / "pair/av/nla_meta.yaml").read_text())
+    tokens = {name: value for name, value in meta["tokens"].items() if name.startswith("injection")}
+    side = tmp_path / "av_sft.parquet.nla_meta.yaml"
+    write = lambda **more: side.write_text(
+        yaml.safe_dump({"tokens": tokens | more, "prompt_templates": {"av": meta["prompt_templates"]["av"]}})
+    )
+    flags.append(f"--config.subject.path={finished / 'subject'}")
+    write(injection_token_id=5)
+    assert nla_main("quickstart", tmp_path / "new", corpus, *flags) == 1
+    assert f"{side}: " in (said := one_line(capsys)) and "marker" in said and not (tmp_path / "new").exists()
+    write()
+    other = next(char for char in "~§¤|^" if char != tokens["injection_char"])
+    assert nla_main("quickstart", tmp_path / "new", corpus, *flags, f"--config.prompts.marker={other}") == 1
+    assert f"was made with the marker {tokens['injection_char']!r}" in capsys.readouterr().err

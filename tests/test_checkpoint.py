@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import one_sentence, supervised_loop
+from conftest import flip, one_sentence, supervised_loop
 from flax import struct
 
 from nla_jax.config import is_free
 from nla_jax.joint_step import JointStep, SupervisedStep
 from nla_jax.models.sharding import make_mesh, shardings
-from nla_jax.runtime.checkpoint import Checkpoints, differences
+from nla_jax.runtime.checkpoint import Checkpoints, _weighted, differences
 from nla_jax.runtime.errors import InputError, Stopped, silence_unfinished_work
 from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
 from nla_jax.runtime.run import free_until_finished
@@ -251,6 +251,35 @@ def test_each_damaged_file_is_called_damaged(tmp_path, size):
                 assert "damaged (move that folder aside" in str(error), (file, name)
                 refused.add(name)
     assert refused == changes.keys()
+
+
+def test_no_flipped_bit_of_a_checkpoint_changes_what_is_restored(tmp_path):
+    """Orbax alone restores another array from most bits of the file that holds them."""
+    state = make_state(3)
+    with Checkpoints(tmp_path, every=1, settings={"s": 1}) as checkpoints:
+        checkpoints.save(1, state)
+    files, refused, rng = [file for file in tmp_path.rglob("*") if file.is_file()], 0, np.random.default_rng(0)
+    for file in [file for file in files if file.stat().st_size]:
+        whole = file.read_bytes()
+        for at in rng.integers(0, len(whole), 5):
+            flip(file, at, at % 8)
+            try:
+                with Checkpoints(tmp_path, every=1, settings={"s": 1}) as checkpoints:
+                    assert bits(checkpoints.restore(shapes(state), 1)[1]) == bits(state), (file, at)
+            except InputError as error:
+                refused += 1
+                assert re.search("cannot be restored|with other settings", str(error)) and f"{tmp_path}/1" in str(error)
+            file.write_bytes(whole)
+    assert refused > len(files)
+
+
+def test_checksums_do_not_depend_on_where_they_are_computed():
+    state = jax.tree.map(lambda x: x, make_state(3))
+    raw = [x for x in jax.tree.leaves(state) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    for x in [*raw, jnp.zeros((0, 3)), jnp.array([True, False])]:
+        assert int(_weighted(np.asarray(x), np)) == int(jax.jit(_weighted, static_argnums=1)(x, jnp))
+    x = np.arange(6, dtype=np.uint32).reshape(2, 3)
+    assert int(_weighted(x, np)) == sum(i * (2 * i + 1) for i in range(6))
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import SENTENCES, TINY, close, one_sentence
+from conftest import SENTENCES, TINY, close, flip, one_sentence
 
 from nla_jax.config import Extract
 from nla_jax.data.activations import Activations, median_norm_and_variance
@@ -18,7 +18,7 @@ from nla_jax.data.chats import chat_tokens
 from nla_jax.data.corpus import Document
 from nla_jax.data.rows import load_rows, shards_of, spread
 from nla_jax.fve import fve, row_fve
-from nla_jax.io.parquet import list_vectors, read_table, write_table
+from nla_jax.io.parquet import VECTORS, list_column, list_vectors, read_table, row_count, write_table
 from nla_jax.models.sharding import host_mesh, make_mesh
 from nla_jax.probes.fidelity import derangement
 from nla_jax.probes.probe import clustered_interval
@@ -288,6 +288,55 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     assert not path.exists()
     with pytest.raises(InputError, match="holds no av_sft data"):
         shards_of(tmp_path, "av_sft")
+
+
+def test_no_flipped_bit_of_a_parquet_file_changes_what_is_read(tmp_path):
+    """In every byte of the footer, and in every 50th of the pages."""
+    rng, file = np.random.default_rng(0), tmp_path / "a.parquet"
+    table = pa.table(
+        {
+            VECTORS: list_column(rng.normal(size=(40, 8)).astype(np.float32)),
+            "doc_id": [f"doc{i // 4}" for i in range(40)],
+            "token_ids": pa.array([list(range(i)) for i in range(40)], pa.list_(pa.int32())),
+        }
+    )
+    write_table(table, file)
+    whole = file.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for at in [*range(4, footer, 50), *range(footer, len(whole))]:
+        flip(file, at, at % 8)
+        try:
+            read = read_table(file)
+            vectors = list_vectors(read.column(VECTORS).combine_chunks(), 8, file)
+            others = [
+                read.column(name).to_pylist() == table.column(name).to_pylist() for name in ("doc_id", "token_ids")
+            ]
+            assert vectors.tobytes() == table.column(VECTORS).combine_chunks().flatten().to_numpy().tobytes(), at
+            assert all(others) and row_count(file) == 40, at
+        except InputError as error:
+            refused += 1
+            assert "a.parquet cannot be read" in str(error)
+        file.write_bytes(whole)
+    assert refused > (len(whole) - footer) / 2
+
+
+def test_parquet_files_without_checksums_are_read(tmp_path):
+    table = pa.table({"text": ["one", "two"]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    assert read_table(tmp_path / "a.parquet").to_pydict() == table.to_pydict()
+    assert row_count(tmp_path / "a.parquet") == 2
+    write_table(read_table(tmp_path / "a.parquet"), tmp_path / "b.parquet")
+    write_table(read_table(tmp_path / "b.parquet").slice(1), tmp_path / "c.parquet")
+    assert read_table(tmp_path / "c.parquet").to_pydict() == {"text": ["two"]}
+
+
+def test_vectors_of_lists_without_a_size_are_refused(tmp_path):
+    (tmp_path / "activations").mkdir()
+    table = pa.table({VECTORS: pa.array([[1.0, 2.0]], pa.list_(pa.float32()))})
+    write_table(table, tmp_path / "activations/rl-00000-of-00001.parquet")
+    with pytest.raises(InputError, match="not lists of one size"):
+        load_rows(tmp_path, "rl")
 
 
 def test_missing_and_damaged_shards_are_named(tmp_path):

@@ -243,6 +243,7 @@ WRONG = {
     "dtype": (["--text", "x", "--dtype", "int8"], "held as floating point numbers"),
     "seed": (["--text", "x", "--seed", "99999999999999999999"], "seed from 0 to"),
     "temperature": (["--text", "x", "--temperature", "nan"], "a temperature of 0 or more"),
+    "empty text": (["--text", " "], "The text to explain, --text ' ', is empty; give one with words"),
     "vectors of another width": (["--vectors", "{narrow}"], r"has shape \[2, 3\], expected \[n, 32\]"),
     "pickled vectors": (["--vectors", "{pickled}"], "is missing or is no array of numbers"),
     "vectors of another kind": (["--vectors", "{bytes}"], "read from .npy and .safetensors"),
@@ -250,6 +251,26 @@ WRONG = {
     "out format": (["--text", "x", "--out", "{new}.csv"], "must end in .jsonl or .parquet"),
     "out taken": (["--text", "x", "--out", "{taken}"], "exists; give --out another name"),
 }
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens of 1 or more"),
+        (["--max-tokens", "-1"], "--max-tokens of 1 or more"),
+        (["--batch", "0"], "--batch of 1 or more"),
+        (["--temperature", "-1"], "a temperature of 0 or more"),
+        (["--seed", "-1"], "seed from 0 to"),
+        (["--text", ""], "--text '', is empty"),
+        (["--vectors", "nowhere.npy"], "nowhere.npy is missing"),
+        (["--vectors", "nowhere.safetensors"], "nowhere.safetensors is missing"),
+    ],
+)
+def test_flags_are_checked_before_a_pair_is_read(tmp_path, capsys, flags, told):
+    """There is no pair: who looks for it first would say that."""
+    text = [] if {"--text", "--vectors"} & set(flags) else ["--text", "x"]
+    assert main(["explain", "--pair", str(tmp_path / "nowhere"), *text, *flags]) == 1
+    assert told in one_line(capsys)
 
 
 @pytest.mark.parametrize("case", WRONG)

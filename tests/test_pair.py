@@ -18,8 +18,10 @@ import nla_jax.pair
 from nla_jax.data.batches import TextBatch
 from nla_jax.fve import fve
 from nla_jax.io import hub
+from nla_jax.io.conventions import Conventions
 from nla_jax.joint_step import SupervisedStep
 from nla_jax.losses import reconstructor_loss
+from nla_jax.models.sharding import make_mesh
 from nla_jax.pair import HEAD, Pair, Training, load_pair, new_pair
 from nla_jax.probes.fidelity import derangement
 from nla_jax.runtime.errors import InputError
@@ -285,6 +287,7 @@ def unchecked(pair, **options):
 
 
 def test_wrong_requests(pair, vectors, subject_folder, sidecar, tmp_path):
+    subject = load_subject(subject_folder, 1)
     for call, message in (
         (lambda: pair.verbalize(vectors, max_new_tokens=0), "max_new_tokens of 1 or more"),
         (lambda: pair.verbalize(vectors, temperature=-1.0), "a temperature of 0 or more"),
@@ -303,6 +306,28 @@ def test_wrong_requests(pair, vectors, subject_folder, sidecar, tmp_path):
         (lambda: inspect.unwrap(Pair.reconstruct)(pair, ["a", None]), "entry 1 is None"),
         (lambda: fve(vectors + 1j, vectors), "two arrays of numbers"),
         (lambda: pair.reconstruct("one text"), "a list of texts"),
+        (lambda: pair.reconstruct(["a", "half \ud83d"]), "entry 1 holds half of a character"),
+        (lambda: inspect.unwrap(Pair.score)(pair, iter(["a"]), vectors), "There are 1 texts for"),
+        (lambda: pair.verbalize(vectors, first=10**30), "first numbers rows up to"),
+        (lambda: unchecked(pair, inject="no"), "inject is True or False"),
+        (lambda: inspect.unwrap(Pair.save)(pair, tmp_path / "out", overwrite="no"), "overwrite is True or False"),
+        (lambda: pair.save(tmp_path / "out", dtype="bogus"), "not as bogus"),
+        (lambda: pair.save(tmp_path / ("x" * 300)), "cannot be written"),
+        (lambda: pair.save(f"{tmp_path}/a\0b"), "named by texts and paths"),
+        (lambda: load_pair("x" * 300), "cannot be looked at"),
+        (lambda: load_pair(""), "is not a pair"),
+        (lambda: inspect.unwrap(load_pair)(subject_folder, conventions={}), "of the class Conventions"),
+        (lambda: inspect.unwrap(load_pair)(subject_folder, training="x"), "of the class Training"),
+        (lambda: make_mesh(10**19, 10**19), "needs 1"),
+        (lambda: Conventions(injections=()), "an Injection, or a tuple"),
+        (lambda: inspect.unwrap(load_subject)(subject_folder, "1"), "layer of -1 or more"),
+        (lambda: load_subject(subject_folder, 1, "complex64"), "not as complex64"),
+        (lambda: inspect.unwrap(extract)(subject, ["a"], max_tokens="1"), "max_tokens of 1 or more"),
+        (lambda: inspect.unwrap(extract)(subject, ["a"], doc_ids=3), "a list of names"),
+        (lambda: extract(subject, ["\ud83d"]), "half of a character"),
+        (lambda: fve(vectors, vectors.astype(str)), "two arrays of numbers"),
+        (lambda: fve(vectors.astype("datetime64[s]"), vectors), "two arrays of numbers"),
+        (lambda: fve(np.where(vectors > 0, np.inf, vectors), vectors), "are finite|finite numbers"),
         (lambda: pair.score("one text", vectors), "a list of texts"),
         (lambda: pair.save(tmp_path / "out", dtype="int8"), "not as int8"),
         (lambda: new_pair(sidecar, subject_folder, remat="foo"), "'foo' is no policy"),

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.cli import load_config, main
 from nla_jax.config import Compute, Config, LoraSettings, Plan, Sft, Subject
+from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools import search as searching
 from nla_jax.tools import topology
@@ -331,6 +332,18 @@ def test_what_does_not_fit_is_said():
     result = plan(config, place, mesh_over(place.devices, (1, 4, 1)), ("sft_av",))
     assert not result["programs"]["sft_av"]["fits"]
     assert "| sft_av | no" in table(result)
+
+
+def test_a_plan_for_this_machine_is_narrow_and_speaks_of_memory():
+    """Nothing is sent between devices where there is one, and a CPU has no HBM."""
+    config, place = small(), dataclasses.replace(present("float32"), devices=tuple(jax.devices()[:1]))
+    result = plan(config, place, make_mesh(1, 1, 1), ("relayout", "sft_ar"))
+    lines = table(result).splitlines()
+    assert max(map(len, lines)) <= 140
+    assert "memory GB" in lines[4] and "HBM" not in table(result) and "collectives" not in table(result)
+    cells = [line.count("|") for line in lines if line.startswith("|")]
+    assert len(cells) == 4 and len(set(cells)) == 1
+    assert "sft_ar | yes" in table(result) and set(result["programs"]["sft_ar"]["seconds_by_bound"]) >= {"memory"}
 
 
 def test_wrong_sizes_are_refused():

@@ -26,6 +26,7 @@ from conftest import (
     LOOP,
     close,
     copy_before,
+    flip,
     history,
     nla_main,
     one_line,
@@ -139,6 +140,9 @@ def test_damaged_copies_of_vectors_are_made_again(talking):
     whole = np.array(load_rows(talking, "rl").vectors)
     (file,) = (talking / "activations").glob("rl-*.npy")
     os.truncate(file, file.stat().st_size // 2)
+    np.testing.assert_array_equal(load_rows(talking, "rl").vectors, whole)
+    (file,) = (talking / "activations").glob("rl-*.npy")
+    flip(file, 200)
     np.testing.assert_array_equal(load_rows(talking, "rl").vectors, whole)
 
 

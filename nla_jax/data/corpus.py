@@ -185,7 +185,7 @@ def chat_row(entry: Mapping, place: str) -> Row:
 def parquet_rows(file: Path, name: str, text_field: str, id_field: str) -> Iterator[Row]:
     """The rows of a Parquet file, read in batches of the two columns."""
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:
             found = table.schema_arrow.names
             if text_field not in found:
                 raise InputError(f"{name} has no column {text_field!r} (found {sorted(found)}): set text_field.")
@@ -195,7 +195,7 @@ def parquet_rows(file: Path, name: str, text_field: str, id_field: str) -> Itera
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(row.get(id_field), row[text_field], f"{name}:{number}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(f"{name} cannot be read as Parquet ({reason}): write the file again.") from error
 

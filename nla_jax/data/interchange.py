@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.data.activations import TEXT
@@ -31,8 +30,8 @@ from nla_jax.io.parquet import (
     list_column,
     list_vectors,
     read_batches,
-    readable,
     row_count,
+    schema_of,
     write_table,
     write_tables,
 )
@@ -174,8 +173,7 @@ def open_dataset(path: Path, subject: Origin, tokenizer: PreTrainedTokenizerBase
 
     Raises `InputError` for another subject, layer, width or normalisation, a marker that is not the tokenizer's,
     missing columns, or a prompt whose template is not known."""
-    with readable(path):
-        schema = pq.read_schema(path)
+    schema = schema_of(path)
     if missing := [name for name in REQUIRED if name not in schema.names]:
         raise InputError(
             f"{path} has no column {missing[0]!r} (found {', '.join(schema.names)}); it is no dataset of activations."

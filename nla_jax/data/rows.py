@@ -10,17 +10,16 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nla_jax.data.activations import TEXT
-from nla_jax.io.files import AnyPath, local
+from nla_jax.io.files import AnyPath, checksum, local
 from nla_jax.io.parquet import (
     VECTORS,
     columns_of,
     list_vectors,
+    opened,
     read_batches,
     read_table,
-    readable,
     row_count,
 )
 from nla_jax.runtime.distributed import from_writer, host_index
@@ -118,44 +117,47 @@ def shards_of(folder: AnyPath, split: str) -> list[AnyPath]:
 
 def mapped_vectors(files: Sequence[AnyPath]) -> np.memmap:
     """The vectors of all shards of a split, [n, d] float32, mapped from a `.npy` file that the first use writes."""
-    return np.load(_decoded(files, ".npy", _write_vectors, _is_array), mmap_mode="r")
+    return np.load(_decoded(files, ".npy", _write_vectors), mmap_mode="r")
 
 
 def mapped_columns(files: Sequence[AnyPath]) -> pa.Table:
     """The other columns of all shards, mapped from an `.arrow` file that the first use writes."""
-    path = _decoded(files, ".arrow", _write_columns, _is_table)
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.memory_map(str(_decoded(files, ".arrow", _write_columns)))).read_all()
 
 
-def _decoded(files: Sequence[AnyPath], suffix: str, write: Callable, whole: Callable[[Path], bool]) -> Path:
+def _decoded(files: Sequence[AnyPath], suffix: str, write: Callable) -> Path:
     """The copy of some shards: beside them, or beside the local copies of shards on a bucket, which are each host's
     own.
 
-    Its name depends on the sizes and times of the shards, so that changed shards are decoded again."""
+    Its name ends with a hash of the sizes and times of the shards, and one of its own bytes: the shards are decoded
+    again where they have changed, and where the copy is damaged."""
     copies = [local(file) for file in files]
 
     def make() -> str:
         state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in copies]
         split = copies[0].name.rsplit("-", 3)[0]
-        path = copies[0].with_name(
-            f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}{suffix}"
-        )
-        if not whole(path):
-            for stale in path.parent.glob(f"{split}-*{suffix}"):
-                stale.unlink()
-            scratch = path.with_name(f"{path.name}.{host_index()}.incomplete")  # hosts may decode at once
-            with open(scratch, "wb") as out:  # written, not mapped: a full disk is then an error, not a crash
-                write(copies, out)
-            os.replace(scratch, path)
+        name = f"{split}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}"
+        folder = copies[0].parent
+        for found in folder.glob(f"{split}-*{suffix}"):
+            if found.name == f"{name}-{checksum(found)}{suffix}":
+                return found.name
+            found.unlink()
+        scratch = folder / f"{name}{suffix}.{host_index()}.incomplete"  # hosts may decode at once
+        with open(scratch, "wb") as out:  # written, not mapped: a full disk is then an error, not a crash
+            write(copies, out)
+        path = folder / f"{name}-{checksum(scratch)}{suffix}"
+        os.replace(scratch, path)
         return path.name
 
     return copies[0].with_name(from_writer(make) if isinstance(files[0], Path) else make())
 
 
 def _write_vectors(files: Sequence[Path], out: BinaryIO) -> None:
-    with readable(files[0]):
-        width = pq.read_schema(files[0]).field(VECTORS).type.list_size
-    shape = (sum(map(row_count, files)), width)
+    with opened(files[0], [VECTORS]) as file:
+        kind = file.schema_arrow.field(VECTORS).type
+        if not pa.types.is_fixed_size_list(kind):
+            raise pa.ArrowInvalid(f"{VECTORS} is {kind}, not lists of one size")
+    shape = (sum(map(row_count, files)), width := kind.list_size)
     np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
     for file in files:
         for batch in read_batches(file, [VECTORS]):
@@ -167,21 +169,3 @@ def _write_columns(files: Sequence[Path], out: BinaryIO) -> None:
     with pa.ipc.new_file(out, read_table(files[0], names).schema) as writer:
         for file in files:
             writer.write_table(read_table(file, names))
-
-
-def _is_array(file: Path) -> bool:
-    """Whether an array file is there, and whole; reads its header alone."""
-    try:
-        np.load(file, mmap_mode="r")
-    except (OSError, EOFError, ValueError):
-        return False
-    return True
-
-
-def _is_table(file: Path) -> bool:
-    """Whether an Arrow file is there, and whole: its end is written last."""
-    try:
-        pa.ipc.open_file(pa.memory_map(str(file)))
-    except (OSError, pa.ArrowException):
-        return False
-    return True

@@ -7,9 +7,8 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from nla_jax.io.safetensors import INSIDE, Stored, read_tensors
+from nla_jax.io.safetensors import INSIDE, Stored, read_tensors, write_file
 from nla_jax.models.families import PROJECTIONS
 from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import TransformerConfig
@@ -55,7 +54,6 @@ def save_adapter(
         raise InputError(f"Tensor {broken[0]!r} holds NaN or infinite values; it is not saved.")
     if not is_writer():
         return
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,6 +73,7 @@ def save_adapter(
         settings["target_modules"] = rf".*language_model\.layers\.({layers})\.(self_attn|mlp)\.({names})"
         settings["layers_to_transform"] = None
     (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_file(folder / WEIGHTS, tensors)
 
 
 def load_adapter(folder: Path, config: TransformerConfig) -> tuple[Lora, dict]:

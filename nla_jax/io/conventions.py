@@ -27,6 +27,13 @@ class Conventions:
         for name, known in (("thinking", THINKING), ("reading", READINGS)):
             if getattr(self, name) not in (None, *known):
                 raise InputError(f"{name} must be one of {', '.join(known)}; found {getattr(self, name)!r}.")
+        given = (self.injections,) if isinstance(self.injections, Injection) else self.injections
+        if given is not None and not (
+            isinstance(given, tuple) and given and all(isinstance(x, Injection) for x in given)
+        ):
+            raise InputError(f"injections must be an Injection, or a tuple of some; found {self.injections!r:.50}.")
+        if not isinstance(self.special_tokens, (bool, type(None))):
+            raise InputError(f"special_tokens must be True or False; found {self.special_tokens!r:.50}.")
 
 
 MAKERS = {  # recognised by their sidecars (`Sidecar.read`)

@@ -11,8 +11,10 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +31,10 @@ REACH_SECONDS = 60  # for the first answer of a bucket, with all the attempts th
 def path_to(name: AnyName) -> AnyPath:
     """The path of that name: a `Path`, or one of `epath` for `gs://`.
 
-    Raises `InputError` for another kind of address, if the package that reaches buckets is not installed, and if the
-    bucket does not answer."""
+    Raises `InputError` for what is no name, for another kind of address, if the package that reaches buckets is not
+    installed, and if the bucket does not answer."""
+    if not isinstance(name, (str, os.PathLike)) or "\0" in str(name):
+        raise InputError(f"Files and folders are named by texts and paths; found {name!r:.60}.")
     scheme, separator, rest = os.fspath(name).partition("://")
     if not separator:
         return Path(name)
@@ -40,6 +44,15 @@ def path_to(name: AnyName) -> AnyPath:
         raise InputError(f"{name} is on a bucket, which the package gcsfs reaches; install it: pip install gcsfs.")
     _reach(rest.partition("/")[0])
     return epath.Path(os.fspath(name))
+
+
+def is_folder(path: AnyPath) -> bool:
+    """Whether there is such a folder. Raises `InputError` where that cannot be known: for a name that is too long, or
+    one in a folder that one may not look into."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise InputError(f"{str(path):.80} cannot be looked at ({error.strerror}).") from None
 
 
 def cache_folder() -> Path:
@@ -82,6 +95,26 @@ def upload(source: Path, folder: epath.Path) -> None:
     files = [file for file in sorted(source.rglob("*")) if file.is_file()]
     with reaching(folder):
         _bucket().put([str(file) for file in files], [str(folder / file.relative_to(source)) for file in files])
+
+
+def sealed(text: str) -> str:
+    """A YAML text with a last line that holds a checksum of the others."""
+    return f"{text}checksum: {zlib.crc32(text.encode()):08x}\n"
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether a file's content fits the checksum in its last line, if it has one."""
+    found = re.fullmatch(rb"(.*^)checksum: (\w{8})\n", content, re.DOTALL | re.MULTILINE)
+    return found is None or found[2] == f"{zlib.crc32(found[1]):08x}".encode()
+
+
+def checksum(file: Path) -> str:
+    """A CRC-32 of a file's bytes, by which damage is noticed; it reads several GB a second."""
+    value = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
 
 
 @contextlib.contextmanager

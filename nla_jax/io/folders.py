@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nla_jax.io.files import AnyName, new_folder
-from nla_jax.io.safetensors import INSIDE, NewTensor, Stored, save_tensors, stored_tensors
+from nla_jax.io.safetensors import DTYPES, INSIDE, NewTensor, Stored, save_tensors, stored_tensors
 from nla_jax.models import families
 from nla_jax.models.transformer import TransformerConfig, abstract_params, projections
 from nla_jax.runtime.distributed import is_writer, to_host
@@ -131,13 +131,20 @@ def dtypes_of(folder: Path, asked: Any) -> tuple[np.dtype, np.dtype]:
         stored = stored_dtype(folder)
         stored = stored if stored.itemsize <= 4 else np.dtype(np.float32)
         return stored, np.dtype(np.float32) if stored == np.float16 else stored
+    return floating_dtype(asked), floating_dtype(asked)
+
+
+def floating_dtype(asked: Any) -> np.dtype:
+    """A dtype by its name. Raises `InputError` for one that weights are not stored in."""
     try:
         dtype = jnp.dtype(asked)
     except TypeError:
         dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"Weights are held as floating point numbers, such as bfloat16 or float32, not as {asked!r}.")
-    return dtype, dtype
+    if dtype not in DTYPES.values():
+        raise InputError(
+            f"Weights are held as floating point numbers, such as bfloat16 or float32, not as {asked!s:.50}."
+        )
+    return dtype
 
 
 def stored_dtype(folder: AnyName) -> np.dtype:
@@ -224,17 +231,16 @@ def save_model(
     `end_ids`: tokens that end a generation, besides the tokenizer's own. `extra_files`: further file names, each with a
     `callable(path)` that writes it. All hosts must call this; each writes its share of the weights."""
     with new_folder(folder) as scratch:
+        if is_writer():  # before the weights, among which their checksums are kept
+            ends = [i for i in dict.fromkeys([tokenizer.eos_token_id, *end_ids]) if i is not None]
+            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+            write = lambda name, content: (scratch / name).write_text(json.dumps(content, indent=1) + "\n")
+            write("config.json", families.to_hf(config) | ids | {"torch_dtype": jnp.dtype(dtype).name})
+            write("generation_config.json", {"_from_model_config": True} | ids)
+            save_tokenizer(tokenizer, scratch)
+            for name, writer in (extra_files or {}).items():
+                writer(scratch / name)
         save_tensors(scratch, _new_tensors(params, config, truncated, jnp.dtype(dtype)))
-        if not is_writer():
-            return
-        ends = [i for i in dict.fromkeys([tokenizer.eos_token_id, *end_ids]) if i is not None]
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-        write = lambda name, content: (scratch / name).write_text(json.dumps(content, indent=1) + "\n")
-        write("config.json", families.to_hf(config) | ids | {"torch_dtype": jnp.dtype(dtype).name})
-        write("generation_config.json", {"_from_model_config": True} | ids)
-        save_tokenizer(tokenizer, scratch)
-        for name, writer in (extra_files or {}).items():
-            writer(scratch / name)
 
 
 def _new_tensors(params: dict, config: TransformerConfig, truncated: bool, dtype: np.dtype) -> Iterator[NewTensor]:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import save_file
 
 from nla_jax.io.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from nla_jax.io.safetensors import INDEX, INSIDE, SINGLE, Stored, read_tensors, stored_tensors
+from nla_jax.io.safetensors import INDEX, INSIDE, SINGLE, Stored, read_tensors, stored_tensors, write_file
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
 
@@ -59,7 +58,7 @@ def write_head(file: Path, head: Float[np.ndarray, "D D"]) -> None:
     """Writes a head. Raises `InputError` for one that is not finite."""
     if not np.isfinite(head).all():
         raise InputError("The AR's head holds NaN or infinite values; it is not saved.")
-    save_file({"weight": np.ascontiguousarray(head.T)}, file)
+    write_file(file, {"weight": np.ascontiguousarray(head.T)})
 
 
 def stamped(provenance: dict, head: Float[np.ndarray, "D D"]) -> dict:

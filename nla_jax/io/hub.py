@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from nla_jax.io.adapters import CONFIG, WEIGHTS
-from nla_jax.io.files import AnyName, cache_folder, local, path_to, replacing
+from nla_jax.io.files import AnyName, cache_folder, is_folder, local, path_to, replacing
 from nla_jax.io.safetensors import stored_tensors
 from nla_jax.runtime.distributed import from_writer
 from nla_jax.runtime.errors import InputError, first_line
@@ -19,7 +19,7 @@ PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.yaml"] 
 def locate(name: AnyName) -> Path:
     """The local folder of a model: a folder as given, a copy of one on a bucket, or a hub id (`org/name`,
     `org/name@revision`) fetched once. Raises `InputError` if there is no such model."""
-    if path_to(name).is_dir():
+    if is_folder(path_to(name)):
         return local(name)
     repo, _, revision = str(name).partition("@")
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):

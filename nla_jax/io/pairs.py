@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from nla_jax.io.adapters import read_settings
-from nla_jax.io.files import AnyName, AnyPath, path_to
+from nla_jax.io.files import AnyName, AnyPath, is_folder, path_to
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.runtime.errors import InputError
 
@@ -26,7 +26,7 @@ def pair_folders(av: AnyName, ar: AnyName | None) -> tuple[Path, Path]:
     if ar is not None:
         return locate(av), locate(ar)
     root = place_of(av)
-    if not root.is_dir():
+    if not is_folder(root):
         try:
             root = locate(av)
         except InputError as error:
@@ -39,7 +39,7 @@ def pair_folders(av: AnyName, ar: AnyName | None) -> tuple[Path, Path]:
         if root.name in names and both(root.parent, names):
             raise InputError(f"{av} is not a pair but half of one; name {root.parent}.")
     found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-    raise InputError(f"{av} is not a pair: it has no folders `av` and `ar`, but {found}; name AV and AR apart.")
+    raise InputError(f"{av or root} is not a pair: it has no folders `av` and `ar`, but {found}; name AV and AR apart.")
 
 
 def find_base(recorded: str, beside: AnyPath, base_hash: str | None = None) -> str | AnyPath:

@@ -1,6 +1,11 @@
-"""Parquet files with sidecars: vectors as fixed-size float32 lists, which never become Python lists."""
+"""Parquet files with sidecars: vectors as fixed-size float32 lists, which never become Python lists.
+
+A changed byte is noticed. Each page has a checksum, as Parquet foresees; the footer, which has none there, states a
+hash of the columns and the number of rows. Files of others, which may have neither, are read all the same.
+"""
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from nla_jax.runtime.errors import InputError, first_line
 VECTORS = "activation_vector"
 SIDECAR = ".nla_meta.yaml"  # follows the name of a Parquet file
 BATCH = 1024  # rows that are read at a time
+FORM = b"nla_jax_form"  # the name under which a footer states its hash
 
 
 def list_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
@@ -57,9 +63,20 @@ def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: AnyPath, s
     if sidecar is not None:
         with replacing(path.with_name(path.name + SIDECAR)) as scratch:
             scratch.write_text(yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    with replacing(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
+    schema = schema.remove_metadata()  # what another file's footer said
+    with replacing(path) as scratch, pq.ParquetWriter(scratch, schema, write_page_checksum=True) as writer:
+        rows = 0
         for table in tables:
             writer.write_table(table)
+            rows += len(table)
+        writer.add_key_value_metadata({FORM: _form(schema, rows)})
+
+
+def _form(schema: pa.Schema, rows: int) -> bytes:
+    """A hash of what a footer says of its file: names and types of the columns, and the number of rows."""
+    kind = lambda field: str(field.type).replace("<element: ", "<item: ")  # Parquet renames the items of lists
+    stated = repr(([(field.name, kind(field), field.nullable) for field in schema], rows))
+    return hashlib.blake2b(stated.encode(), digest_size=8).hexdigest().encode()
 
 
 @contextlib.contextmanager
@@ -67,31 +84,52 @@ def readable(path: AnyPath) -> Iterator[None]:
     """Raises `InputError` where the Parquet file is missing, damaged or lacks a column."""
     try:
         yield
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
         raise InputError(
             f"{path} cannot be read as a Parquet file with the columns expected ({first_line(error)})."
         ) from None
 
 
+@contextlib.contextmanager
+def opened(path: AnyPath, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file that has these columns; what is read of it is checked. See `readable`."""
+    with readable(path), pq.ParquetFile(local(path), memory_map=True, page_checksum_verification=True) as file:
+        facts = file.metadata
+        stated, rows = (
+            (facts.metadata or {}).get(FORM),
+            sum(facts.row_group(i).num_rows for i in range(facts.num_row_groups)),
+        )
+        if rows != facts.num_rows or stated not in (None, _form(file.schema_arrow, rows)):
+            raise pa.ArrowInvalid("its footer is damaged")
+        if absent := [name for name in columns or () if name not in file.schema_arrow.names]:
+            raise KeyError(absent[0])
+        yield file
+
+
 def read_table(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns; see `readable`."""
-    with readable(path):
-        return pq.read_table(local(path), columns=columns)
+    with opened(path, columns) as file:
+        return file.read(columns)
 
 
 def read_batches(path: AnyPath, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Columns of a Parquet file, `BATCH` rows at a time; see `readable`."""
-    with readable(path), pq.ParquetFile(local(path), memory_map=True) as file:
+    with opened(path, columns) as file:
         yield from file.iter_batches(BATCH, columns=columns)
+
+
+def schema_of(path: AnyPath) -> pa.Schema:
+    """The columns of a Parquet file; see `readable`."""
+    with opened(path) as file:
+        return file.schema_arrow
 
 
 def columns_of(path: AnyPath) -> list[str]:
     """The names of a Parquet file's columns; see `readable`."""
-    with readable(path):
-        return pq.read_schema(local(path)).names
+    return schema_of(path).names
 
 
 def row_count(path: AnyPath) -> int:
     """The number of rows of a Parquet file; see `readable`."""
-    with readable(path):
-        return pq.read_metadata(local(path)).num_rows
+    with opened(path) as file:
+        return file.metadata.num_rows

@@ -8,6 +8,8 @@ import json
 import math
 import mmap
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,18 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
+from nla_jax.io.files import checksum, is_sealed
 from nla_jax.runtime.distributed import is_writer, share
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.notes import note
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 INSIDE = "value_head.weight"  # how the name of an AR's head ends where it lies among the tensors of its model
 SHARD_BYTES = 2 << 30  # of a saved file, at most
+CHECKSUM, UNKNOWN = "nla_jax_crc32", "00000000"  # among a file's metadata; what stands there while it is computed
+BESIDE = "nla_jax_beside"  # likewise: the checksums of the files that are written with it
+LONGEST = 1 << 28  # bytes of a header that is worth reading
 NewTensor = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # to be saved: name, form, `read()` to the host
 
 
@@ -110,8 +117,9 @@ def _header(file: Path) -> Iterator[Stored]:
 
 
 def save_tensors(folder: Path, tensors: Iterable[NewTensor]) -> None:
-    """Writes `model.safetensors`, or files of at most `SHARD_BYTES` with an index. Raises `InputError` if it cannot. Of
-    several hosts all must call this: all take part in reading each tensor, and each file is written by one of them."""
+    """Writes `model.safetensors`, or files of at most `SHARD_BYTES` with an index; the first one holds the checksums of
+    the files that are in the folder already (see `check_bytes`). Raises `InputError` if it cannot. Of several hosts all
+    must call this: all take part in reading each tensor, and each file is written by one of them."""
     files: list[list[NewTensor]] = [[]]
     room, total = SHARD_BYTES, 0
     for tensor in tensors:
@@ -125,7 +133,8 @@ def save_tensors(folder: Path, tensors: Iterable[NewTensor]) -> None:
     names = [SINGLE] if many == 1 else [f"model-{i + 1:05d}-of-{many:05d}.safetensors" for i in range(many)]
     for i, (file, content) in enumerate(zip(names, files)):
         try:
-            _write_file(folder / file if i in share(range(many)) else Path(os.devnull), content)
+            beside = {} if i else checksums_beside(folder)
+            _write_file(folder / file if i in share(range(many)) else Path(os.devnull), content, beside)
         except OSError as error:
             raise InputError(f"{folder / file} cannot be written ({error}).") from None
     if many > 1 and is_writer():
@@ -134,16 +143,68 @@ def save_tensors(folder: Path, tensors: Iterable[NewTensor]) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _write_file(file: Path, tensors: list[NewTensor]) -> None:
-    """One file: the header's length, the header, the tensors' bytes."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+def write_file(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a few arrays as one file, with the checksums of the files that are in its folder already."""
+    tensors = [(name, jax.ShapeDtypeStruct(x.shape, x.dtype), lambda x=x: x) for name, x in arrays.items()]
+    _write_file(file, tensors, checksums_beside(file.parent))
+
+
+def checksums_beside(folder: Path) -> dict[str, str]:
+    """The checksum of each file in a folder that has none of its own."""
+    own = (".safetensors", ".yaml")
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in own]
+    return {file.name: checksum(file) for file in files}
+
+
+def _write_file(file: Path, tensors: list[NewTensor], beside: dict[str, str]) -> None:
+    """One file: the header's length, the header, the tensors' bytes. The header's metadata hold a checksum of all
+    other bytes, and those of some files `beside` it, by which `check_bytes` knows them again."""
+    facts = {"format": "pt", CHECKSUM: UNKNOWN} | ({BESIDE: json.dumps(beside)} if beside else {})
+    header, end = {"__metadata__": facts}, 0
     for name, form, _ in tensors:
         start, end = end, end + form.size * form.dtype.itemsize
         stored = next(key for key, value in DTYPES.items() if value == form.dtype)
         header[name] = {"dtype": stored, "shape": form.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text = (len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(text)
+        value = zlib.crc32(text)
         for *_, read in tensors:
-            stream.write(np.ascontiguousarray(read()).reshape(-1).view(np.uint8))
+            part = np.ascontiguousarray(read()).reshape(-1).view(np.uint8)
+            stream.write(part)
+            value = zlib.crc32(part, value)
+        if file != Path(os.devnull):
+            stream.seek(text.index(UNKNOWN.encode()))
+            stream.write(f"{value:08x}".encode())
+
+
+def check_bytes(*folders: Path) -> int:
+    """Reads the weights files in some folders, and returns of how many it knows that they are whole: of those that this
+    package has written. Says which of the files written with them (config, tokenizer, sidecar), which people may change
+    on purpose, is another one by now.
+
+    Raises `InputError` naming the first weights file whose bytes are not those that were written."""
+    known = 0
+    for file in [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]:
+        with open(file, "rb") as stream:
+            text = stream.read(8)
+            text += stream.read(min(int.from_bytes(text, "little"), LONGEST))
+            stated = re.search(rb'"%s": "(\w{8})"' % CHECKSUM.encode(), text)
+            value = zlib.crc32(text[: stated.start(1)] + UNKNOWN.encode() + text[stated.end(1) :]) if stated else 0
+            while stated and (block := stream.read(1 << 24)):
+                value = zlib.crc32(block, value)
+        if not stated:
+            continue
+        if stated[1] != f"{value:08x}".encode():
+            raise InputError(
+                f"{file} is damaged: its bytes are not those that were written; copy it again from where it is whole, "
+                f"or delete its folder and have it made again."
+            )
+        known += 1
+        beside = json.loads(json.loads(text[8:])["__metadata__"].get(BESIDE, "{}"))
+        others = [file.with_name(name) for name in beside]
+        changed = [other for other in others if other.is_file() and checksum(other) != beside[other.name]]
+        for other in changed + [other for other in file.parent.glob("*.yaml") if not is_sealed(other.read_bytes())]:
+            note(f"{other} has changed since it was written; if nobody has meant to, it is damaged: copy it again.")
+    return known

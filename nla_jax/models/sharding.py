@@ -9,6 +9,7 @@ over data and fsdp. Parameters are laid out for decoding once per rollout (`rela
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,11 +43,14 @@ FLOAT32 = ("scale", "lora_a", "lora_b")  # parameters (norms, adapters) that sta
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over the first devices; one size may be -1 (the rest). Raises `InputError` if the sizes do not fit."""
     sizes, devices = [data, fsdp, tensor], jax.devices()
+    if wrong := [size for size in sizes if isinstance(size, bool) or not hasattr(size, "__index__")]:
+        raise InputError(f"The sizes of a mesh are whole numbers; found {wrong[0]!r:.50}.")
+    sizes = [operator.index(size) for size in sizes]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"mesh sizes {dict(zip(AXES, sizes))} must be positive, and at most one of them -1.")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // -int(np.prod(sizes))
-    count = int(np.prod(sizes))
+        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    count = math.prod(sizes)
     if not 0 < count <= len(devices):
         raise InputError(f"mesh {dict(zip(AXES, sizes))} needs {count} devices, but there are {len(devices)}.")
     if idle := {d.process_index for d in devices} - {d.process_index for d in devices[:count]}:
@@ -59,7 +63,9 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     """A mesh of the caller's as programs here use it: with the axes of `AXES`, whose arrays the compiler lays out.
 
     `jax.make_mesh` gives "explicit" axes, with which every array would have to say its layout. Raises `InputError` for
-    other axes."""
+    other axes, and for what is no mesh."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InputError(f"A mesh is one of JAX, which nla_jax.make_mesh makes; found {mesh!r:.50}.")
     if mesh is None or mesh.empty:
         return None
     if mesh.axis_names != AXES:

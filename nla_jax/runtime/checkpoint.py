@@ -1,17 +1,21 @@
 """Checkpoints of a training state: asynchronous, sharded, atomic, restorable onto another mesh (Orbax)."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -20,7 +24,7 @@ from nla_jax.runtime.errors import InputError, Stopped, first_line
 
 # Errors that say that files are missing, cut short or altered: exceptions, and how tensorstore's messages begin.
 DAMAGE = json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError
-DAMAGE_STATUS = "DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE"
+DAMAGE_STATUS = "DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE", "Error opening", "Error reading"
 
 
 def differences(made: dict, now: dict, free: Callable[[str], bool] = lambda name: False) -> list[str]:
@@ -40,6 +44,34 @@ def flat(tree: Any, path: str = "") -> dict:
     if not isinstance(tree, dict):
         return {path: list(tree) if isinstance(tree, tuple) else tree}
     return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{path}.{name}" if path else name).items()}
+
+
+def checksum(state: Any) -> int:
+    """A sum over the bits of all arrays, each entry weighted by its place: damage changes it, another mesh does not.
+
+    Orbax checks its own descriptions, not the arrays. On accelerators the sums are computed there; in a process with
+    CPUs alone by NumPy, so that nothing is compiled."""
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    leaves = [raw(x) for x in jax.tree.leaves(state)]
+    here = all(x.is_fully_addressable and jax.default_backend() == "cpu" for x in leaves)
+    sums = (
+        [_weighted(np.asarray(x), np) for x in leaves] if here else jax.device_get([_weighted_there(x) for x in leaves])
+    )
+    return sum(int(value) * (2 * i + 1) for i, value in enumerate(sums)) % (1 << 32)
+
+
+def _weighted(x: Any, xp: Any) -> Any:
+    """The bits of an array of NumPy or JAX (`xp`), summed modulo 2^32 with odd weights."""
+    x = x.astype(xp.uint8) if x.dtype == bool else x
+    bits = x.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(xp.uint32)
+    place = xp.zeros((), xp.uint32)
+    for axis, size in enumerate(bits.shape):
+        along = xp.arange(size, dtype=xp.uint32).reshape([-1 if i == axis else 1 for i in range(bits.ndim)])
+        place = place * xp.uint32(size % (1 << 32)) + along
+    return xp.sum(bits * (place * xp.uint32(2) + xp.uint32(1)), dtype=xp.uint32)
+
+
+_weighted_there = jax.jit(functools.partial(_weighted, xp=jnp))
 
 
 # On preemption JAX agrees on one sync-point number and stops every process there. The number must keep growing across
@@ -100,7 +132,11 @@ class Checkpoints:
         stop = self._asked or multihost_utils.reached_preemption_sync_point(next(_calls)) and signal.SIGTERM
         if (stop or force or step % self.every == 0) and step != self.manager.latest_step():
             before()
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings))
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                settings=ocp.args.JsonSave(self.settings),
+                checksum=ocp.args.JsonSave({"state": checksum(state)}),
+            )
             with self._writing():
                 if jax.process_index() == 0:  # Orbax's threads would wait minutes for a folder that they cannot make
                     probe = self.manager.directory / "probe"
@@ -147,10 +183,16 @@ class Checkpoints:
             for leaf in jax.tree.leaves(discard):
                 if isinstance(leaf, jax.Array):
                     leaf.delete()
-            return step, read(state=ocp.args.StandardRestore(abstract)).state
+            state = read(state=ocp.args.StandardRestore(abstract)).state
+            made = lambda: read(checksum=ocp.args.JsonRestore()).checksum.get("state")
+            if (self.manager.directory / str(step) / "checksum").exists() and made() != checksum(state):
+                raise ValueError("DATA_LOSS: the checksum of its arrays is another one")
+            return step, state
         except Exception as error:
             if type(error) is Exception and error.__cause__:  # Orbax wraps what went wrong with one array
                 error = error.__cause__
+            if isinstance(error, (KeyError, AttributeError, TypeError)) and _of_orbax(error):
+                error = ValueError("DATA_LOSS: its description is not valid")
             if isinstance(error, InputError) or not isinstance(error, (ValueError, OSError)):
                 raise error from None
             words = _words(error) or first_line(error)
@@ -202,10 +244,18 @@ class Checkpoints:
             ) from None
 
 
+def _of_orbax(error: Exception) -> bool:
+    """Whether an error comes from Orbax's own code, which trusts the descriptions that it reads."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and f"{os.sep}orbax{os.sep}" in frames[-1].filename
+
+
 def _words(error: Exception) -> str | None:
     """What the operating system or tensorstore says of a failed read or write; None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or first_line(error)
     # Tensorstore's messages begin with a status and end with its settings. (JAX's errors are no `ValueError`.)
-    tensorstore = isinstance(error, ValueError) and re.match("[A-Z_]{5,}: ", str(error))
+    tensorstore = isinstance(error, ValueError) and re.match(
+        "[A-Z_]{5,}: |Error (open|read|writ|decod)ing ", str(error)
+    )
     return first_line(error).partition(" [")[0].rpartition(": ")[2] if tensorstore else None

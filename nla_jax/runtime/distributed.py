@@ -78,13 +78,14 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
     `seconds`, the process ends with a sentence and status 1."""
     if coordinator is None and count is None and index is None:
         return
-    flags = f"--coordinator {coordinator}, --num_processes {count} and --process_id {index}"
+    named = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    flags = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
     given, who = {}, "this host"  # "auto": JAX finds out
     if coordinator != "auto":
         host, _, port = (coordinator or "").rpartition(":")
         if not host or not port.isdigit() or count is None or index is None or not 0 <= index < count:
             raise InputError(
-                f"{flags} do not name a host of a run: give HOST:PORT of host 0, the number of hosts, and which of "
+                f"The flags {flags} do not name a host of a run: give HOST:PORT of host 0, the number of hosts, and which of "
                 f"them (from 0) this one is; or --coordinator auto."
             )
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ class Run:
                 f"{self.workdir} holds no finished {stage!r} stage; run `nla {stage}` with the same flags first."
             )
         self._check(stage, is_free)
+        if changed := self._changed(stage, self._record(stage)):
+            raise InputError(f"{changed} is not what `nla {stage}` wrote; delete it, and run `nla {stage}` again.")
         return result
 
     @contextlib.contextmanager
@@ -138,6 +141,8 @@ class Run:
         previous, start = self._record(name), time.monotonic()
         if previous and "result" in previous and self._is_whole(previous) and not self._goes_on(name, previous):
             self._check(name, is_free)
+            if changed := self._changed(name, previous):
+                raise InputError(f"{changed} is damaged; delete it, and the same command makes it again.")
             yield None
             return
         leaves = self.stages[name].leaves
@@ -153,6 +158,7 @@ class Run:
             yield result
             record["result"] = result
             record["files"] = {pattern: self._count(pattern) for pattern in self.stages[name].makes}
+            record["checksums"] = from_writer(lambda: {file: self._sum(file) for file in self._made(name)})
         finally:
             record["seconds"] = round(spent + time.monotonic() - start, 2)
             self._write(name, record)
@@ -163,7 +169,29 @@ class Run:
 
     def _is_whole(self, record: dict) -> bool:
         """Whether the files that a finished stage made are still there."""
-        return all(self._count(pattern) >= count for pattern, count in record["files"].items())
+        counted = all(self._count(pattern) >= count for pattern, count in record["files"].items())
+        return counted and from_writer(
+            lambda: all((self.workdir / file).exists() for file in record.get("checksums", ()))
+        )
+
+    def _made(self, stage: str) -> list[str]:
+        """The files that a stage has made, but for those that carry checksums of their own."""
+        found = [path for pattern in self.stages[stage].makes for path in sorted(self.workdir.glob(pattern))]
+        files = [file for path in found for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+        own = (".parquet", ".safetensors")
+        return [str(file.relative_to(self.workdir)) for file in files if file.is_file() and file.suffix not in own]
+
+    def _sum(self, file: str) -> str:
+        return f"{zlib.crc32((self.workdir / file).read_bytes()):08x}"
+
+    def _changed(self, stage: str, record: dict) -> str | None:
+        """The first of a finished stage's files that is another one than it has written."""
+        there = lambda file: (self.workdir / file).exists()
+        sums = record.get("checksums", {}).items()
+        found = from_writer(
+            lambda: next((file for file, made in sums if there(file) and self._sum(file) != made), None)
+        )
+        return found and str(self.workdir / found)
 
     def _goes_on(self, stage: str, record: dict) -> bool:
         """Whether a finished stage has more to do: more steps of its own, or (if it keeps nothing) of the stages
@@ -187,7 +215,7 @@ class Run:
             kinds = {"basis": dict, "seconds": (int, float)}
             record = read_json(file, kinds, "delete it and the files of that stage to run it again")
             whole = "result" not in record or all(isinstance(record.get(name), dict) for name in ("result", "files"))
-            if not whole:
+            if not whole or record.pop("checksum", None) not in (None, _seal(record)):
                 raise InputError(f"{file} is damaged; delete it and the files of that stage to run it again.")
             return record
 
@@ -195,7 +223,7 @@ class Run:
 
     def _write(self, stage: str, record: dict) -> None:
         self._file(stage).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file(stage), json.dumps(record, indent=1) + "\n")
+        write_atomically(self._file(stage), json.dumps(record | {"checksum": _seal(record)}, indent=1) + "\n")
 
     def _check(self, stage: str, may_differ: Callable[[str], bool]) -> None:
         if changed := differences(self._record(stage)["basis"], self.basis(stage), may_differ):
@@ -237,6 +265,11 @@ class Run:
     def subject_folder(self) -> str | AnyPath:
         """The folder or hub id of the subject."""
         return self.config.subject.path or self.workdir / "subject"
+
+
+def _seal(record: dict) -> str:
+    """A checksum of a record, of which a changed byte would be another result."""
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def read_json(file: AnyPath, kinds: Mapping[str, Any], cure: str) -> dict:

@@ -1,7 +1,9 @@
 """The input of users to a pair: checks of it, and the batches that programs take."""
 
+import math
+import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from nla_jax.runtime.errors import InputError
 
+LAST_ROW = 1 << 30
 ATTENDED = 64 << 20  # pairs of positions that one program attends over, at most: 64 rows of 1024 tokens
 
 
@@ -25,6 +28,57 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
         limits = f"of {least} or more" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} {limits} is needed, a whole number; found {value!r:.50}.")
     return number
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """`value` as a bool. Raises `InputError` naming it where it is none: "no" would count as yes."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{name} is True or False; found {value!r:.50}.")
+    return bool(value)
+
+
+def text_list(what: str, texts: Any) -> list[str]:
+    """Some texts, of any kind of list. Raises `InputError`, saying that `what` takes one, where an entry is no text, or
+    holds half of a character, which no tokenizer reads."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise InputError(f"{what} a list of texts, even of a single one; found {texts!r:.50}.")
+    for i, text in enumerate(texts := list(texts)):
+        if not isinstance(text, str):
+            raise InputError(f"{what} a list of texts; entry {i} is {text!r:.50}.")
+        if not is_whole(text):
+            raise InputError(f"{what} a list of texts; entry {i} holds half of a character: {ascii(text):.60}.")
+    return texts
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has no half of a character (a lone surrogate), as badly cut JSON gives it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+
+
+def sampling_temperature(value: Any) -> float:
+    """`value` as a float. Raises `InputError` where it is no finite number of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {value!r:.50}.")
+    return float(value)
+
+
+def sampling(max_new_tokens: Any, temperature: Any, seed: Any) -> tuple[int, float, int]:
+    """What sampling needs, as numbers. Raises `InputError` for one out of range."""
+    limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
+    return limit, sampling_temperature(temperature), seed
+
+
+def row_number(first: Any) -> int:
+    """The number of a row. Raises `InputError` for one that random keys cannot be made of."""
+    if (first := whole_number("first", first, 0)) > LAST_ROW:
+        raise InputError(f"first numbers rows up to {LAST_ROW}; found {first}.")
+    return first
+
+
+def of_class(name: str, value: Any, kind: type) -> None:
+    """Raises `InputError` where `value` is of another class."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be of the class {kind.__name__}; found {value!r:.50}.")
 
 
 def usable_rows(vectors: ArrayLike, shape: list[int], keeps_length: bool = False) -> Float[np.ndarray, "n *slots D"]:

@@ -3,6 +3,7 @@ that the mesh divides every batch; and, from the ids of the documents alone, tha
 
 import collections
 from collections.abc import Sequence
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,16 +14,23 @@ from jax.sharding import Mesh
 from nla_jax.config import Config
 from nla_jax.config import Prompts as PromptSettings
 from nla_jax.data.corpus import IMPORT_PATH, Document, split_of
-from nla_jax.data.interchange import check_sources
+from nla_jax.data.interchange import check_marker, check_sources, templates_of
+from nla_jax.io.files import AnyName, path_to
+from nla_jax.io.folders import load_tokenizer
+from nla_jax.io.parquet import SIDECAR
 from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import make_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
 from nla_jax.objective import UNCORRELATED, Scored
 from nla_jax.probes.probe import NEEDS, load_probes
+from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError, first_line
+from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import UserFunction, resolve
+from nla_jax.sidecar import read_yaml
 from nla_jax.stages.reading import read_by
 from nla_jax.study import compute_features, injections, make_optimizer
+from nla_jax.subject import SHIPPED
 
 ACTIVATIONS, GROUP, WIDTH, TOKENS = 2, 3, 8, 4  # of the made-up batch that functions are called with
 
@@ -150,6 +158,32 @@ def check_templates(prompts: PromptSettings) -> None:
     ):
         if (count := getattr(prompts, name).count(place)) != 1:
             raise InputError(f"prompts.{name} holds {place} {count} times; {what}.")
+
+
+def check_prompts(config: Config, workdir: AnyName, stages: Sequence[str]) -> None:
+    """Where the subject's tokenizer is here already, it makes one token of the marker, in our prompt and in those that
+    datasets were made for. Says where these have another marker than `prompts.marker`."""
+    c, sources = config.prompts, config.extract.source.to_dict() if "extract" in stages else {}
+    files = [path.with_name(path.name + SIDECAR) for path in map(Path, filter(None, sources.values()))]
+    made_for = {file: read_yaml(file, "") for file in map(Path.expanduser, files) if file.is_file()}
+    if not made_for and "sft" not in stages or (folder := tokenizer_folder(config, workdir)) is None:
+        return
+    tokenizer = load_tokenizer(folder)
+    if "sft" in stages:
+        find_marker(tokenizer, c.verbalizer_template, c.marker)
+    for file, meta in made_for.items():
+        tokens = meta.get("tokens")
+        check_marker(file, tokens, templates_of(meta).get("av"), tokenizer)
+        char = tokens.get("injection_char") if isinstance(tokens, dict) else None
+        if c.marker and char not in (None, c.marker):
+            note(f"{file} was made with the marker {char!r}; this pair is trained with prompts.marker = {c.marker!r}.")
+
+
+def tokenizer_folder(config: Config, workdir: AnyName) -> Path | None:
+    """The local folder that has the subject's tokenizer; None where there is none yet."""
+    init = SHIPPED if config.pretrain.init_from == "shipped" else config.pretrain.init_from
+    places = [config.subject.path] if config.subject.path else [path_to(workdir) / "subject", init]
+    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
 def check_optimizer(settings: dict, steps: int, what: str) -> None:

@@ -15,8 +15,9 @@ from nla_jax.data.rows import Rows, load_rows
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import row_count, write_table
+from nla_jax.io.safetensors import check_bytes
 from nla_jax.models.sharding import host_mesh
-from nla_jax.runtime.distributed import barrier, is_writer, share
+from nla_jax.runtime.distributed import barrier, from_writer, is_writer, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.run import Run
@@ -32,6 +33,7 @@ def extract(run: Run) -> None:
         if result is None:
             return
         c, folder = run.config, locate(run.subject_folder)
+        from_writer(lambda: check_bytes(folder))
         width = read_config(folder).width
         origin = Origin(str(run.subject_folder), fingerprint(folder), width, c.subject.layer)
         sources = c.extract.source.to_dict()

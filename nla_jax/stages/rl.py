@@ -1,6 +1,7 @@
 """The `rl` stage: joint training of the warm-started pair. Read top to bottom."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,8 @@ def seconds_of(loop: Loop, samples: int) -> dict[str, float]:
 
 
 def heldout_fve(config: Config, pair: Pair, vectors: np.ndarray) -> float:
-    """FVE of the AV's explanations of held-out activations."""
+    """FVE of the AV's explanations of held-out activations; NaN where the AR has broken down."""
     limit, temperature = config.prompts.max_new_tokens, config.rl.heldout_temperature
     texts = [found.accepted or "" for found in pair.explain(vectors, limit, temperature)]
-    return fve(pair.reconstruct(texts), vectors)
+    recon = pair.reconstruct(texts)
+    return fve(recon, vectors) if np.isfinite(recon).all() else math.nan

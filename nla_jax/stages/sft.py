@@ -14,9 +14,10 @@ from nla_jax.data.activations import median_norm_and_variance
 from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
 from nla_jax.data.rows import LABEL, load_rows
 from nla_jax.io.conventions import Conventions
-from nla_jax.io.files import local, replacing
+from nla_jax.io.files import is_sealed, local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
+from nla_jax.io.safetensors import check_bytes
 from nla_jax.joint_step import SupervisedStep, TrainState
 from nla_jax.models.sharding import RowsOf, place_batch, placed, shardings
 from nla_jax.pair import Pair, Training, load_pair, new_pair
@@ -131,8 +132,10 @@ def save(run: Run, pair: Pair, name: str) -> None:
 
 
 def load(run: Run, name: str) -> Pair:
-    """Reads the pair in `{workdir}/{name}` with the run's injections, onto its mesh."""
+    """Reads the pair in `{workdir}/{name}` with the run's injections, onto its mesh. Raises `InputError` where its
+    weights are damaged."""
     c = run.config.compute
+    from_writer(lambda: check_bytes(*(local(run.workdir / name / role) for role in ("av", "ar"))))
     how = {"dtype": c.dtype, "attention": c.attention, "training": Training(c.remat)}
     return load_pair(
         run.workdir / name, conventions=Conventions(injections=injections(run.config)), mesh=run.mesh, **how
@@ -176,6 +179,8 @@ def fixed_prompts(run: Run, sidecar: Sidecar, prompts: Prompts) -> PromptIds:
     folder = run.workdir / "train" / "prompts"
     if from_writer((folder / FILE).exists):
         kept, facts = Sidecar.read(local(folder), "av"), ("marker", "verbalizer_template", "reconstructor_template")
+        if not is_sealed((folder / FILE).read_bytes()):
+            raise InputError(f"{folder / FILE} is damaged; delete it, and `nla sft` makes it again from the tokenizer.")
         if all(getattr(kept, name) == getattr(sidecar, name) for name in facts):
             return kept.ids
     if is_writer():

@@ -11,7 +11,7 @@ STAGES = {
             run="nla_jax.stages.pretrain:pretrain",
             needs=None,
             reads=("seed", "corpus", "split", "pretrain"),
-            makes=("subject/config.json",),
+            makes=("subject",),
             leaves=("train/pretrain/checkpoints/*",),
         ),
         Stage(

@@ -93,28 +93,31 @@ def expected_rows(subject: Subject, material: Sequence[tuple[str, str | Messages
     return sum(map(len, subject.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids))
 
 
-def read_vectors(name: str, width: int) -> Iterator[Activations]:
-    """The rows of an `.npy` file, or of the tensors `[n, width]` or `[width]` of a `.safetensors` file (FILE:TENSOR
-    names one), as if they were activations. Raises `InputError` for another file or shape."""
+def stored_vectors(name: str) -> dict[str, np.ndarray]:
+    """The array of an `.npy` file, or the tensors of a `.safetensors` file (FILE:TENSOR names one), by name. Raises
+    `InputError` for another file."""
     file, _, tensor = name.partition(":")
     path = Path(file)
     if path.suffix == ".npy":
         try:
-            arrays = {path.name: np.load(path, allow_pickle=False, mmap_mode="r")}
+            return {path.name: np.load(path, allow_pickle=False, mmap_mode="r")}
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} is missing or is no array of numbers ({error}).") from None
-    elif path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         stored = read_tensors(path)
         if tensor and tensor not in stored:
             raise InputError(f"{path} holds no tensor {tensor!r}; it holds {', '.join(sorted(stored)[:8])}.")
-        names = [tensor] if tensor else sorted(stored)
-        arrays = {name: stored[name].read() for name in names}
-    else:
-        raise InputError(f"Vectors are read from .npy and .safetensors files, not from {name}.")
+        return {name: stored[name].read() for name in ([tensor] if tensor else sorted(stored))}
+    raise InputError(f"Vectors are read from .npy and .safetensors files, not from {name}.")
+
+
+def of_vectors(arrays: dict[str, np.ndarray], file: str, width: int) -> Iterator[Activations]:
+    """The rows of arrays `[n, width]` or `[width]` from a `file`, as if they were activations. Raises `InputError` for
+    another shape."""
     for label, array in arrays.items():
         rows = array[None] if array.ndim == 1 else array
         if rows.ndim != 2 or rows.shape[1] != width:
-            raise InputError(f"{path}: {label} has shape {list(array.shape)}, expected [n, {width}] or [{width}].")
+            raise InputError(f"{file}: {label} has shape {list(array.shape)}, expected [n, {width}] or [{width}].")
         n, blank = len(rows), [""] * len(rows)
         yield Activations(rows, blank, blank, blank, np.arange(n, dtype=np.int32), [label] * n, [[]] * n, blank)
 

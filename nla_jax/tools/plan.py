@@ -81,7 +81,7 @@ def _projected(counts: hlo.Counts, program: Program, work: Work, place: Slice) -
     """What one device computes, moves and sends, and the time that this would take at the chip's peaks."""
     bounds = {
         "compute": counts.flops / place.chip.flops,
-        "HBM": counts.bytes / place.chip.bandwidth,
+        "memory" if place.devices[0].platform == "cpu" else "HBM": counts.bytes / place.chip.bandwidth,
         "interconnect": counts.waiting,
     }
     return {
@@ -166,30 +166,35 @@ def plan(config: Config, place: Slice, mesh: Mesh, only: tuple[str, ...] = ()) -
 
 def table(result: dict) -> str:
     """A plan in Markdown."""
+    found = [p for p in result["programs"].values() if "memory" in p]
+    sends = any(p["collectives"] for p in found)  # one device alone sends nothing: it gets a narrower table
+    storage = "HBM" if any("HBM" in p["seconds_by_bound"] for p in found) else "memory"
+    columns = ["program", "fits", "GiB a device", "TFLOP", f"{storage} GB", *["collectives GB"] * sends]
+    columns += ["projected s", "bound by (s)", "samples/s", "MFU", "hours"]
     lines = [
         f"{result['devices']}, mesh {','.join(str(n) for n in result['mesh'].values())}, remat {result['remat']}, "
-        f"attention {result['attention']}, "
+        f"attention {result['attention']},",
         f"{result['micro_batches']} micro-batches, {result['rollout_chunks']} rollout chunks, jax {result['jax']}; "
-        f"{result['memory_of_device'] / GiB:.2f} GiB a device. Times are projections.",
+        f"{result['memory_of_device'] / GiB:.2f} GiB a device.",
+        "GiB: arguments + outputs + temporaries + code + what lies beside. Times are projections.",
         "",
-        "| program | fits | GiB a device: arguments + outputs + temporaries + code + beside | TFLOP | HBM GB "
-        "| collectives GB | projected s | bound by (s) | samples/s | MFU | hours |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for name, p in result["programs"].items():
         if "memory" not in p:
-            lines.append(f"| {name} | no: {p['reason']} |" + " |" * 9)
+            lines.append(f"| {name} | no: {p['reason']} |" + " |" * (len(columns) - 2))
             continue
-        memory = " + ".join(f"{size / GiB:.1f}" for size in p["memory"].values())
+        memory = (" + " if sends else "+").join(f"{size / GiB:.1f}" for size in p["memory"].values())
         sent = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sorted(p["collectives"].items()))
-        bounds = ", ".join(f"{kind} {seconds:.3g}" for kind, seconds in p["seconds_by_bound"].items())
-        lines.append(
-            f"| {name} | {'yes' if p['fits'] else 'no'} | {p['memory_total'] / GiB:.1f} = {memory} "
-            f"| {p['flops'] / 1e12:.4g} | {p['bytes'] / 1e9:.4g} | {sent or 'none'} | {p['projected_seconds']:.3g} "
-            f"| {p['bound_by']} ({bounds}) | {p['projected_samples_per_second']:.3g} "
-            f"| {100 * p['projected_mfu']:.0f} % "
-            f"| {format(p['projected_hours'], '.2g') if p['runs'] else 'unknown'} |"
+        bounds = ", ".join(
+            f"{kind} {seconds:.3g}" for kind, seconds in p["seconds_by_bound"].items() if sends or seconds
         )
+        cells = [name, "yes" if p["fits"] else "no", f"{p['memory_total'] / GiB:.1f} = {memory}"]
+        cells += [f"{p['flops'] / 1e12:.4g}", f"{p['bytes'] / 1e9:.4g}", *[sent or "none"] * sends]
+        cells += [f"{p['projected_seconds']:.3g}", f"{p['bound_by']} ({bounds})"]
+        cells += [f"{p['projected_samples_per_second']:.3g}", f"{100 * p['projected_mfu']:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} | {format(p['projected_hours'], '.2g') if p['runs'] else 'unknown'} |")
     for name, p in result["programs"].items():
         if loop := p.get("decode_loop"):
             inside = ", ".join(loop["collectives"]) or "none"

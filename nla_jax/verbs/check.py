@@ -32,15 +32,16 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.models.sharding import AXES
     from nla_jax.runtime.run import mesh_of
     from nla_jax.runtime.user_input import whole_number
-    from nla_jax.stages.check import check_batches, check_documents, check_functions
+    from nla_jax.stages.check import check_batches, check_documents, check_functions, check_prompts
     from nla_jax.study import Study
     from nla_jax.subject import subject_config
     from nla_jax.tools.topology import mesh_over, slice_named
 
     hide_library_warnings()
     whole_number("--labels", arguments.labels, 0)
-    config, stages = arguments.config, stages_of("quickstart", arguments.config)
+    config, stages, folder = arguments.config, stages_of("quickstart", arguments.config), workdir(arguments)
     check_functions(config, stages)
+    check_prompts(config, folder, stages)
     say("functions", f"those of {', '.join(stages)} were found and called once")
     place = slice_named(arguments.topology) if arguments.topology else None
     sizes = [getattr(config.mesh, axis) for axis in AXES]
@@ -50,13 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
     say("mesh", f"{shape} divides every batch")
     study = Study.of_shapes(config, mesh, subject_config(config, mesh))
     say("memory", memory(study, place.chip.memory if place else device_memory()))
-    documents = [] if any(config.extract.source.to_dict().values()) else corpus(config, workdir(arguments))
+    documents = [] if any(config.extract.source.to_dict().values()) else corpus(config, folder)
     if documents:
         found = check_documents(config, documents)
         counts = ", ".join(f"{split} {count}" for split, count in found.items())
         say("documents", f"{len(documents)}: {counts}; at most {config.extract.positions} activations of each")
-    say("disk", disk(study, len(documents), "pretrain" in stages, workdir(arguments)))
-    texts(config, documents, arguments.labels, workdir(arguments))
+    say("disk", disk(study, len(documents), "pretrain" in stages, folder))
+    weights(config, folder)
+    texts(config, documents, arguments.labels, folder)
 
 
 def say(what: str, found: str) -> None:
@@ -144,12 +146,24 @@ def bytes_written(study: "Study", documents: int, pretrains: bool) -> dict[str, 
     return found
 
 
+def weights(config: "Config", folder: str) -> None:
+    """The bytes of the subject's and the pairs' weights, where they are here already. Raises `InputError` for damage."""
+    from nla_jax.io.files import path_to
+    from nla_jax.io.safetensors import check_bytes
+
+    if isinstance(place := path_to(folder), Path):
+        pairs = [place / pair / role for pair in ("pair_warm", "pair") for role in ("av", "ar")]
+        if known := check_bytes(Path(config.subject.path) if config.subject.path else place / "subject", *pairs):
+            say("weights", f"{known} files that are here already are whole")
+
+
 def texts(config: "Config", documents: "Sequence[Document]", count: int, folder: str) -> None:
     """Labels of some texts against `prompts.max_new_tokens`, and three prompts as the models read them.
 
     Raises `InputError` where most labels are too long, and where the prompt has no usable marker."""
     from nla_jax.io.folders import load_tokenizer
     from nla_jax.prompts import Prompts, chat_text, find_marker
+    from nla_jax.stages.check import tokenizer_folder
 
     where = tokenizer_folder(config, folder)
     if where is None:
@@ -170,16 +184,6 @@ def texts(config: "Config", documents: "Sequence[Document]", count: int, folder:
     say("AV reads", repr(chat_text(tokenizer, content)))
     say("AV writes", repr(tokenizer.decode(prompts.response_ids([label])[0])))
     say("AR reads", repr(tokenizer.decode(prompts.reconstructor_ids([label])[0])))
-
-
-def tokenizer_folder(config: "Config", folder: str) -> Path | None:
-    """The local folder that has the subject's tokenizer; None where there is none yet."""
-    from nla_jax.io.files import path_to
-    from nla_jax.subject import SHIPPED
-
-    init = SHIPPED if config.pretrain.init_from == "shipped" else config.pretrain.init_from
-    places = [config.subject.path] if config.subject.path else [path_to(folder) / "subject", init]
-    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
 def sampled_labels(config: "Config", documents: "Sequence[Document]", count: int, tokenizer) -> list[str]:

@@ -58,6 +58,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints or writes, for each row, the explanation and how much of the activation it carries."""
     out, tokens = new_file(arguments.out), chosen_tokens(arguments.tokens)
+    check_numbers(arguments)
     if not arguments.injection:  # which may be a function of the user's
         import_transformers_alone()
     material = None if arguments.vectors else read_material(arguments)
@@ -65,7 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.io.pairs import place_of
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
-    from nla_jax.runtime.user_input import whole_number
     from nla_jax.tools.explain import (
         Sampling,
         calibrated,
@@ -73,20 +73,21 @@ def run(arguments: argparse.Namespace) -> None:
         explain_rows,
         of_chats,
         of_texts,
-        read_vectors,
+        of_vectors,
+        stored_vectors,
         subject_of,
     )
 
+    arrays = stored_vectors(arguments.vectors) if arguments.vectors else None
     enable_compile_cache()
-    batch = whole_number("--batch", arguments.batch, 1)
-    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, batch)
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, arguments.batch)
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
     if texts or material:
         subject = subject_of(pair, place_of(arguments.pair), arguments.subject, arguments.dtype)
         pair = calibrated(pair, subject, texts, arguments.max_tokens) if texts else pair
-    if arguments.vectors:
-        found = list(read_vectors(arguments.vectors, pair.sidecar.d_model))
+    if arrays:
+        found = list(of_vectors(arrays, arguments.vectors, pair.sidecar.d_model))
         total = sum(map(len, found))
     else:
         read = of_chats if arguments.chat else of_texts
@@ -128,6 +129,20 @@ def chosen_tokens(given: str) -> str | list[int]:
         raise InputError(f"--tokens must be last, all, or indices such as 3,-1; found {given!r}.") from None
 
 
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises `InputError` for a number out of range, before a pair is read."""
+    from nla_jax.runtime.user_input import sampling_temperature, whole_number
+
+    for name, least, most in (
+        ("--max-tokens", 1, None),
+        ("--max-new-tokens", 1, None),
+        ("--batch", 1, None),
+        ("--seed", 0, (1 << 32) - 1),
+    ):
+        whole_number(name, getattr(arguments, name[2:].replace("-", "_")), least, most)
+    sampling_temperature(arguments.temperature)
+
+
 def read_material(arguments: argparse.Namespace) -> list:
     """Documents (id, text) or chats (id, messages). Raises `InputError` where there is nothing to read."""
     if arguments.chat:
@@ -135,14 +150,14 @@ def read_material(arguments: argparse.Namespace) -> list:
 
         return read_chats(Path(arguments.chat))
     if arguments.text is not None:
-        documents = [("text", arguments.text)]
-    elif arguments.file:
+        if not arguments.text.strip():
+            raise InputError(f"The text to explain, --text {arguments.text!r}, is empty; give one with words.")
+        return [("text", arguments.text)]
+    if arguments.file:
         return read_files(arguments.file)
-    else:
-        if sys.stdin.isatty():
-            print("nla: reading the text from the terminal; Ctrl-D ends it.", file=sys.stderr)
-        documents = [("standard input", document(sys.stdin.buffer.read(), "Standard input"))]
-    return not_empty(documents)
+    if sys.stdin.isatty():
+        print("nla: reading the text from the terminal; Ctrl-D ends it.", file=sys.stderr)
+    return not_empty([("standard input", document(sys.stdin.buffer.read(), "Standard input"))])
 
 
 def read_files(names: list[str]) -> list[tuple[str, str]]:
@@ -153,7 +168,7 @@ def read_files(names: list[str]) -> list[tuple[str, str]]:
 def not_empty(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The documents. Raises `InputError` where one of them has no text."""
     if empty := [name for name, text in documents if not text.strip()]:
-        raise InputError(f"There is no text in {empty[0]}; give --text, --file or standard input one.")
+        raise InputError(f"There is no text in {empty[0]}; give --text, --file or standard input with words.")
     return documents
 
 

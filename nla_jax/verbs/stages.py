@@ -29,10 +29,15 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
 
 def workdir(arguments: argparse.Namespace) -> str:
     """The working folder that was asked for, else one named after the config. Raises `InputError` for an empty name, as
-    `--workdir "$UNSET"` gives it."""
+    `--workdir "$UNSET"` gives it, and where a file is in the way."""
     if arguments.workdir == "":
         raise InputError("--workdir is empty; name a folder, or leave it out.")
-    return arguments.workdir or str(Path("runs") / Path(arguments.config_file.partition(":")[0]).stem)
+    name = arguments.workdir or str(Path("runs") / Path(arguments.config_file.partition(":")[0]).stem)
+    if isinstance(place := path_to(name), Path):
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(f"The working folder {name} cannot be made: {there} is a file; use another --workdir.")
+    return name
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,19 +47,20 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.runtime.checkpoint import flat
     from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
     from nla_jax.runtime.run import Run, mesh_of
-    from nla_jax.stages.check import check_batches, check_documents, check_functions
+    from nla_jax.stages.check import check_batches, check_documents, check_functions, check_prompts
 
-    stages = stages_of(arguments.verb, arguments.config)
+    stages, folder = stages_of(arguments.verb, arguments.config), workdir(arguments)
     take_gpus_whole()
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
     check_functions(arguments.config, stages)
     check_batches(arguments.config, mesh_of(arguments.config), stages)
-    check_begun(arguments.config, workdir(arguments), stages[0])
+    check_begun(arguments.config, folder, stages[0])
+    check_prompts(arguments.config, folder, stages)
     hide_library_warnings()
     enable_compile_cache()
     settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
     distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
-    run = Run(arguments.config, workdir(arguments), STAGES, arguments.command)
+    run = Run(arguments.config, folder, STAGES, arguments.command)
     with run.alone():
         if reads_corpus(run, stages):
             if run.config.subject.path:
