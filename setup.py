@@ -46,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gcs": ["gcsfs"],
         "wandb": ["wandb>=0.22.0"],
+        "labels": ["openai>=3.22.1", "anthropic>=1.13.0"],
         "test": [
             "pytest>=8.4.0",
             "pytest-xdist>=3.6.0",
@@ -56,6 +57,8 @@ setup(
             "peft>=0.19.0",
             "gcsfs>=2026.1.0",
             "wandb>=0.22.0",
+            "openai>=3.22.1",
+            "anthropic>=1.13.0",
             "setuptools>=77.0.3",
         ],
     },

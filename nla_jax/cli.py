@@ -27,7 +27,7 @@ VERBS = {
     "quickstart": ("nla_jax.verbs.stages", "a whole study: the stages from pretrain to report, in order"),
     "pretrain": ("nla_jax.verbs.stages", "train (or measure) the subject"),
     "extract": ("nla_jax.verbs.stages", "activations of the corpus, or of files given"),
-    "label": ("nla_jax.verbs.stages", "explanations for the warm start"),
+    "label": ("nla_jax.verbs.label", "explanations for the warm start"),
     "sft": ("nla_jax.verbs.stages", "supervised warm start of AV and AR"),
     "rl": ("nla_jax.verbs.stages", "joint training"),
     "evaluate": ("nla_jax.verbs.stages", "held-out FVE and its controls"),

@@ -154,9 +154,18 @@ class Extract(Section):
 class Label(Section):
     labeller: str = setting("nla_jax.labels.extractive:Extractive", "import path of the labeller")
     settings: dict = setting({}, "arguments of the labeller's constructor")
+    connection: dict = setting({}, "more of its arguments: how it reaches a model, not what it answers", free=True)
     batch: int = setting(
-        256, "texts that the labeller gets at a time; its labels are kept when a later call fails", least=1, free=True
+        0, "texts that the labeller gets at a time (0: as many as it asks for, or 256)", least=0, free=True
     )
+    concurrency: int = setting(
+        0, "calls of the labeller at a time (0: as many as it asks for, or 1)", least=0, free=True
+    )
+    max_dropped: float = setting(
+        0.05, "largest share of texts that may have no label (refused, cut, …)", least=0, most=1, free=True
+    )
+    price_in: float = setting(0.0, "price of a million tokens sent, for `nla label --dry-run`", least=0, free=True)
+    price_out: float = setting(0.0, "price of a million tokens answered", least=0, free=True)
     splits: tuple[str, ...] = setting(("av_sft", "ar_sft", "heldout"), "which splits get labels")
 
 

@@ -180,46 +180,79 @@ def rollout(
     model = Transformer(config)
     cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x
     params = jax.tree_util.tree_map_with_path(cast, params)  # adapters: once, not for every token
-    decoder = _Decoder(dataclasses.replace(verbalizer, model=model), max_new_tokens, temperature)
-    past, first = decoder.verbalizer.read_prompt(params, cut_batch(vectors, rules=DECODE))
-    B, R = len(vectors) * group, max_new_tokens
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(B))
-    empty = Rollout(
-        tokens=jnp.full((B, R), verbalizer.end, jnp.int32),
-        logprobs=jnp.zeros((B, R)),
-        mask=jnp.zeros((B, R), bool),
-        finished=jnp.zeros(B, bool),
-    )
-    state = decoder.write(empty, 0, *decoder.sample(params, keys, 0, jnp.repeat(first, group, axis=0)))
-    cache = empty_cache(config, B, -(-max(R - 1, 1) // 8) * 8)  # a GPU pads other lengths, in a copy for every token
-    by_layer = lambda params, past, cache, state: decoder.generate(keys, *layers_apart(params, past, cache), state)
-    stacked = lambda params, past, cache, state: decoder.generate(keys, params, past, cache, state)
-    return jax.lax.platform_dependent(params, past, cache, state, tpu=stacked, default=by_layer)
+    past, first = dataclasses.replace(verbalizer, model=model).read_prompt(params, cut_batch(vectors, rules=DECODE))
+    decoder = _Decoder(model, verbalizer.end, verbalizer.prompt_length, max_new_tokens, temperature)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(len(vectors) * group))
+    return decoder.respond(params, keys, past, jnp.repeat(first, group, axis=0))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "end", "max_new_tokens", "temperature"))
+def respond(
+    model: Transformer,
+    params: dict,
+    prompts: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    keys: Array,
+    *,
+    end: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> Rollout:
+    """A response of a plain language model to each prompt, on one device: row i has its `lengths[i]` ids at the right
+    end, and draws from `keys[i]`. `end`: the token that ends a response.
+
+    Padding changes nothing: no position reads it, and rotary positions only count the distance between two tokens."""
+    config = dataclasses.replace(model.config, decoding=True, vocab_rows=len(params["embedding"]))
+    model, width = Transformer(config), prompts.shape[1]
+    real = jnp.arange(width) >= width - lengths[:, None]
+    x = model.apply({"params": params}, prompts, method="embed")
+    (states,), past = model.apply({"params": params}, [x], real=real)
+    return _Decoder(model, end, width, max_new_tokens, temperature, real).respond(params, keys, past, states[:, -1])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """The decode loop: `limit` tokens at most."""
+    """The decode loop: `limit` tokens at most, the first at position `start`; `real [B, start]` marks what is no padding
+    in the prompts (None: all of it)."""
 
-    verbalizer: Verbalizer
+    model: Transformer
+    end: int
+    start: int
     limit: int
     temperature: float
+    real: Array | None = None
+
+    def respond(self, params: dict, keys: Array, past: list, first: Float[Array, "B D"]) -> Rollout:
+        """Responses to prompts whose keys and values are `past`; `first` predicts their first token."""
+        B, R = len(first), self.limit
+        empty = Rollout(
+            tokens=jnp.full((B, R), self.end, jnp.int32),
+            logprobs=jnp.zeros((B, R)),
+            mask=jnp.zeros((B, R), bool),
+            finished=jnp.zeros(B, bool),
+        )
+        state = self.write(empty, 0, *self.sample(params, keys, 0, first))
+        # A GPU pads other lengths, in a copy for every token.
+        cache = empty_cache(self.model.config, B, -(-max(R - 1, 1) // 8) * 8)
+        by_layer = lambda params, past, cache, state: self.generate(keys, *layers_apart(params, past, cache), state)
+        stacked = lambda params, past, cache, state: self.generate(keys, params, past, cache, state)
+        return jax.lax.platform_dependent(params, past, cache, state, tpu=stacked, default=by_layer)
 
     def sample(self, params: dict, keys: Array, t: Int[Array, ""] | int, hidden: Float[Array, "B D"]):
         """Token t of each row and its log-probability."""
-        logits = self.verbalizer.model.apply({"params": params}, hidden, method="logits")
+        logits = self.model.apply({"params": params}, hidden, method="logits")
         return sample_tokens(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, self.temperature)
 
     def write(
         self, state: Rollout, t: Int[Array, ""] | int, token: Int[Array, "B"], logp: Float[Array, "B"]
     ) -> Rollout:
         """The responses with token t; rows that have ended stay as they are."""
-        running, end = ~state.finished, self.verbalizer.end
+        running = ~state.finished
         return Rollout(
-            tokens=state.tokens.at[:, t].set(jnp.where(running, token, end)),
+            tokens=state.tokens.at[:, t].set(jnp.where(running, token, self.end)),
             logprobs=state.logprobs.at[:, t].set(jnp.where(running, logp, 0)),
             mask=state.mask.at[:, t].set(running),
-            finished=state.finished | (token == end),
+            finished=state.finished | (token == self.end),
         )
 
     def generate(self, keys: Array, params: dict, past, cache, state: Rollout) -> Rollout:
@@ -227,10 +260,9 @@ class _Decoder:
 
         def step(carry):
             t, state, cache = carry
-            x = self.verbalizer.embed(params, jax.lax.dynamic_slice_in_dim(state.tokens, t - 1, 1, 1))
-            hidden, cache = self.verbalizer.model.apply(
-                {"params": params}, x, past, cache, self.verbalizer.prompt_length, t - 1, method="decode"
-            )
+            apply = functools.partial(self.model.apply, {"params": params})
+            x = apply(jax.lax.dynamic_slice_in_dim(state.tokens, t - 1, 1, 1), method="embed")
+            hidden, cache = apply(x, past, cache, self.start, t - 1, self.real, method="decode")
             return t + 1, self.write(state, t, *self.sample(params, keys, t, hidden[:, 0])), cache
 
         running = lambda carry: (carry[0] < self.limit) & ~jnp.all(carry[1].finished)

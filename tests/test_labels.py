@@ -1,10 +1,13 @@
 """The default labeller: what a label says, and what it never says."""
 
+import collections
+import random
 import re
+from pydoc_data.topics import topics
 
 import pytest
 
-from nla_jax.labels.extractive import WINDOW, Extractive
+from nla_jax.labels.extractive import WINDOW, Claim, Extractive
 from nla_jax.labels.labeller import LabelRow
 
 
@@ -115,3 +118,73 @@ def test_a_label_depends_on_its_text_alone():
 def test_long_documents_are_labelled_by_their_end():
     end = "The mesh axes are named. " * (WINDOW // 25 + 1)
     assert label(["Unrelated beginning. " * 500 + end]) == label(["Another beginning. " * 900 + end])
+
+
+# Claims: what a label says, read back
+
+
+@pytest.fixture(scope="module")
+def cuts():
+    """Thousands of texts that end anywhere, and the hostile ones."""
+    rng = random.Random(0)
+    found = [text[: rng.randrange(1, len(text))] for text in topics.values() for _ in range(6)]
+    found += [line[: rng.randrange(len(line) + 1)] for text in topics.values() for line in text.splitlines()[:4]]
+    return [LabelRow(text, "", 0, "", "") for text in [*found, *HOSTILE, NUMPY_DOC]]
+
+
+def test_every_claim_of_a_label_is_read_back_and_true(cuts):
+    """Joined again they are the whole label: nothing that it says is left out."""
+    labeller, kinds = Extractive(), collections.Counter()
+    for row, text in zip(cuts, labeller.label(cuts)):
+        claims = labeller.claims(text)
+        of = dict(claims)
+        about = f" about {of['topic']}" if "topic" in of else ""
+        ends = f'It ends {of.get("position")}: "{of.get("last words")}"'
+        assert text == f"{of['passage']}{about}. " + (ends if len(claims) > 1 else "Nothing stands before this place.")
+        false = [claim for claim in claims if not labeller.true(claim, row)]
+        assert not false, (text, row.text[-80:])
+        kinds.update(kind for kind, _ in claims)
+    assert len(cuts) > 600 and min(kinds.values()) > 400
+
+
+def test_claims_of_another_row_are_mostly_false(cuts):
+    labeller, total, true = Extractive(), collections.Counter(), collections.Counter()
+    rows = [row for row in cuts if len(row.text) > 100]
+    for row, other in zip(rows, rows[37:] + rows[:37]):
+        for claim in labeller.claims(labeller.label([other])[0]):
+            total[claim.kind] += 1
+            true[claim.kind] += labeller.true(claim, row)
+    share = {kind: true[kind] / total[kind] for kind in total}
+    assert share["last words"] < 0.01 and share["topic"] < 0.3 and share["position"] < 0.4
+    assert share["passage"] < 0.8  # most of these texts are prose
+    assert true.total() / total.total() < 0.35
+
+
+def test_claims_of_texts_that_a_verbalizer_might_write():
+    claims = lambda text: dict(Extractive().claims(text))
+    assert claims('A parameter list about sequence. It ends inside quoted code: "num_size, fr') == {
+        "passage": "A parameter list",
+        "topic": "sequence",
+        "position": "inside quoted code",
+        "last words": "num_size, fr",
+    }
+    assert claims("Prose about shape") == {"passage": "Prose", "topic": "shape"}
+    assert claims("A poem about love. It ends well.") == {"topic": "love"}
+    assert claims("") == {} == claims("It is cold.")
+
+
+@pytest.mark.parametrize(
+    "kind, value, true",
+    [
+        ("last words", "the given array", True),
+        ("last words", "he given array", False),
+        ("last words", "the array", False),
+        ("topic", "matrices", False),
+        ("topic", "Norms", True),
+        ("topic", "return", False),  # stands there, but is a stop word
+        ("passage", "Prose", False),
+        ("position", "early in a sentence", True),
+    ],
+)
+def test_what_is_true_of_a_text(kind, value, true):
+    assert Extractive().true(Claim(kind, value), LabelRow(NUMPY_DOC, "", 0, "", "")) is true

@@ -385,12 +385,15 @@ def export_tables(files: list[Path], form: str, schema: pa.Schema, pair: Sidecar
     for file in files:
         labels, start = read_labels(file) if form != "rl" else None, 0
         for batch in read_batches(file, copied):
+            size = len(batch)
+            if labels is not None:
+                texts = labels.slice(start, size)
+                batch, texts = batch.filter(texts.is_valid().combine_chunks()), texts.drop_null().to_pylist()
             columns = {name: batch[name] for name in copied}
             columns["prompt"] = chat.take(np.zeros(len(batch), np.int64))
             if labels is not None:
-                texts = labels.slice(start, len(batch)).to_pylist()
                 name = "prompt" if form == "ar_sft" else "response"
                 template = pair.reconstructor_template if form == "ar_sft" else RESPONSE
                 columns[name] = pa.array([template.replace("{explanation}", text) for text in texts], pa.string())
             yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
-            start += len(batch)
+            start += size

@@ -26,6 +26,7 @@ from nla_jax.runtime.distributed import from_writer, host_index
 from nla_jax.runtime.errors import InputError
 
 LABEL = "api_explanation"
+NO_LABEL = "no_label"  # in a file of labels: why a row has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Rows:
         """A column of all rows: `doc_id`, `token`, `following`, `role`, `token_ids`, …, or `api_explanation`, the
         label.
 
-        Where the shards do not have it, each row gets "". Raises `InputError` where labels are missing."""
+        Where the shards do not have it, each row gets "". A row of which the labeller had no label gets None. Raises
+        `InputError` where labels are missing."""
         return list(itertools.chain.from_iterable(self.pieces(name)))
 
     def pieces(self, name: str) -> Iterator[list]:
@@ -62,6 +64,10 @@ class Rows:
                 yield read_table(shard, [name]).column(0).take(at).to_pylist()
             else:
                 yield [""] * len(at)
+
+    def labelled(self) -> np.ndarray:
+        """The numbers of the rows that have a label, ascending."""
+        return np.flatnonzero([label is not None for labels in self.pieces(LABEL) for label in labels])
 
     def records(self, at: np.ndarray) -> list[dict]:
         """The rows `at`, each as `{doc_id, text, token, role, position}`: what features and labellers are given."""

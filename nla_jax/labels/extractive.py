@@ -7,13 +7,15 @@ An activation holds mostly the last words, the topic and what may come next, so 
 The last words stand last: the reconstructor, which reads at its last token and starts as the subject itself, then sees
 them much as the subject did (held-out FVE 0.64 after 300 steps, against 0.40 with the same words in front).
 
-No model and no network: a run needs no API key, and a small verbalizer can learn to write such labels.
+No model and no network: a run needs no API key, and a small verbalizer can learn to write such labels. What is written by
+a formula can be read by it, and checked against the text: `claims` and `true`.
 """
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
-from nla_jax.labels.labeller import LabelRow
+from nla_jax.labels.labeller import Claim, LabelRow
 
 TAIL_CHARS = 20
 TAIL_WORDS = 4
@@ -114,29 +116,86 @@ PUNCTUATION = {
 }
 
 
+BLANK = "A blank start. Nothing stands before this place."
+PASSAGES = {*SECTIONS.values(), *FIELDS.values(), *CODE, *(name for _, name in LINE_KINDS)}
+PASSAGES |= {"License text", "An indented passage", "An opening", "An introduction", "Prose", "A blank start"}
+POSITIONS = frozenset(PUNCTUATION.values()) | {
+    "at a paragraph break",
+    "at a line break",
+    "after a number",
+    "after a dot",
+    "at a sentence end",
+    "inside a quotation",
+    "inside quoted code",
+    "inside brackets",
+    "after a symbol",
+    "early in a line",
+    "late in a line",
+    "starting a sentence",
+    "early in a sentence",
+    "late in a sentence",
+}
+one_of = lambda words: "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+CLAIMS = {  # what a label says, by the words around it
+    "passage": re.compile(rf"^\s*({one_of(PASSAGES)})(?= about |\.|$)"),
+    "topic": re.compile(r"^[^.\"]* about ([^\W\d]\w*)(?=\.|$)"),
+    "position": re.compile(rf"\bIt ends ({one_of(POSITIONS)})(?=:|$)"),
+    "last words": re.compile(r': "([^"]+)"?\s*$'),
+}
+
+
 class Extractive:
     """One label for each row, made of its text alone, which may end within a word.
 
     The last words verbatim, what stands there grammatically, the kind of passage and its topic: about 65 characters,
     one line, without control characters or explanation tags."""
 
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """See the class."""
         return [label_one(row.text) for row in rows]
 
+    def claims(self, text: str) -> list[Claim]:
+        """What a text says that is written as labels are: by this labeller, or by a verbalizer that learned from it.
+
+        What it cannot read it leaves out."""
+        return [Claim(name, found[1]) for name, pattern in CLAIMS.items() if (found := pattern.search(text))]
+
+    def true(self, claim: Claim, row: LabelRow) -> bool:
+        """Whether a claim holds for the text of a row.
+
+        Kind of passage and position: the labeller finds the same there. A topic: the text mentions the word, in the
+        singular or plural, and it is no stop word. Last words: the text ends with these whole words."""
+        if claim.kind == "topic":
+            mentioned = {_stem(word) for word in WORD.findall(TAGS.sub(" ", row.text))}
+            return claim.value.lower() not in STOP_WORDS and _stem(claim.value) in mentioned
+        found = describe(row.text)[claim.kind]
+        if claim.kind == "last words":
+            return found is not None and f" {found}".endswith(f" {claim.value}")
+        return found == claim.value
+
 
 def label_one(text: str) -> str:
     """The label of one text."""
+    of = describe(text)
+    if not of["last words"]:
+        return BLANK
+    about = f" about {of['topic']}" if of["topic"] else ""
+    return f'{of["passage"]}{about}. It ends {of["position"]}: "{of["last words"]}"'
+
+
+def describe(text: str) -> dict[str, str | None]:
+    """What a label says of a text, by the kinds of claims; None where it says nothing."""
     fenced = text.count("```") % 2 == 1
     opening = len(text) <= WINDOW
     text = TAGS.sub(" ", text[-WINDOW:])
     tail = last_words(text)
     if not tail:
-        return "A blank start. Nothing stands before this place."
+        return {"passage": "A blank start", "topic": None, "position": None, "last words": None}
     passage = "A code block" if fenced else kind(text, opening)
-    about = topic(text, tail)
-    about = f" about {about}" if about else ""
-    return f'{passage}{about}. It ends {position(text, passage in CODE)}: "{tail}"'
+    found = {"passage": passage, "topic": topic(text, tail), "position": position(text, passage in CODE)}
+    return found | {"last words": tail}
 
 
 def last_words(text: str) -> str:
@@ -155,7 +214,7 @@ def topic(text: str, tail: str) -> str | None:
     weights, forms = {}, {}
     for match in WORD.finditer(text):
         word = match[0]
-        key = word.lower().rstrip("s") if len(word) > 4 else word.lower()
+        key = _stem(word)
         if word.lower() in STOP_WORDS or word.lower() in shown or match.end() == len(text):
             continue
         shape = 1.5 if "_" in word or word[1:].lower() != word[1:] else 1.0
@@ -163,6 +222,10 @@ def topic(text: str, tail: str) -> str | None:
         weights[key] = weights.get(key, 0.0) + recency * shape * min(len(word), 9)
         forms[key] = word
     return forms[min(weights, key=lambda key: (-weights[key], key))] if weights else None
+
+
+def _stem(word: str) -> str:
+    return word.lower().rstrip("s") if len(word) > 4 else word.lower()
 
 
 def kind(text: str, opening: bool) -> str:

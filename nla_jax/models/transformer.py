@@ -202,7 +202,12 @@ class Transformer(nn.Module):
         return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, c.dtype)
 
     def __call__(
-        self, parts: Streams, past: Sequence[KeyValues] = (), start: int | Index = 0, edit: Edit | None = None
+        self,
+        parts: Streams,
+        past: Sequence[KeyValues] = (),
+        start: int | Index = 0,
+        edit: Edit | None = None,
+        real: Bool[Array, "B T"] | None = None,
     ) -> tuple[Streams, list[KeyValues]]:
         """Runs all blocks over embeddings of positions `start …`, which follow the `past`.
 
@@ -212,37 +217,53 @@ class Transformer(nn.Module):
         read (on a mesh: gathered) once. `edit` must be a `jax.tree_util.Partial` of a function and its arrays.
 
         Returns for each part the residual stream after the last block (before the final norm), and the keys and values
-        that later calls read. Rows padded on the right need no mask: no position can read what follows it."""
+        that later calls read. Rows padded on the right need no mask: no position can read what follows it. `real`
+        marks what is no padding in the rows of a single part padded on the left."""
         lengths = [x.shape[1] for x in parts]
-        own = [causal_mask(length) for length in lengths]
+        own = [causal_mask(length) if real is None else causal_mask(length) & real[:, None] for length in lengths]
         positions = [start + sum(lengths[:i]) + jnp.arange(length) for i, length in enumerate(lengths)]
         context = self._context(past, start, own, positions, 0)
         (streams, _), kv = self._run((list(parts), None), past, context, edit)
         return streams, kv
 
     def decode(
-        self, x: Float[Array, "B 1 D"], past: Sequence[KeyValues], cache: KeyValues, start: int, index: Index
+        self,
+        x: Float[Array, "B 1 D"],
+        past: Sequence[KeyValues],
+        cache: KeyValues,
+        start: int,
+        index: Index,
+        real: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValues]:
         """One token, at position `start + index`: writes its keys and values to slot `index` of the cache
         (`empty_cache`), reads the `past` and the slots up to `index`. Returns the residual stream and the cache.
 
-        Parameters, past and cache may be those of `layers_apart`."""
+        Parameters, past and cache may be those of `layers_apart`. `real` marks what is no padding in a past of one
+        stretch (None: all of it)."""
         length = jax.tree.leaves(cache)[0].shape[-2]
         own = (jnp.arange(length) <= index)[None, None]
-        context = self._context(past, start, [own], [(start + index)[None]], index)
+        context = self._context(past, start, [own], [(start + index)[None]], index, real)
         ((x,), cache), _ = self._run(([x], cache), past, context, None)
         return x, cache
 
-    def _context(self, past: Sequence[KeyValues], start, own: list[Array], positions: list[Array], slot) -> Context:
-        """The context of parts at `positions [T]` from `start` on, each of which reads the past and the parts before it
-        whole, and of itself (or of the cache) what the mask `own [1, T or 1, S]` shows."""
+    def _context(
+        self,
+        past: Sequence[KeyValues],
+        start,
+        own: list[Array],
+        positions: list[Array],
+        slot,
+        real: Array | None = None,
+    ) -> Context:
+        """The context of parts at `positions [T]` from `start` on, each of which reads the past (of it what is `real`)
+        and the parts before it whole, and of itself (or of the cache) what the mask `own [1 or B, T or 1, S]` shows."""
         c, local = self.config, any(self.config.local)
         ropes = [c.rope, c.local_rope or c.rope] if local else [c.rope]
         tables = [jnp.stack([rope.tables(c.head_dim, at) for rope in ropes]) for at in positions]
         earlier = [jax.tree.leaves(kv)[0].shape[-2] for kv in past]
         lengths = [*earlier, *(mask.shape[-1] for mask in own)]
         starts = [start - sum(earlier) + sum(lengths[:j]) for j in range(len(lengths))]
-        whole = [jnp.ones((1, 1, length), bool) for length in lengths]
+        whole = [jnp.ones((1, 1, length), bool) for length in lengths] if real is None else [real[:, None]]
 
         def by_kind(mask, first, at):
             """A mask for global layers and, if the model has such, for local ones; `first`: the position of key 0."""

@@ -47,7 +47,7 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
         check_sources(sources)
     if "label" in stages:
-        make_labeller(config.label.labeller, config.label.settings)
+        make_labeller(config.label.labeller, config.label.settings, config.label.connection).ready()
     if {"sft", "rl", "evaluate"} & set(stages):
         check_injections(config)
         check_templates(config.prompts)

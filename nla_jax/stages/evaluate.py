@@ -86,7 +86,7 @@ class RunContext:
         """The texts of one condition, sampled once and kept on disk."""
         c = self.run.config.evaluate
         if name == "labels":
-            return self.column(LABEL)
+            return [label or "" for label in self.column(LABEL)]
         conditions = {
             "rl": ("pair", c.temperature, True),
             "warm": ("pair_warm", c.temperature, True),

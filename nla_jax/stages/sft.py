@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Int
 from nla_jax.autoencoder import PromptIds
 from nla_jax.data.activations import median_norm_and_variance
 from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
-from nla_jax.data.rows import LABEL, load_rows
+from nla_jax.data.rows import LABEL, Rows, load_rows
 from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import is_sealed, local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
@@ -61,21 +61,34 @@ def sft(run: Run) -> None:
         study = Study(run.config, run.mesh, pair.verbalizer, pair.reconstructor, pair.prompts.text_width(limit))
         result["injection_scale"] = sidecar.injection_scale
 
-        responses = map(pair.prompts.response_ids, av_rows.pieces(LABEL))
-        tokens, lengths, kept = fixed_width(responses, limit)
-        result["labels_too_long"] = say_dropped(len(av_rows) - len(kept), len(av_rows), limit)
+        there = labelled(av_rows, "av_sft")
+        tokens, lengths, kept = fixed_width(map(pair.prompts.response_ids, labels_of(av_rows)), limit)
+        result["labels_too_long"] = say_dropped(len(there) - len(kept), len(there), limit)
+        kept = there[kept]
         batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed)
         with Loop(run, "sft", "sft_av", c.av.steps, subject) as loop:
             av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
 
-        inputs = [pair.prompts.reconstructor_batch(labels, study.text_width) for labels in ar_rows.pieces(LABEL)]
+        there = labelled(ar_rows, "ar_sft")
+        inputs = [pair.prompts.reconstructor_batch(labels, study.text_width) for labels in labels_of(ar_rows)]
         tokens, lengths = map(np.concatenate, zip(*inputs))
-        every = np.arange(len(ar_rows))
-        batches = text_batches(tokens, lengths, ar_rows.vectors, every, c.ar.batch, run.config.seed)
+        batches = text_batches(tokens, lengths, ar_rows.vectors, there, c.ar.batch, run.config.seed)
         with Loop(run, "sft", "sft_ar", c.ar.steps, subject) as loop:
             ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base)
 
         save(run, dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar), "pair_warm")
+
+
+def labelled(rows: Rows, split: str) -> Int[np.ndarray, "n"]:
+    """The numbers of the rows that have a label. Raises `InputError` where none has."""
+    if not len(there := rows.labelled()):
+        raise InputError(f"None of the {len(rows)} rows of {split} has a label; label them by another labeller.")
+    return there
+
+
+def labels_of(rows: Rows) -> Iterator[list[str]]:
+    """The labels of the rows that have one, a shard at a time."""
+    return ([label for label in labels if label is not None] for labels in rows.pieces(LABEL))
 
 
 def say_dropped(dropped: int, count: int, limit: int) -> float:

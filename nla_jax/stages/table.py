@@ -30,7 +30,7 @@ STAGES = {
             needs="extract",
             reads=("label",),
             makes=("labels/*.parquet",),
-            leaves=("labels/*.parquet", "labels/partial/*.parquet"),
+            leaves=("labels/*.parquet", "labels/cache/*.jsonl"),
         ),
         Stage(
             name="sft",

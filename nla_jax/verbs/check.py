@@ -199,7 +199,8 @@ def sampled_labels(config: "Config", documents: "Sequence[Document]", count: int
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if text:
             rows.append(LabelRow(text, tokenizer.decode(ids[-1:]), len(ids) - 1, "", document.id))
-    return make_labeller(config.label.labeller, config.label.settings).label(rows)
+    labeller = make_labeller(config.label.labeller, config.label.settings, config.label.connection)
+    return [label for label in labeller.label(rows) if isinstance(label, str)]
 
 
 def lengths_of(responses: list[list[int]], limit: int) -> str:

@@ -1,0 +1,97 @@
+"""Labels from any server with OpenAI's chat completions: OpenAI itself, vLLM, SGLang, Ollama, llama.cpp."""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+from nla_jax.labels.asking import Asking, checked_url, read_answer
+from nla_jax.labels.labeller import Label, LabelRow, NoLabel
+from nla_jax.runtime.errors import InputError, first_line
+
+
+@dataclasses.dataclass
+class OpenAI(Asking):
+    """One request a text, several at a time. The key is `OPENAI_API_KEY` of the environment; a server named by
+    `base_url` may need none.
+
+    `request`: more fields of each request, as the server's documentation has them. `retries`, `timeout`: of the SDK,
+    which sends a request again after a broken connection, a timeout (seconds), 408, 409, 429 or 5xx: it waits as long
+    as the server's `retry-after` says (it gives up where that is more than two minutes), else 0.5 s, 1 s, … up to 8
+    s."""
+
+    base_url: str = ""
+    request: dict = dataclasses.field(default_factory=dict)
+    retries: int = 8
+    timeout: float = 120.0
+
+    batch: ClassVar[int] = 1
+    concurrency: ClassVar[int] = 16
+    connects: ClassVar[tuple[str, ...]] = ("base_url", "retries", "timeout")
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """The SDK's client. Raises `InputError` without its package or a key."""
+        try:
+            import openai
+        except ImportError:
+            raise InputError("This labeller needs OpenAI's package: pip install 'nla_jax[labels]'.") from None
+        make = functools.partial(
+            openai.OpenAI, base_url=checked_url(self.base_url), max_retries=self.retries, timeout=self.timeout
+        )
+        try:
+            return make()
+        except openai.OpenAIError as error:
+            if self.base_url:
+                return make(api_key="none")
+            raise InputError(
+                f"OpenAI needs a key ({first_line(error)}); set OPENAI_API_KEY in the environment, or "
+                f"label.connection.base_url for a server without one."
+            ) from None
+
+    def ready(self) -> None:
+        """Raises `InputError` without a key."""
+        _ = self.client
+
+    def ask(self, row: LabelRow) -> Label:
+        """The answer of the model. Raises `InputError` where the server gives none, after all retries."""
+        import openai
+
+        limit = {} if "max_tokens" in self.request else {"max_completion_tokens": self.max_tokens}
+        try:
+            found = self.client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": self.prompt(row)}],
+                extra_body=self.request,
+                **limit,
+            )
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return NoLabel("rejected", without_key(error, self.client), paid=False)
+        except openai.OpenAIError as error:
+            raise InputError(unanswered(error, self.client, row, "OPENAI_API_KEY")) from None
+        if not found.choices:
+            return NoLabel("empty")
+        choice = found.choices[0]
+        if choice.finish_reason == "content_filter" or choice.message.refusal:
+            return NoLabel("refused", choice.message.refusal or "content filter")
+        return NoLabel("cut") if choice.finish_reason == "length" else read_answer(choice.message.content)
+
+
+# What the SDKs of OpenAI and Anthropic, which are made alike, say when they fail
+
+
+def without_key(error: Exception, client: Any) -> str:
+    """What an SDK's error says, which may quote the key."""
+    said = first_line(error)
+    for key in (client.api_key, getattr(client, "auth_token", None)):
+        said = said.replace(key, "…") if key and len(key) > 7 else said
+    return said
+
+
+def unanswered(error: Exception, client: Any, row: LabelRow, variable: str) -> str:
+    """A sentence for an SDK's error; `variable` holds the key."""
+    cure = {
+        401: f"check {variable} in the environment",
+        403: f"check what the key in {variable} may use",
+        404: "check label.settings.model and label.connection.base_url",
+    }.get(getattr(error, "status_code", None), "what is answered is kept, and the same command asks for the rest")
+    return f"{client.base_url} gives no answer for token {row.position} of {row.doc_id!r} ({without_key(error, client)}); {cure}."
