@@ -154,6 +154,13 @@ def test_as_many_requests_at_a_time_as_asked_for(server, workdir):
 
 
 @pytest.mark.parametrize("kind", API)
+def test_an_answer_that_comes_too_late_is_asked_for_again(kind, server, workdir):
+    server.replies[TEXTS[4]] = ["slow"]
+    assert nla_label(workdir, *flags(kind, server, label__connection__timeout=0.15)) == 0
+    assert labels(workdir) == [wanted(text) for text in TEXTS] and server.asked[TEXTS[4]] == 2
+
+
+@pytest.mark.parametrize("kind", API)
 def test_an_error_at_one_text_loses_none_of_the_others(kind, server, workdir, capsys):
     """The error names the text and hides the key; the same command asks for that text alone."""
     server.replies[TEXTS[6]] = [403]
