@@ -228,6 +228,17 @@ def test_results_of_a_batch(server, workdir, capsys):
     assert max(server.answered.values()) == 1
 
 
+def test_a_text_is_handed_in_as_often_as_allowed(server, workdir, capsys):
+    server.results[TEXTS[4]] = ["faulty", "expired"]
+    once = {"label__connection__retries": 0, "label__concurrency": 1}
+    assert nla_label(workdir, *flags("batch", server, **once)) == 1
+    assert "1 texts have no answer after 1 batches; the same command" in capsys.readouterr().err
+    assert nla_label(workdir, *flags("batch", server, **once)) == 1
+    assert nla_label(workdir, *flags("batch", server, **once)) == 0
+    assert labels(workdir) == [wanted(text) for text in TEXTS]
+    assert server.asked == dict.fromkeys(TEXTS, 1) | {TEXTS[4]: 3} and max(server.answered.values()) == 1
+
+
 def test_a_batch_that_was_canceled_stops_the_run(server, workdir, capsys):
     """What it answered before is not asked again by the next run."""
     server.results[TEXTS[1]] = ["canceled"]

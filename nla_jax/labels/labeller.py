@@ -14,7 +14,7 @@ read from these attributes, all of which it may leave out:
 
     batch = 256       # rows that `label` is given at a time, unless `label.batch` says it
     concurrency = 1   # calls of `label` at a time, each in a thread, unless `label.concurrency` says it
-    reads = ("text",) # fields of a row on which its label depends: rows that agree in them share one label (default: all)
+    reads = ("text",) # fields of a row on which its label depends (default: all): rows that agree in them share one
     version = "2"     # changes whenever the same settings would give other labels
     connects = ()     # fields of a dataclass that say how a model is reached, not what it answers
 
@@ -22,6 +22,11 @@ read from these attributes, all of which it may leave out:
     def work_in(self, folder): ... # a folder of its own in the working folder, which outlives a kill
     def prompt(self, row): ...     # the text that it sends for a row, and `max_tokens`, the longest answer:
                                    # what `nla label --dry-run` counts
+
+A labeller that writes by a formula may also read what is written so, and check it against a row:
+
+    def claims(self, text): ...    # -> list[Claim]
+    def true(self, claim, row): ...  # -> bool
 """
 
 import dataclasses
@@ -30,7 +35,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from nla_jax.data.rows import TEXT
 from nla_jax.io.files import AnyPath
@@ -68,6 +73,13 @@ class NoLabel:
 
 
 Label = str | NoLabel
+
+
+class Claim(NamedTuple):
+    """One thing that a text says of an activation's text: of what kind, and what."""
+
+    kind: str
+    value: str
 
 
 @runtime_checkable
