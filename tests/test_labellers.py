@@ -338,9 +338,11 @@ def test_wrong_settings_are_one_sentence(case, monkeypatch):
 def test_a_server_of_ones_own_needs_no_key(server, monkeypatch):
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.delenv(name)
-    for kind, base in (("openai", f"{server.url}/v1"), ("anthropic", server.url)):
+    bases = {"openai": f"{server.url}/v1", "anthropic": server.url, "batch": server.url}
+    for kind, base in bases.items():  # without a folder, as in `nla check`, no batch is handed in
         labeller = make_labeller(LABELLERS[kind], {"model": "m"}, {"base_url": base})
         assert labeller.label([LabelRow(TEXTS[0], "north", 7, "", "doc")]) == [wanted(TEXTS[0])]
+    assert not server.batches
 
 
 # Labels made elsewhere
