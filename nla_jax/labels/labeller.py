@@ -147,15 +147,14 @@ class CheckedLabeller:
         return {"labeller": self.function.path, "settings": self.settings, "version": version, "nla_jax": VERSION}
 
     @functools.cached_property
-    def _digest(self) -> bytes:
+    def _identity(self) -> bytes:
         made_by = {name: fact for name, fact in self.facts.items() if name != "nla_jax"}
-        return _hash(made_by | {"reads": self.reads}).digest()
+        return _digest(made_by | {"reads": self.reads})
 
     def key(self, row: LabelRow) -> str:
         """A hash of the labeller and of what it reads of a row: equal keys have equal labels."""
-        return hashlib.blake2b(
-            _hash([getattr(row, name) for name in self.reads]).digest(), key=self._digest, digest_size=16
-        ).hexdigest()
+        read = _digest([getattr(row, name) for name in self.reads])
+        return hashlib.blake2b(read, key=self._identity, digest_size=16).hexdigest()
 
     def ready(self) -> None:
         """Raises `InputError` where the labeller says that it could not work."""
@@ -180,9 +179,8 @@ class CheckedLabeller:
         return getattr(self.labeller, "max_tokens", None)
 
 
-def _hash(content: Any) -> "hashlib.blake2b":
-    text = json.dumps(content, sort_keys=True, default=repr)
-    return hashlib.blake2b(text.encode(), digest_size=32)
+def _digest(content: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=repr).encode(), digest_size=32).digest()
 
 
 def make_labeller(path: str, settings: dict, connection: dict | None = None) -> CheckedLabeller:
