@@ -69,6 +69,7 @@ QUICKSTART = {
         "shard_documents": 500,
         "source": {"av_sft": "", "ar_sft": "", "rl": "", "heldout": ""},
     },
+    # Who writes the warm start's explanations: docs/labels.md lists models, servers and files that may.
     "label": {"labeller": "nla_jax.labels.extractive:Extractive", "splits": ("av_sft", "ar_sft", "heldout")},
     "prompts": {
         "verbalizer_template": "Explain this activation: {injection_char}",

@@ -212,8 +212,8 @@ def respond(
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """The decode loop: `limit` tokens at most, the first at position `start`; `real [B, start]` marks what is no padding
-    in the prompts (None: all of it)."""
+    """The decode loop: `limit` tokens at most, the first at position `start`; `real [B, start]` marks what is no
+    padding in the prompts (None: all of it)."""
 
     model: Transformer
     end: int

@@ -20,9 +20,9 @@ def wanted(text: str) -> str:
 class FakeLLM:
     """`replies[text]`: what happens to the first, second, … request about a text; afterwards it is answered.
 
-    "ok", "slow", "refused", "filtered", "cut", "tagged", "blank", "broken", or a status code. `asked` counts the requests about a
-    text, `answered` those that cost money. Of batches: `results[text]` likewise ("ok", "refused", "cut", "invalid", "faulty", "expired",
-    "canceled"), and a batch has ended after it was looked at `looks` times."""
+    "ok", "slow", "refused", "filtered", "cut", "tagged", "blank", "broken", or a status code. `asked` counts the
+    requests about a text, `answered` those that cost money. Of batches: `results[text]` likewise ("ok", "refused",
+    "cut", "invalid", "faulty", "expired", "canceled"), and a batch has ended after it was looked at `looks` times."""
 
     def __init__(self):
         self.replies, self.results = collections.defaultdict(list), collections.defaultdict(list)

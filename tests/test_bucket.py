@@ -13,6 +13,8 @@ import nla_jax.study
 from nla_jax.cli import main
 from nla_jax.data.rows import load_rows
 from nla_jax.io.files import local, path_to, replacing, stand_in
+from nla_jax.labels.cache import Cache
+from nla_jax.labels.labeller import NoLabel
 from nla_jax.pair import load_pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
@@ -94,6 +96,24 @@ def test_metrics_reach_the_bucket_before_each_checkpoint(store, tmp_path):
     again.close()
     assert [record["step"] for record in read_metrics(again.path)] == [1, 2, 3, 4]
     assert any(name.startswith("metrics/tensorboard/events") for name in store.objects)
+
+
+def test_answers_of_labellers_reach_the_bucket(store, monkeypatch):
+    """All of them when the cache is closed, and before that once a minute."""
+    folder = path_to("gs://bucket/labelled/cache")
+    cache = Cache(folder)
+    cache.add({"a": "One", "b": NoLabel("cut")})
+    assert not Cache(folder).answers
+    monkeypatch.setattr("nla_jax.labels.cache.UPLOAD_SECONDS", 0)
+    cache.add({"c": "Three"})
+    assert Cache(folder).answers == {"a": "One", "b": NoLabel("cut"), "c": "Three"}
+    cache.add({"d": "Four"})
+    cache.close()
+    second = Cache(folder)
+    second.add({"e": "Five"})
+    second.close()
+    assert Cache(folder).answers.keys() == set("abcde")
+    assert sorted(file.name for file in folder.glob("*.jsonl")) == ["00000-00000.jsonl", "00000-00001.jsonl"]
 
 
 def test_a_pair_is_saved_and_loaded(store, pair, vectors, tmp_path):

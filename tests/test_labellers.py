@@ -152,6 +152,13 @@ def test_as_many_requests_at_a_time_as_asked_for(server, workdir):
 
 
 @pytest.mark.parametrize("kind", API)
+def test_an_answer_that_comes_too_late_is_asked_for_again(kind, server, workdir):
+    server.replies[TEXTS[4]] = ["slow"]
+    assert nla_label(workdir, *flags(kind, server, label__connection__timeout=0.15)) == 0
+    assert labels(workdir) == [wanted(text) for text in TEXTS] and server.asked[TEXTS[4]] == 2
+
+
+@pytest.mark.parametrize("kind", API)
 def test_an_error_at_one_text_loses_none_of_the_others(kind, server, workdir, capsys):
     """The error names the text and hides the key; the same command asks for that text alone."""
     server.replies[TEXTS[6]] = [403]
@@ -217,6 +224,17 @@ def test_results_of_a_batch(server, workdir, capsys):
     assert labels(workdir) == [*expected[:3], None, None, None, *expected[6:]]
     assert [server.asked[text] for text in TEXTS] == [2, 3, 1, 1, 1, 1, 1, 1]
     assert max(server.answered.values()) == 1
+
+
+def test_a_text_is_handed_in_as_often_as_allowed(server, workdir, capsys):
+    server.results[TEXTS[4]] = ["faulty", "expired"]
+    once = {"label__connection__retries": 0, "label__concurrency": 1}
+    assert nla_label(workdir, *flags("batch", server, **once)) == 1
+    assert "1 texts have no answer after 1 batches; the same command" in capsys.readouterr().err
+    assert nla_label(workdir, *flags("batch", server, **once)) == 1
+    assert nla_label(workdir, *flags("batch", server, **once)) == 0
+    assert labels(workdir) == [wanted(text) for text in TEXTS]
+    assert server.asked == dict.fromkeys(TEXTS, 1) | {TEXTS[4]: 3} and max(server.answered.values()) == 1
 
 
 def test_a_batch_that_was_canceled_stops_the_run(server, workdir, capsys):
@@ -318,9 +336,11 @@ def test_wrong_settings_are_one_sentence(case, monkeypatch):
 def test_a_server_of_ones_own_needs_no_key(server, monkeypatch):
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.delenv(name)
-    for kind, base in (("openai", f"{server.url}/v1"), ("anthropic", server.url)):
+    bases = {"openai": f"{server.url}/v1", "anthropic": server.url, "batch": server.url}
+    for kind, base in bases.items():  # without a folder, as in `nla check`, no batch is handed in
         labeller = make_labeller(LABELLERS[kind], {"model": "m"}, {"base_url": base})
         assert labeller.label([LabelRow(TEXTS[0], "north", 7, "", "doc")]) == [wanted(TEXTS[0])]
+    assert not server.batches
 
 
 # Labels made elsewhere

@@ -7,8 +7,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from nla_jax.labels.extractive import WINDOW, Claim, Extractive
-from nla_jax.labels.labeller import LabelRow
+from nla_jax.labels.extractive import WINDOW, Extractive
+from nla_jax.labels.labeller import Claim, LabelRow
 
 
 def label(texts):

@@ -66,16 +66,17 @@ class Anthropic(Asking):
         import anthropic
 
         try:
-            return read_message(self.client.messages.create(**self._split(self.message(self.prompt(row)))))
+            return read_message(self.client.messages.create(**_for_sdk(self.message(self.prompt(row)))))
         except (anthropic.BadRequestError, anthropic.UnprocessableEntityError) as error:
             return NoLabel("rejected", without_key(error, self.client), paid=False)
         except anthropic.AnthropicError as error:
             raise InputError(unanswered(error, self.client, row, KEY)) from None
 
-    def _split(self, message: dict) -> dict:
-        """A request with the fields that the SDK may not know, or knows no more, in `extra_body`."""
-        known = {name: message[name] for name in ("model", "max_tokens", "messages")}
-        return known | {"extra_body": {name: value for name, value in message.items() if name not in known}}
+
+def _for_sdk(message: dict) -> dict:
+    """A request as arguments of the SDK: fields that it may not know, or knows no more, in `extra_body`."""
+    known = {name: message[name] for name in ("model", "max_tokens", "messages")}
+    return known | {"extra_body": {name: value for name, value in message.items() if name not in known}}
 
 
 def read_message(message: Any) -> Label:
@@ -124,23 +125,25 @@ class AnthropicBatch(Anthropic):
         return [answers[id] for id in ids]
 
     def _answers(self, wanted: dict[str, dict]) -> dict[str, Label]:
+        """The answers to requests by their ids, from batches of an earlier run and from new ones."""
         answers: dict[str, Label] = {}
         for batch, ids in self._handed_in():
             if not wanted.keys().isdisjoint(ids):
                 answers |= self._collect(batch, ids, resumed=True)
-        for _ in range(self.retries + 1):
-            missing = [id for id in wanted if id not in answers]
-            if not missing:
-                return answers
+        rounds = 0
+        while missing := [id for id in wanted if id not in answers]:
+            if rounds > self.retries:
+                raise InputError(
+                    f"{len(missing)} texts have no answer after {rounds} batches; the same command hands them in again."
+                )
             requests = [{"custom_id": id, "params": wanted[id]} for id in missing]
             batch = self.client.messages.batches.create(requests=requests).id
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.folder / f"{batch}.json") as scratch:
                 scratch.write_text(json.dumps(missing) + "\n")
             answers |= self._collect(batch, missing)
-        raise InputError(
-            f"{len(missing)} texts have no answer after {self.retries + 1} batches; the same command hands them in again."
-        )
+            rounds += 1
+        return answers
 
     def _handed_in(self) -> list[tuple[str, list[str]]]:
         """The batches of this run with the ids of their requests."""

@@ -12,16 +12,16 @@ from nla_jax.runtime.user_input import whole_number
 
 # The paper's warm start asks for two or three features of the text up to the token, the last about the token itself.
 INSTRUCTION = """\
-A language model has read the beginning of a document, which stands below in <text> tags. It ends in the middle, at the \
-token {token}. Describe what the model has to know there to predict what comes next.
+A language model has read the beginning of a document, which stands below in <text> tags. It ends in the middle, at \
+the token {token}. Describe what the model has to know there to predict what comes next.
 
-Write two or three features, the most important one first, each in a paragraph of one or two sentences: what kind of text \
-this is, what it is about, and what is going on at its end. The last feature is about the final token itself: its part in \
-its word, phrase or structure, and what is likely to follow. Quote a few words from the end of the text where they say more \
-than a description. Name what is there; do not guess at what is not.
+Write two or three features, the most important one first, each in a paragraph of one or two sentences: what kind of \
+text this is, what it is about, and what is going on at its end. The last feature is about the final token itself: its \
+part in its word, phrase or structure, and what is likely to follow. Quote a few words from the end of the text where \
+they say more than a description. Name what is there; do not guess at what is not.
 
-Write 80 to 100 words in all, as plain text, without headings, lists, tags, or a sentence before or after. Do not mention \
-that the text is cut, or this task.
+Write 80 to 100 words in all, as plain text, without headings, lists, tags, or a sentence before or after. Do not \
+mention that the text is cut, or this task.
 
 <text>
 {text}
@@ -75,7 +75,9 @@ def read_answer(text: str | None) -> Label:
 
 
 def checked_url(url: Any) -> str | None:
-    """The address of a server; None for "", the one that the SDK knows. Raises `InputError` where a key is part of it."""
+    """The address of a server; None for "", the one that the SDK knows.
+
+    Raises `InputError` where it is no address, or holds a password."""
     if url == "":
         return None
     if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s@]+", url):

@@ -1,4 +1,4 @@
-"""What labellers have answered, kept by the content of what they were asked: no text is asked for, or paid for, twice."""
+"""What labellers have answered, by the content of what they were asked: no text is asked for, or paid for, twice."""
 
 import json
 import tempfile

@@ -7,8 +7,8 @@ An activation holds mostly the last words, the topic and what may come next, so 
 The last words stand last: the reconstructor, which reads at its last token and starts as the subject itself, then sees
 them much as the subject did (held-out FVE 0.64 after 300 steps, against 0.40 with the same words in front).
 
-No model and no network: a run needs no API key, and a small verbalizer can learn to write such labels. What is written by
-a formula can be read by it, and checked against the text: `claims` and `true`.
+No model and no network: a run needs no API key, and a small verbalizer can learn to write such labels. What is written
+by a formula can be read by it, and checked against the text: `claims` and `true`.
 """
 
 import re
@@ -159,7 +159,7 @@ class Extractive:
     def claims(self, text: str) -> list[Claim]:
         """What a text says that is written as labels are: by this labeller, or by a verbalizer that learned from it.
 
-        What it cannot read it leaves out."""
+        Kinds: passage, topic, position, last words. What it cannot read it leaves out."""
         return [Claim(name, found[1]) for name, pattern in CLAIMS.items() if (found := pattern.search(text))]
 
     def true(self, claim: Claim, row: LabelRow) -> bool:

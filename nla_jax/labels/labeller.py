@@ -14,7 +14,7 @@ read from these attributes, all of which it may leave out:
 
     batch = 256       # rows that `label` is given at a time, unless `label.batch` says it
     concurrency = 1   # calls of `label` at a time, each in a thread, unless `label.concurrency` says it
-    reads = ("text",) # fields of a row on which its label depends: rows that agree in them share one label (default: all)
+    reads = ("text",) # fields of a row on which its label depends (default: all): rows that agree in them share one
     version = "2"     # changes whenever the same settings would give other labels
     connects = ()     # fields of a dataclass that say how a model is reached, not what it answers
 
@@ -22,6 +22,11 @@ read from these attributes, all of which it may leave out:
     def work_in(self, folder): ... # a folder of its own in the working folder, which outlives a kill
     def prompt(self, row): ...     # the text that it sends for a row, and `max_tokens`, the longest answer:
                                    # what `nla label --dry-run` counts
+
+A labeller that writes by a formula may also read what is written so, and check it against a row:
+
+    def claims(self, text): ...    # -> list[Claim]
+    def true(self, claim, row): ...  # -> bool
 """
 
 import dataclasses
@@ -77,6 +82,13 @@ class NoLabel:
 
 
 Label = str | NoLabel
+
+
+class Claim(NamedTuple):
+    """One thing that a text says of an activation's text: of what kind, and what."""
+
+    kind: str
+    value: str
 
 
 @runtime_checkable
@@ -144,15 +156,14 @@ class CheckedLabeller:
         return {"labeller": self.function.path, "settings": self.settings, "version": version, "nla_jax": VERSION}
 
     @functools.cached_property
-    def _digest(self) -> bytes:
+    def _identity(self) -> bytes:
         made_by = {name: fact for name, fact in self.facts.items() if name != "nla_jax"}
-        return _hash(made_by | {"reads": self.reads}).digest()
+        return _digest(made_by | {"reads": self.reads})
 
     def key(self, row: LabelRow) -> str:
         """A hash of the labeller and of what it reads of a row: equal keys have equal labels."""
-        return hashlib.blake2b(
-            _hash([getattr(row, name) for name in self.reads]).digest(), key=self._digest, digest_size=16
-        ).hexdigest()
+        read = _digest([getattr(row, name) for name in self.reads])
+        return hashlib.blake2b(read, key=self._identity, digest_size=16).hexdigest()
 
     def ready(self) -> None:
         """Raises `InputError` where the labeller says that it could not work."""
@@ -177,9 +188,8 @@ class CheckedLabeller:
         return getattr(self.labeller, "max_tokens", None)
 
 
-def _hash(content: Any) -> "hashlib.blake2b":
-    text = json.dumps(content, sort_keys=True, default=repr)
-    return hashlib.blake2b(text.encode(), digest_size=32)
+def _digest(content: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=repr).encode(), digest_size=32).digest()
 
 
 def make_labeller(path: str, settings: dict, connection: dict | None = None) -> CheckedLabeller:

@@ -40,12 +40,12 @@ class OpenAI(Asking):
         )
         try:
             return make()
-        except openai.OpenAIError as error:
+        except openai.OpenAIError:
             if self.base_url:
                 return make(api_key="none")
             raise InputError(
-                f"OpenAI needs a key ({first_line(error)}); set OPENAI_API_KEY in the environment, or "
-                f"label.connection.base_url for a server without one."
+                "OpenAI needs a key; set OPENAI_API_KEY in the environment, or label.connection.base_url for a server "
+                "without one."
             ) from None
 
     def ready(self) -> None:
