@@ -48,6 +48,11 @@ def enable_compile_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long too
 
 
+def optimize(wanted: bool) -> None:
+    """Whether XLA optimizes the programs that this process compiles from now on."""
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+
+
 def take_gpus_whole() -> None:
     """Lets JAX take 95 % of a GPU's memory instead of three quarters, unless the user has set a share."""
     names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the second is the older name
