@@ -339,7 +339,10 @@ def test_damage_to_a_pair_is_found_before_it_is_copied(finished, tmp_path, capsy
         assert f"{ar}/model.safetensors is damaged: its bytes are not those that were written" in one_line(capsys)
     flip(ar / "model.safetensors", -3)
     changed(av / "config.json")
-    flip(av / "nla_meta.yaml", (av / "nla_meta.yaml").read_bytes().index(b"injection_scale: ") + len("injection_scale: 0."))
+    flip(
+        av / "nla_meta.yaml",
+        (av / "nla_meta.yaml").read_bytes().index(b"injection_scale: ") + len("injection_scale: 0."),
+    )
     main([*commands[0], "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
     for name in ("config.json", "nla_meta.yaml"):
