@@ -117,8 +117,9 @@ QUICKSTART = {
     "plan": {"prefix": 11, "suffix": 2, "text_prefix": 1, "text": 4},
 }
 SUBJECT = {"pretrain": {"init_from": "", "steps": 1200}}
-TINY = {  # the compiler takes most of its time: no rematerialisation, no KL, the headline's probes alone
-    "compute": {"remat": ""},
+TINY = {  # the compiler takes most of its time: few programs (no rematerialisation, no KL, the headline's probes, RL's
+    # held-out texts by the evaluation's program), and none is optimized
+    "compute": {"remat": "", "optimize": False},
     "corpus": {"source": "nla_jax.quickstart.topics:documents"},
     "split": {"av_sft": 0.5, "ar_sft": 0.2, "rl": 0.15, "heldout": 0.15},
     "subject": {"layer": 1},
@@ -132,7 +133,8 @@ TINY = {  # the compiler takes most of its time: no rematerialisation, no KL, th
         "rollout_chunks": 1,
         "kl_coefficient": 0.0,
         "heldout_every": 4,
-        "heldout_rows": 32,
+        "heldout_rows": 64,
+        "heldout_temperature": 0.0,
     },
     "evaluate": {
         "rows": 64,

@@ -71,6 +71,11 @@ class Compute(Section):
         choices=("", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"),
     )
     attention: str = setting("xla", "the attention kernel", choices=("xla", "cudnn", "splash"), free=True)
+    optimize: bool = setting(
+        True,
+        "whether XLA optimizes programs; False compiles them several times faster, and they run slower: for tiny runs",
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -350,10 +350,9 @@ def load_pair(
     that is trained is float32.
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
-    mesh = usable_mesh(mesh)
     of_class("conventions", conventions, Conventions)
     of_class("training", Training() if training is None else training, Training)
-    av, ar = pair_folders(av, ar)
+    mesh, (av, ar) = usable_mesh(mesh), pair_folders(av, ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
     sidecar = sidecar.settled(conventions, av)
     adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}

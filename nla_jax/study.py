@@ -127,7 +127,7 @@ class Study:
     @functools.cached_property
     def joint_program(self) -> Callable[[TrainState, Frozen, JointBatch], tuple[TrainState, dict, dict]]:
         """The compiled joint step; the state that it is given is consumed."""
-        return jit_step(self.joint, self.mesh)
+        return jit_step(self.joint, self.mesh, self.config.compute.optimize)
 
     @functools.cached_property
     def boxed(self) -> tuple[dict, dict]:
@@ -280,7 +280,7 @@ class Study:
         state = placed(self.mesh, jax.eval_shape(step.init, own))
         return Program(
             self.mesh,
-            jit_step(step, self.mesh),
+            jit_step(step, self.mesh, self.config.compute.optimize),
             (state, batch, base),
             samples=n,
             runs=settings.steps,

@@ -8,22 +8,28 @@ silence, no changed file outside the working folder. A draw is a function of see
 """
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+
+import jax
 
 from nla_jax.cli import load_config
 from nla_jax.config import settings
@@ -31,14 +37,21 @@ from nla_jax.stages.table import STAGES
 from tests.xla_flags import known_flags
 
 ROOT = Path(__file__).parent.parent
+PROBES = ("after_rl", "warm_start", "gold", "empty", "extraction")
 CONFIG = f"{ROOT / 'tests/study.py'}:tiny"
 FAST = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
 )
-SECONDS = 60  # beyond what the undisturbed run takes: a command that goes on is taken to hang
+LIGHT = (  # few programs, as each takes long to trace
+    "--config.compute.remat=",
+    "--config.rl.kl_coefficient=0",
+    f"--config.evaluate.probes={tuple(f'nla_jax.probes.fidelity:{name}' for name in PROBES)!r}",
+)
+SECONDS = 240  # beyond what the undisturbed run takes: a command that goes on is taken to hang
 VALUES = (-1, 0, 1, 2, 3, 7, 10**9, -0.5, 0.3, 1.5, "nan", "inf", "", "x", "nowhere:f", "../x", "()", "None", "True")
+MODULES = ("nla_jax.verbs.stages", "nla_jax.verbs.check", "nla_jax.tools.topology", "tests.campaign_api")
 FIGURES = ("fve_rl", "fve_warm", "fve_empty", "fve_gold_text", "extraction_rate", "subject_loss", "injection_scale")
 
 
@@ -77,43 +90,32 @@ class Place:
         self, *arguments: str, prepare: Callable | None = None, stop: tuple | None = None, module: str = "nla_jax.cli"
     ) -> "Outcome":
         """Runs `nla` as a user does, in a process of its own; `stop`: (seconds, signal)."""
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": fast(),
-            "HF_HUB_OFFLINE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        command, start = [sys.executable, "-m", module, *arguments], time.monotonic()
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(
-            command, env=environment, cwd=self.folder / "here", preexec_fn=prepare, text=True, errors="replace", **pipes
-        )
-        if stop:
-            try:
-                process.wait(stop[0])
-            except subprocess.TimeoutExpired:
-                process.send_signal(stop[1])
-        limit = self.seconds + SECONDS if self.seconds else 3600
-        try:
-            out, err = process.communicate(timeout=limit)
-            hangs = False
-        except subprocess.TimeoutExpired:
-            process.kill()
-            (out, err), hangs = process.communicate(), True
-        return Outcome(arguments, process.returncode, out, err, time.monotonic() - start, hangs)
+        (self.folder / "here").mkdir(exist_ok=True)
+        start, names = time.monotonic(), [str(self.folder / name) for name in ("out", "err")]
+        child = Child(functools.partial(self.command, arguments, module, prepare), names)
+        if stop and child.wait(stop[0]) is None:
+            os.kill(child.pid, stop[1])
+        status = child.wait(self.seconds + SECONDS if self.seconds else 3600)
+        hangs = status is None
+        if hangs:
+            os.kill(child.pid, signal.SIGKILL)
+            status = child.wait(SECONDS)
+        out, err = (Path(name).read_text(errors="replace") for name in names)
+        return Outcome(arguments, status, out, err, time.monotonic() - start, hangs)
+
+    def command(self, arguments: tuple[str, ...], module: str, prepare: Callable | None) -> int:
+        """What a child does: `main` of a module, as if Python had been started for it."""
+        os.chdir(self.folder / "here")
+        jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        if prepare:
+            prepare()
+        return importlib.import_module(module).main(list(arguments))
 
     def study(self, verb: str, workdir: Path, *overrides: str, **how) -> "Outcome":
         """A verb of the campaign's study."""
-        flags = (
-            "--config",
-            CONFIG,
-            "--workdir",
-            str(workdir),
-            f"--config.corpus.source={self.folder / 'topics.jsonl'}",
-        )
-        return self.run(verb, *flags, *overrides, **how)
+        corpus = f"--config.corpus.source={self.folder / 'topics.jsonl'}"
+        return self.run(verb, "--config", CONFIG, "--workdir", str(workdir), corpus, *LIGHT, *overrides, **how)
 
     def outside(self) -> str:
         """A hash of all that no command may change."""
@@ -121,6 +123,47 @@ class Place:
         for file in sorted([*(self.folder / "here").rglob("*"), *self.whole.rglob("*")]):
             digest.update(str(file).encode() + (file.read_bytes() if file.is_file() else b""))
         return digest.hexdigest()
+
+
+class Child:
+    """A forked process, which needs no seconds for imports. Its output goes to two files.
+
+    No program has run in the parent: JAX and its threads begin in the child."""
+
+    def __init__(self, run: Callable[[], int], names: list[str]):
+        sys.stdout.flush()
+        self.pid, self.status = os.fork(), None
+        if self.pid:
+            return
+        status = 1
+        try:
+            for number, name in zip((0, 1, 2), (os.devnull, *names)):
+                os.dup2(
+                    os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number
+                )
+            status = run()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                threading._shutdown()
+                atexit._run_exitfuncs()
+                sys.stdout.flush()
+            os._exit(status)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status (minus the signal that ended it); None where it is still running after so long."""
+        end = time.monotonic() + seconds
+        while self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        return self.status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,26 +296,37 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="the number of one draw, from 0")
     parser.add_argument("--kind", choices=[kind.__name__ for kind in KINDS], help="only draws of this kind")
     asked = parser.parse_args()
+    os.environ |= {"XLA_FLAGS": fast(), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    jax.config.update("jax_platforms", "cpu")
+    for module in (*{stage.run.partition(":")[0] for stage in STAGES.values()}, *MODULES):
+        importlib.import_module(module)
+    scratch = tempfile.mkdtemp()  # no `TemporaryDirectory`, which a forked process would remove at its end
+    try:
+        return int(drawn(Path(scratch), asked) > 0)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def drawn(folder: Path, asked: argparse.Namespace) -> int:
+    """Makes the draws that are asked for, and prints each; returns how many break the rule."""
     kinds = [kind for kind in KINDS if asked.kind in (None, kind.__name__)]
-    with tempfile.TemporaryDirectory() as scratch:
-        place, broken = prepared(Path(scratch)), 0
-        before = place.outside()
-        for i in range(asked.draws) if asked.only is None else [asked.only]:
-            rng = random.Random(f"{asked.seed}-{i}")
-            done, wrong = rng.choice(kinds)(place, rng)
-            if not wrong and place.outside() != before:
-                wrong = "a file outside the working folder has changed"
-            broken += bool(wrong)
-            print(f"{'WRONG' if wrong else 'right'} {i}: {done}{f' :: {wrong}' if wrong else ''}", flush=True)
-            if wrong:
-                before = place.outside()
-    print(f"{broken} of {asked.draws if asked.only is None else 1} draws break the rule")
-    return int(broken > 0)
+    place, broken, start = prepared(folder), 0, time.monotonic()
+    before, numbers = place.outside(), range(asked.draws) if asked.only is None else [asked.only]
+    for i in numbers:
+        rng = random.Random(f"{asked.seed}-{i}")
+        done, wrong = rng.choice(kinds)(place, rng)
+        if not wrong and place.outside() != before:
+            wrong = "a file outside the working folder has changed"
+        broken += bool(wrong)
+        print(f"{'WRONG' if wrong else 'right'} {i}: {done}{f' :: {wrong}' if wrong else ''}", flush=True)
+        if wrong:
+            before = place.outside()
+    print(f"{broken} of {len(numbers)} draws break the rule, in {time.monotonic() - start:.0f} s")
+    return broken
 
 
 def prepared(folder: Path) -> Place:
     """The undisturbed run, made twice: the second time its programs are compiled, which is what later draws meet."""
-    (folder / "here").mkdir()
     chosen = [(name, text[:1500]) for name, text in sorted(topics.items()) if len(text) > 800][:40]
     lines = [json.dumps({"id": name, "text": text}) + "\n" for name, text in chosen]
     (folder / "topics.jsonl").write_text("".join(lines))

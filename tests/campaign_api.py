@@ -353,14 +353,14 @@ def equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Makes the calls of one draw; prints each as a JSON line `[done, wrong]`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("pair", "subject", "scratch"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--draw", required=True, help="the seed of its random choices")
     parser.add_argument("--calls", type=int, default=60)
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     calls, rng = Calls(asked.pair, asked.subject, asked.scratch), random.Random(asked.draw)
 

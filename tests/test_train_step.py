@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY, close, joint_batch, random_params
 from test_transformer import full_states
 
+from nla_jax.cli import load_config
 from nla_jax.fve import mse, normalise
 from nla_jax.joint_step import (
     Frozen,
@@ -22,7 +23,7 @@ from nla_jax.joint_step import (
 from nla_jax.losses import TokenLoss
 from nla_jax.models.transformer import Transformer
 from nla_jax.objective import Scored, adamw, group_normalised, negative_log_mse, negative_mse
-from nla_jax.runtime.compiler import COMPILER_OPTIONS, compilations, compiler_knows
+from nla_jax.runtime.compiler import COMPILER_OPTIONS, UNOPTIMIZED, compilations, compiler_knows, jit_step
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout
 from nla_jax.study import make_optimizer
@@ -370,7 +371,17 @@ def test_reconstructor_reads_the_last_real_token(reconstructor, pair, batch):
 
 def test_a_compiler_without_the_option_does_without_it():
     mesh = mesh_over(jax.devices()[:1], (1, 1, 1))
-    for options in COMPILER_OPTIONS.values():  # all compilers read the same list of options
+    for options in [*COMPILER_OPTIONS.values(), *UNOPTIMIZED.values()]:  # all compilers read the same list of options
         assert compiler_knows(options, mesh), "its gain is lost where its name has changed"
     assert not compiler_knows({"xla_cpu_no_such_option": "1"}, mesh)
     assert not compiler_knows(dict.fromkeys(COMPILER_OPTIONS["cpu"], "NO_SUCH_VALUE"), mesh)
+
+
+def test_a_program_that_is_not_optimized_computes_the_same():
+    mesh = mesh_over(jax.devices()[:1], (1, 1, 1))
+    step = lambda state, x: (jnp.tanh(state @ x), x.sum())
+    x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    plain, quick = (jit_step(step, mesh, optimized)(jnp.eye(8), x) for optimized in (True, False))
+    close(quick, plain, 1e-6)
+    assert load_config("configs/quickstart.py", []).compute.optimize  # tiny alone goes without
+    assert not load_config("configs/quickstart.py:tiny", []).compute.optimize

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.io.hub import locate
     from nla_jax.runtime import distributed
     from nla_jax.runtime.checkpoint import flat
-    from nla_jax.runtime.compiler import enable_compile_cache, take_gpus_whole
+    from nla_jax.runtime.compiler import enable_compile_cache, optimize, take_gpus_whole
     from nla_jax.runtime.run import Run, mesh_of
     from nla_jax.stages.check import check_batches, check_documents, check_functions, check_prompts
 
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_prompts(arguments.config, folder, stages)
     hide_library_warnings()
     enable_compile_cache()
+    optimize(arguments.config.compute.optimize)
     settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
     distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
     run = Run(arguments.config, folder, STAGES, arguments.command)
