@@ -24,39 +24,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Writes a trained pair, and where a run is given its datasets."""
     from nla_jax.data.interchange import export_datasets
-    from nla_jax.io.files import path_to
-    from nla_jax.pair import load_pair
+    from nla_jax.io.files import new_folder, path_to
+    from nla_jax.pair import open_pair
     from nla_jax.runtime.errors import InputError
 
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
-    pair = load_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
+    pair = open_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
-    if arguments.workdir:
-        export_datasets(path_to(arguments.workdir), out / "datasets", pair.sidecar)
-    (pair if arguments.adapters else pair.merged()).save(out, arguments.dtype)
-    export_subject(pair.sidecar, folder, out, arguments.with_subject)
+    with new_folder(out) as scratch:
+        if arguments.workdir:
+            export_datasets(path_to(arguments.workdir), scratch / "datasets", pair.sidecar)
+        (pair if arguments.adapters else pair.merged()).save(scratch, arguments.dtype)
+        if arguments.with_subject:
+            copy_subject(pair.sidecar, folder, scratch / "subject")
+    if not arguments.with_subject:
+        note_subject(pair.sidecar, out)
     print_written(out)
 
 
-def export_subject(sidecar, folder, out: Path, wanted: bool) -> None:
-    """Copies the subject to `out/subject`, where `nla explain` finds it; where it is not wanted, says what is
-    needed."""
-    from nla_jax.io.files import local, path_to
+def copy_subject(sidecar, folder, to: Path) -> None:
+    """Copies the subject of the pair in `folder` to where `nla explain` finds it."""
+    from nla_jax.io.files import local
     from nla_jax.io.hub import PATTERNS
     from nla_jax.io.pairs import find_base
+
+    subject = local(find_base(sidecar.base_checkpoint, folder, sidecar.provenance.get("base_hash")))
+    files = [file for pattern in PATTERNS for file in subject.glob(pattern)]
+    to.mkdir()
+    for file in files:
+        shutil.copyfile(file, to / file.name)
+
+
+def note_subject(sidecar, out: Path) -> None:
+    """Says that who uses the pair in `out` needs its subject, where that is a folder of this machine."""
+    from nla_jax.io.files import path_to
     from nla_jax.runtime.notes import note
 
     name = sidecar.base_checkpoint
-    if wanted:
-        subject = local(find_base(name, folder, sidecar.provenance.get("base_hash")))
-        files = [file for pattern in PATTERNS for file in subject.glob(pattern)]
-        (out / "subject").mkdir()
-        for file in files:
-            shutil.copyfile(file, out / "subject" / file.name)
-    elif path_to(name).is_dir():
+    if path_to(name).is_dir():
         note(f"Whoever uses {out} needs the subject {name} too (--with-subject copies it to {out / 'subject'}).")
 
 

@@ -17,12 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads an AV and an AR with all checks, and writes them as whole models with complete sidecars."""
-    from nla_jax.pair import load_pair
+    from nla_jax.io.files import new_folder
+    from nla_jax.pair import open_pair
     from nla_jax.runtime.errors import InputError
 
     out, conventions = empty_folder(arguments.out), given_conventions(arguments)
-    pair = load_pair(arguments.av, arguments.ar, base=arguments.base, conventions=conventions)
+    pair = open_pair(arguments.av, arguments.ar, base=arguments.base, conventions=conventions)
     if arguments.base and pair.base is None:
         raise InputError("--base names the base model of adapters, but AV and AR are whole models; leave it out.")
-    pair.merged().save(out)
+    with new_folder(out) as scratch:  # both models or none: weights are checked while they are written
+        pair.merged().save(scratch)
     print_written(out)
