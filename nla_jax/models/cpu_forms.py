@@ -50,7 +50,7 @@ def product_of_halves(x: Float[Array, "..."], y: Float[Array, "..."], axes: int)
     XLA's CPU backend multiplies them as they are where the result is float32 and there are two rows at least. Otherwise
     it first writes a copy of the weights in float32."""
     rows = x.reshape(-1, np.prod(y.shape[:axes], dtype=int))
-    padded = jnp.pad(rows, ((0, 1), (0, 0))) if len(rows) == 1 else rows
+    padded = jax.lax.optimization_barrier(jnp.pad(rows, ((0, 1), (0, 0)))) if len(rows) == 1 else rows
     out = jnp.dot(padded, y.reshape(rows.shape[1], -1), preferred_element_type=jnp.float32)[: len(rows)]
     return out.reshape(*x.shape[: x.ndim - axes], *y.shape[axes:])
 

@@ -13,28 +13,6 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 
-def part(x: Shaped[Array | np.ndarray, "..."], index: int | slice) -> Shaped[Array | np.ndarray, "..."]:
-    """`x[index]` along the first axis."""
-    if not _on_one_cpu(x):
-        return x[index]
-    (device,) = x.sharding.device_set
-    return jax.device_put(np.asarray(x)[index], device)  # no copy where the part begins at a multiple of 64 bytes
-
-
-def split(blocks: dict) -> list[dict]:
-    """Stacked parameters as those of each block."""
-    return [jax.tree.map(lambda x: part(x, i), blocks) for i in range(len(jax.tree.leaves(blocks)[0]))]
-
-
-def with_layers(params: dict) -> dict:
-    """The parameters of a model. On a CPU they have `layers` besides, the parameters of each block apart: views that
-    spare the sampler a copy of all blocks."""
-    arrays = [x for x in jax.tree.leaves(params["blocks"]) if isinstance(x, jax.Array)]
-    if not arrays or not all(map(_on_one_cpu, arrays)):
-        return params
-    return params | {"layers": split(params["blocks"])}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ByLayer:
     """Parameters of which only as much exists at a time as is asked for: of a stack `[L, ...]` a layer, `x[i]`; of
@@ -55,6 +33,30 @@ class ByLayer:
     def changed(self, change: Callable[[Array, int], Array]) -> "ByLayer":
         """The stack with `change(value, layer)` for each layer."""
         return dataclasses.replace(self, make=lambda layer: change(self.make(layer), layer))
+
+
+def part(
+    x: Shaped[Array | np.ndarray, "..."] | ByLayer, index: int | slice
+) -> Shaped[Array | np.ndarray, "..."] | ByLayer:
+    """`x[index]` along the first axis."""
+    if not _on_one_cpu(x):
+        return x[index]
+    (device,) = x.sharding.device_set
+    return jax.device_put(np.asarray(x)[index], device)  # no copy where the part begins at a multiple of 64 bytes
+
+
+def split(blocks: dict) -> list[dict]:
+    """Stacked parameters as those of each block."""
+    return [jax.tree.map(lambda x: part(x, i), blocks) for i in range(len(jax.tree.leaves(blocks)[0]))]
+
+
+def with_layers(params: dict) -> dict:
+    """The parameters of a model. On a CPU they have `layers` besides, the parameters of each block apart: views that
+    spare the sampler a copy of all blocks."""
+    arrays = [x for x in jax.tree.leaves(params["blocks"]) if isinstance(x, jax.Array)]
+    if not arrays or not all(map(_on_one_cpu, arrays)):
+        return params
+    return params | {"layers": split(params["blocks"])}
 
 
 def _on_one_cpu(x: Any) -> bool:
