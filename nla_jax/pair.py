@@ -21,23 +21,15 @@ from nla_jax.io.adapters import CONFIG as ADAPTER
 from nla_jax.io.adapters import load_adapter, save_adapter
 from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import AnyPath, new_folder, path_to
-from nla_jax.io.folders import (
-    dtypes_of,
-    floating_dtype,
-    is_wrapped,
-    load_params,
-    load_tokenizer,
-    read_config,
-    save_model,
-    save_tokenizer,
-)
+from nla_jax.io.folders import floating_dtype, is_wrapped, load_tokenizer, save_model, save_tokenizer
 from nla_jax.io.heads import HEAD, read_head, stamped, unstamped, write_head
 from nla_jax.io.hub import locate
 from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_tokenizer
-from nla_jax.models.kernels import with_kernel
+from nla_jax.io.reading import Reading
 from nla_jax.models.lora import Lora
-from nla_jax.models.sharding import TRAIN, place_batch, shardings, usable_mesh
-from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, truncate
+from nla_jax.models.sharding import place_batch, usable_mesh, working_dtypes
+from nla_jax.models.transformer import Transformer, truncate
+from nla_jax.models.views import with_layers
 from nla_jax.prompts import Prompts
 from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError, first_line
@@ -100,18 +92,25 @@ class Pair:
 
     @functools.cached_property
     def weights(self) -> tuple[dict, dict]:
-        """The whole parameters of AV and AR, adapters attached."""
-        return (
-            self.verbalizer.assemble(self.verbalizer_params, self.base),
-            self.reconstructor.assemble(self.reconstructor_params, self.base),
-        )
+        """The whole parameters of AV and AR, adapters attached. They share the memory of the pair's parameters."""
+        av = self.verbalizer.assemble(self.verbalizer_params, self.base)
+        ar = self.reconstructor.assemble(self.reconstructor_params, self.trunk)
+        return with_layers(av), ar | {"backbone": with_layers(ar["backbone"])}
+
+    @functools.cached_property
+    def trunk(self) -> dict | None:
+        """The base up to the pair's layer, which an adapter of the AR and the subject share."""
+        return self.base and truncate(self.base, self.sidecar.layer + 1)
 
     @functools.cached_property
     def sampler(self) -> dict:
         """The AV's whole parameters as the sampler reads them.
 
-        On several devices, and where it computes in another dtype than float32, this is a copy of them, made once."""
-        if self.mesh is not None and (self.mesh.size > 1 or self.verbalizer.model.config.dtype != jnp.float32):
+        On several devices, and where it computes in another dtype than it is held in, this is a copy of them, made
+        once."""
+        dtype, params = self.verbalizer.model.config.dtype, self.verbalizer_params
+        as_held = jax.tree.map(lambda x: x.dtype, params) == working_dtypes(params, dtype)
+        if self.mesh is not None and (self.mesh.size > 1 or not as_held):
             return decoding_layout(self.mesh, self.verbalizer, self.base)(self.verbalizer_params)
         return self.weights[0]
 
@@ -312,21 +311,20 @@ def new_pair(
 
     `adapters` of AV and AR: None trains the whole model, else a new adapter to the subject, which is then held once, in
     `dtype`. On a `mesh` every parameter is read straight into its training place."""
-    mesh = usable_mesh(mesh)
-    config, (av_lora, ar_lora) = _config(folder, dtype, remat, attention, mesh), adapters
+    how = Reading(dtype, attention, usable_mesh(mesh), remat, trained=True)
+    config, (av_lora, ar_lora) = how.config(folder), adapters
     prompts = sidecar.prompts(load_tokenizer(folder))
     sidecar = with_ids(sidecar, prompts)
     verbalizer, reconstructor = autoencoder(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, adapters
     )
-    base = _load(folder, config, mesh, dtype=dtype) if av_lora or ar_lora else None
+    base = how.frozen(folder, config) if av_lora or ar_lora else None
     keys = jax.random.split(jax.random.key(seed))
-    av = av_lora.init_params(keys[0], config) if av_lora else _load(folder, config, mesh)
+    av = av_lora.init_params(keys[0], config) if av_lora else how.params(folder, config)
     truncated = reconstructor.model.config
-    backbone = ar_lora.init_params(keys[1], truncated) if ar_lora else _load(folder, truncated, mesh, truncated=True)
-    return Pair(
-        sidecar, prompts, verbalizer, reconstructor, av, reconstructor.init_params(backbone), base, mesh, folder
-    )
+    backbone = ar_lora.init_params(keys[1], truncated) if ar_lora else how.params(folder, truncated, truncated=True)
+    ar = reconstructor.init_params(backbone)
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av, ar, base, how.mesh, folder)
 
 
 def load_pair(
@@ -340,8 +338,7 @@ def load_pair(
     mesh: Mesh | None = None,
     training: Training | None = None,
 ) -> Pair:
-    """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder that holds both as `av`,
-    `ar`.
+    """Loads an AV and an AR folder (or hub ids); `ar` may be left out where `av` is a folder with `av` and `ar`.
 
     Either may be a PEFT adapter: its base is `base`, or what its `adapter_config.json` names. Whole parameters are
     held, and compute, in `dtype` (None: the one that they are stored in, float16 computing in float32); adapters, norms
@@ -351,23 +348,35 @@ def load_pair(
 
     Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
     of_class("conventions", conventions, Conventions)
-    of_class("training", Training() if training is None else training, Training)
-    mesh, (av, ar) = usable_mesh(mesh), pair_folders(av, ar)
+    of_class("training", training or Training(), Training)
+    how = Reading(dtype, attention, usable_mesh(mesh), training and training.remat, training is not None)
+    return _read(av, ar, base, conventions, how)
+
+
+def open_pair(
+    av: str | Path,
+    ar: str | Path | None = None,
+    dtype: Any = None,
+    *,
+    base: str | Path | None = None,
+    conventions: Conventions = Conventions(),  # noqa: B008 (frozen)
+) -> Pair:
+    """A pair to be saved: as `load_pair` reads it and with the same checks, but the weights of whole models stay in
+    their files, and `save` reads them tensor by tensor."""
+    return _read(av, ar, base, conventions, Reading(dtype, saved=True))
+
+
+def _read(av: str | Path, ar: str | Path | None, base: str | Path | None, said: Conventions, how: Reading) -> Pair:
+    av, ar = pair_folders(av, ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
-    sidecar = sidecar.settled(conventions, av)
+    sidecar = sidecar.settled(said, av)
     adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}
     base = base_of(base, [folder for folder in (av, ar) if adapters[folder]])
     base_at = locate(base) if base else None
     if base and sidecar.maker != "nla_jax":  # which name a checkpoint of training
         sidecar = dataclasses.replace(sidecar, base_checkpoint=str(base))
-    remat, dtypes = (
-        training and training.remat,
-        {f: dtypes_of(f, dtype) for f in (base_at, av, ar) if f and not (f / ADAPTER).is_file()},
-    )
-    read = lambda folder: _config(folder, dtypes[folder][1], remat, attention, mesh)
-    held = lambda folder: jnp.float32 if training else dtypes[folder][0]
-    config = read(base_at if adapters[av] else av)
-    truncated = read(base_at).truncated(sidecar.layer + 1) if adapters[ar] else read(ar)
+    config = how.config(base_at if adapters[av] else av)
+    truncated = how.config(base_at).truncated(sidecar.layer + 1) if adapters[ar] else how.config(ar)
     if (config.width, truncated.width, truncated.layers) != (sidecar.d_model, sidecar.d_model, sidecar.layer + 1):
         raise InputError(
             f"The sidecar of {ar} says d_model {sidecar.d_model} and layer {sidecar.layer} ({sidecar.layer + 1} blocks), but "
@@ -384,23 +393,9 @@ def load_pair(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, (av_lora, ar_lora)
     )
     reconstructor = dataclasses.replace(reconstructor, model=Transformer(truncated))  # whose config.json is its own
-    frozen = _load(base_at, read(base_at), mesh, dtype=dtypes[base_at][0]) if base_at else None
+    frozen = how.frozen(base_at, how.config(base_at)) if base_at else None
     sidecar = with_ids(sidecar, prompts)  # some sidecars do not say them
-    av_params = av_params or _load(av, config, mesh, dtype=held(av))
-    backbone = backbone or _load(ar, truncated, mesh, truncated=True, dtype=held(ar))
+    av_params = av_params or how.params(av, config)
+    backbone = backbone or how.params(ar, truncated, truncated=True)
     ar_params = {"backbone": backbone, "head": head}
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, mesh, base_at)
-
-
-def _config(folder: Path, dtype, remat, attention, mesh) -> TransformerConfig:
-    if remat and not (isinstance(remat, str) and hasattr(jax.checkpoint_policies, remat)):
-        raise InputError(f"remat {remat!r} is no policy of jax.checkpoint_policies; nothing_saveable is one.")
-    return dataclasses.replace(with_kernel(read_config(folder, dtype), attention, mesh), remat=remat or None)
-
-
-def _load(
-    folder: Path, config: TransformerConfig, mesh: Mesh | None, *, truncated: bool = False, dtype=jnp.float32
-) -> dict:
-    """The parameters of a folder, on a mesh each in its training place."""
-    layout = shardings(mesh, abstract_params(config, truncated), TRAIN) if mesh else None
-    return load_params(folder, config, truncated=truncated, dtype=dtype, scales=np.float32, layout=layout)
+    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, how.mesh, base_at)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
+from nla_jax.models.layers import moved
 from nla_jax.models.sharding import DECODE, cut_batch, relayout, vocabulary_parts
 from nla_jax.models.transformer import (
     Transformer,
@@ -177,6 +178,10 @@ def rollout(
             f"A rollout needs a group and max_new_tokens of 1 or more; found {group} and {max_new_tokens}."
         )
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
+    if "layers" in params and config.tied_head and jnp.dtype(config.dtype).itemsize == 2:
+        # A CPU multiplies by a matrix of 16 bits that lies so; else it would write a copy in float32.
+        config = dataclasses.replace(config, tied_head=False)
+        params = params | {"head": jax.lax.optimization_barrier(moved(jnp.transpose, params["embedding"]))}
     model = Transformer(config)
     cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x
     params = jax.tree_util.tree_map_with_path(cast, params)  # adapters: once, not for every token
@@ -236,6 +241,8 @@ class _Decoder:
         cache = empty_cache(self.model.config, B, -(-max(R - 1, 1) // 8) * 8)
         by_layer = lambda params, past, cache, state: self.generate(keys, *layers_apart(params, past, cache), state)
         stacked = lambda params, past, cache, state: self.generate(keys, params, past, cache, state)
+        if "layers" in params:
+            return by_layer(params, past, cache, state)
         return jax.lax.platform_dependent(params, past, cache, state, tpu=stacked, default=by_layer)
 
     def sample(self, params: dict, keys: Array, t: Int[Array, ""] | int, hidden: Float[Array, "B D"]):

@@ -24,6 +24,7 @@ from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.sharding import place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
+from nla_jax.models.views import with_layers
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.user_input import text_list, whole_number
 
@@ -44,6 +45,11 @@ class Subject:
     params: dict
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh | None = None  # where the parameters lie
+
+    @functools.cached_property
+    def weights(self) -> dict:
+        """The parameters as programs read them; they share the memory of `params`."""
+        return with_layers(self.params)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -194,7 +200,7 @@ def residual_rows(
         with jax.set_mesh(subject.mesh) if subject.mesh else contextlib.nullcontext():
             if subject.mesh:
                 tokens, index = place_batch(subject.mesh, (tokens, index))
-            chosen = np.asarray(_gather(_residual(subject.model, subject.params, tokens), index))
+            chosen = np.asarray(_gather(_residual(subject.model, subject.weights, tokens), index))
         for j, i in enumerate(part):
             found[i] = chosen[j, : len(positions[i])]
     for i in range(len(rows)):

@@ -11,7 +11,7 @@ ROOT = Path(nla_jax.__file__).parent
 LAYERS = [  # lowest first; a name covers the modules beneath it
     ["runtime.errors", "runtime.environment"],
     ["runtime.distributed", "runtime.notes", "runtime.user_code", "config", "fve", "tools.report"],
-    ["io.files", "models.sharding", "models.cpu_forms", "models.rope"],
+    ["io.files", "models.sharding", "models.cpu_forms", "models.rope", "models.views"],
     ["io.parquet", "io.safetensors", "models.attention", "runtime.compiler"],
     ["models.kernels", "models.layers"],
     ["models.transformer"],

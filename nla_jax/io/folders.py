@@ -25,6 +25,7 @@ from nla_jax.io.files import AnyName, new_folder
 from nla_jax.io.safetensors import DTYPES, INSIDE, NewTensor, Stored, save_tensors, stored_tensors
 from nla_jax.models import families
 from nla_jax.models.transformer import TransformerConfig, abstract_params, projections
+from nla_jax.models.views import ByLayer
 from nla_jax.runtime.distributed import is_writer, to_host
 from nla_jax.runtime.errors import InputError, first_line
 
@@ -89,26 +90,14 @@ def load_params(
 
     `config.layers` may be smaller than the checkpoint's (the first blocks are read); `truncated` leaves out final norm
     and head. Raises `InputError` naming the unreadable file, or the tensor that is missing, unexpected or unusable."""
-    folder = Path(folder)
-    stored, full = _text_tensors(folder), read_config(folder)
-    if surplus := sorted(stored.keys() - {name for name, *_ in families.tensors_of(full)} - {"lm_head.weight"}):
-        raise InputError(
-            f"{folder}: tensor {stored[surplus[0]].name!r} is unexpected in a {full.family} of {full.layers} blocks."
-        )
-    rows = list(families.tensors_of(config, truncated))
-    if absent := sorted({name for name, *_ in rows} - stored.keys()):
-        raise InputError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} missing in all).")
-
-    shapes = flatten_dict(nn.unbox(abstract_params(config, truncated)))
+    stored, rows, shapes = _checked(Path(folder), config, truncated)
     places = flatten_dict(layout) if layout is not None else dict.fromkeys(shapes)
     arrays, finite = {}, {}
     for name, tensor, layer in rows:
         path, source = tensor.path, stored[name]
-        shape, sharding = shapes[path].shape, places[path]
+        shape, sharding = shapes[path], places[path]
         slot = shape[layer is not None :]
-        kept = jnp.dtype(scales if scales and path[-1] == "scale" else dtype)
-        if source.shape != (expected := _hf_shape(tensor, config, slot)):
-            raise InputError(f"{source.file}: tensor {source.name!r} has shape {source.shape}, expected {expected}.")
+        kept = _kept(path, dtype, scales)
         if layer is not None and path not in arrays:
             arrays[path] = _zeros(shape, kept, sharding)()
         if isinstance(sharding, NamedSharding):
@@ -122,6 +111,56 @@ def load_params(
         if not good:
             raise InputError(f"{stored[name].file}: tensor {stored[name].name!r} holds NaN or infinite values.")
     return unflatten_dict(arrays)
+
+
+def open_params(
+    folder: AnyName, config: TransformerConfig, *, truncated: bool = False, dtype: Any = jnp.float32, scales: Any = None
+) -> dict:
+    """The tree of `load_params` with a `ByLayer` for each array: every tensor is read when it is asked for, and is
+    checked then to be finite. The other checks are made now, and raise the same errors."""
+    stored, rows, shapes = _checked(Path(folder), config, truncated)
+    sources = {(tensor.path, layer): (tensor, stored[name]) for name, tensor, layer in rows}
+
+    def array(path: tuple[str, ...]) -> ByLayer:
+        kept = _kept(path, dtype, scales)
+
+        def read(layer: int | None) -> Float[Array, "..."]:
+            tensor, source = sources[path, layer]
+            slot = shapes[path][layer is not None :]
+            part = _placed(source, _hf_axes(tensor, config, len(slot)), None)
+            value, finite = _converted(slot, tensor.linear, kept, None)(part)
+            if not finite:
+                raise InputError(f"{source.file}: tensor {source.name!r} holds NaN or infinite values.")
+            return value
+
+        return ByLayer(shapes[path], kept, read)
+
+    return unflatten_dict({path: array(path) for path in shapes})
+
+
+def _kept(path: tuple[str, ...], dtype: Any, scales: Any) -> np.dtype:
+    """In which dtype a parameter is held."""
+    return jnp.dtype(scales if scales and path[-1] == "scale" else dtype)
+
+
+def _checked(folder: Path, config: TransformerConfig, truncated: bool) -> tuple[dict, list, dict]:
+    """The stored tensors of a checkpoint, the rows of `families.tensors_of`, and the shapes of our tree by path.
+
+    Raises `InputError` where the three do not fit together."""
+    stored, full = _text_tensors(folder), read_config(folder)
+    if surplus := sorted(stored.keys() - {name for name, *_ in families.tensors_of(full)} - {"lm_head.weight"}):
+        raise InputError(
+            f"{folder}: tensor {stored[surplus[0]].name!r} is unexpected in a {full.family} of {full.layers} blocks."
+        )
+    rows = list(families.tensors_of(config, truncated))
+    if absent := sorted({name for name, *_ in rows} - stored.keys()):
+        raise InputError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} missing in all).")
+    shapes = {path: s.shape for path, s in flatten_dict(nn.unbox(abstract_params(config, truncated))).items()}
+    for name, tensor, layer in rows:
+        source, expected = stored[name], _hf_shape(tensor, config, shapes[tensor.path][layer is not None :])
+        if source.shape != expected:
+            raise InputError(f"{source.file}: tensor {source.name!r} has shape {source.shape}, expected {expected}.")
+    return stored, rows, shapes
 
 
 def dtypes_of(folder: Path, asked: Any) -> tuple[np.dtype, np.dtype]:
@@ -251,7 +290,7 @@ def _new_tensors(params: dict, config: TransformerConfig, truncated: bool, dtype
         shape = _hf_shape(tensor, config, whole.shape[layer is not None :])
 
         def read(name=name, whole=whole, layer=layer, shape=shape, linear=tensor.linear):
-            value, finite = _export(whole if layer is None else whole[layer], shape, linear, dtype)
+            value, finite = _export(whole[() if layer is None else layer], shape, linear, dtype)
             if not jax.device_get(finite):
                 raise InputError(f"Tensor {name!r} holds NaN or infinite values in {dtype.name}; it is not saved.")
             return to_host(value)

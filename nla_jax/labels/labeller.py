@@ -84,13 +84,6 @@ class NoLabel:
 Label = str | NoLabel
 
 
-class Claim(NamedTuple):
-    """One thing that a text says of an activation's text: of what kind, and what."""
-
-    kind: str
-    value: str
-
-
 @runtime_checkable
 class Labeller(Protocol):
     """Anything with this method."""

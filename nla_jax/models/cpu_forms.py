@@ -44,6 +44,25 @@ def product_over_rows(x: Float[Array, "..."], y: Float[Array, "..."], rows: int)
     return jnp.tensordot(a, b, (0, 0)).reshape(x.shape[rows:] + y.shape[rows:])
 
 
+def product_of_halves(x: Float[Array, "..."], y: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
+    """`jnp.tensordot(x, y, axes)` of arrays of 16 bits, in float32.
+
+    XLA's CPU backend multiplies them as they are where the result is float32 and there are two rows at least. Otherwise
+    it first writes a copy of the weights in float32."""
+    rows = x.reshape(-1, np.prod(y.shape[:axes], dtype=int))
+    padded = jax.lax.optimization_barrier(jnp.pad(rows, ((0, 1), (0, 0)))) if len(rows) == 1 else rows
+    out = jnp.dot(padded, y.reshape(rows.shape[1], -1), preferred_element_type=jnp.float32)[: len(rows)]
+    return out.reshape(*x.shape[: x.ndim - axes], *y.shape[axes:])
+
+
+def on_halves(function: Callable, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`function(*arrays)`, which only moves numbers of 16 bits, computed on them as integers: as floating point numbers
+    XLA's CPU backend would write copies of the arrays in float32 to move these."""
+    dtype = arrays[0].dtype
+    moved = function(*(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in arrays))
+    return jax.lax.bitcast_convert_type(moved, dtype)
+
+
 def few_rows_at_a_time(function: Callable, rows: tuple[Float[Array, "B T M ..."], ...], segments: Sequence) -> tuple:
     """`function(rows, segments)`; on a CPU for so few of the B rows at a time that their scores stay in its cache.
 

@@ -1,7 +1,7 @@
 """The layers that a block is made of: norms and linear maps, with their own rules for gradients."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nla_jax.models.cpu_forms import by_platform, product_over_rows
+from nla_jax.models.cpu_forms import by_platform, on_halves, product_of_halves, product_over_rows
 from nla_jax.models.sharding import gathered
 
 
@@ -62,7 +62,7 @@ class Dense(nn.Module):
         use = (lambda weight, axes: weight) if self.decoding else gathered
         kernel = use(kernel.astype(self.dtype), p.axes)
         parts = [x.astype(self.dtype) for x in parts]
-        results = [linear(x, kernel, n) for x in parts]
+        results = [frozen_linear(x, kernel, n) if self.decoding else linear(x, kernel, n) for x in parts]
         if p.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, p.axes[n:])
             bias = self.param("bias", zeros, p.outputs).astype(self.dtype)
@@ -72,6 +72,14 @@ class Dense(nn.Module):
             a, b = use(a, (*p.axes[:n], "lora_rank")), use(b, ("lora_rank", *p.axes[n:]))
             results = [y + jnp.tensordot(jnp.tensordot(x, a, n), b, 1) for x, y in zip(parts, results)]
         return results
+
+
+def frozen_linear(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
+    """`linear` where nothing is trained."""
+    if kernel.dtype.itemsize != 2:
+        return linear(x, kernel, axes)
+    cpu = lambda x, kernel: product_of_halves(x, kernel, axes).astype(x.dtype)
+    return by_platform(lambda x, kernel: jnp.tensordot(x, kernel, axes), cpu)(x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -111,3 +119,17 @@ vocabulary_scores.defvjp(
     lambda x, head: (vocabulary_scores(x, head), (x, head)),
     lambda saved, d_scores: _linear_backward(1, saved, d_scores.astype(saved[0].dtype)),
 )
+
+
+def frozen_scores(x: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:
+    """`vocabulary_scores` where nothing is trained."""
+    if head.dtype.itemsize != 2:
+        return vocabulary_scores(x, head)
+    return by_platform(vocabulary_scores, lambda x, head: product_of_halves(x, head, 1))(x, head)
+
+
+def moved(function: Callable, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`function(*arrays)`, which moves their numbers and does nothing else, where nothing is trained."""
+    if arrays[0].dtype.itemsize != 2:
+        return function(*arrays)
+    return by_platform(function, functools.partial(on_halves, function))(*arrays)

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from nla_jax.models.families import PROJECTIONS
 from nla_jax.models.transformer import TransformerConfig, projections
+from nla_jax.models.views import ByLayer
 from nla_jax.runtime.errors import InputError
 
 
@@ -71,11 +72,16 @@ class Lora:
 
     def merge(self, base: dict, adapter: dict) -> dict:
         """The plain parameters W + scale · A·B, in the dtype of the base."""
+        flat = lambda x, shape: jnp.asarray(x, jnp.float32).reshape(len(x), *shape)
+
+        def merged(kernel: Array, a: Array, b: Array) -> Array:
+            delta = flat(a, (-1, self.rank)) @ flat(b, (self.rank, -1))
+            return (jnp.asarray(kernel, jnp.float32) + self.scale * delta.reshape(kernel.shape)).astype(kernel.dtype)
+
         blocks = dict(base["blocks"])
         for name, pair in adapter["blocks"].items():
-            kernel = blocks[name]["kernel"]
-            flat = lambda x, shape: jnp.asarray(x, jnp.float32).reshape(len(x), *shape)
-            delta = flat(pair["lora_a"], (-1, self.rank)) @ flat(pair["lora_b"], (self.rank, -1))
-            merged = jnp.asarray(kernel, jnp.float32) + self.scale * delta.reshape(kernel.shape)
-            blocks[name] = blocks[name] | {"kernel": merged.astype(kernel.dtype)}
+            kernel, (a, b) = blocks[name]["kernel"], (pair["lora_a"], pair["lora_b"])
+            one = lambda value, i, a=a, b=b: merged(value[None], a[i : i + 1], b[i : i + 1])[0]
+            new = kernel.changed(one) if isinstance(kernel, ByLayer) else merged(kernel, a, b)
+            blocks[name] = blocks[name] | {"kernel": new}
         return base | {"blocks": blocks}

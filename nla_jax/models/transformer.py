@@ -17,9 +17,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from nla_jax.models.attention import MASKED, SAVED, Queries, Segment, attend, causal_mask, soft_cap
 from nla_jax.models.kernels import attend_by
-from nla_jax.models.layers import Dense, Projection, RMSNorm, normal, vocabulary_scores
+from nla_jax.models.layers import Dense, Projection, RMSNorm, frozen_scores, moved, normal, vocabulary_scores
 from nla_jax.models.rope import Rope, rotate
 from nla_jax.models.sharding import DECODE, TRAIN, cut_batch, gathered, where_table_lies
+from nla_jax.models.views import part, split
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 Index = Int[ArrayLike, ""]
@@ -136,8 +137,9 @@ class Block(nn.Module):
             own = kv = [KeyValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)) for k, v in zip(ks, vs)]
             if cache is not None:
                 at = () if layer is None else (layer,)
-                write = lambda whole, new: jax.lax.dynamic_update_slice(whole, new, (*at, 0, 0, context.slot, 0))
-                cache = KeyValues(*(write(whole, new[(None,) * len(at)]) for whole, new in zip(cache, own[0])))
+                new = [x[(None,) * len(at)] for x in own[0]]
+                write = lambda whole, x: jax.lax.dynamic_update_slice(whole, x, (*at, 0, 0, context.slot, 0))
+                cache = KeyValues(*(moved(write, whole, x) for whole, x in zip(cache, new)))
                 kv = [KeyValues(*(whole[at] for whole in cache))]
             reads = [zip([*past, *kv[: i + 1]], masks, strict=True) for i, masks in enumerate(context.masks)]
             segments = [[Segment(k, v, mask[kind]) for (k, v), mask in read] for read in reads]
@@ -196,7 +198,9 @@ class Transformer(nn.Module):
     def embed(self, tokens: Int[ArrayLike, "*B T"]) -> Float[Array, "*B T D"]:
         """The embeddings of token ids."""
         c = self.config
-        x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+        take = lambda table: jnp.take(table, tokens, axis=0)
+        frozen = c.decoding or self.has_variable("params", "layers")
+        x = (moved(take, self.embedding) if frozen else take(self.embedding)).astype(c.dtype)
         if not c.decoding:
             x = cut_batch(where_table_lies(x))
         return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, c.dtype)
@@ -278,25 +282,31 @@ class Transformer(nn.Module):
         return Context(masks, tables, slot)
 
     def _run(self, carry: tuple, past: Sequence[KeyValues], context: Context, edit: Edit | None) -> tuple:
-        """All blocks: one scan over the stacked layers, or a call for each of those that `layers_apart` has split."""
-        c = self.config
+        """All blocks: one scan over the stacked layers, or a call for each of those that are given apart.
+
+        Without a cache the stack is read where there is one, except in 16 bits: XLA's CPU backend, on which both forms
+        are given (`views.with_layers`), would write a copy of it in float32."""
+        c, (parts, cache) = self.config, carry
         kinds, layers = np.array(c.local or (False,) * c.layers, np.int32), self.get_variable("params", "layers")
-        if not layers:
+        if not layers or (cache is None and jnp.dtype(c.dtype).itemsize > 2):
             return self.blocks(carry, list(past), jnp.arange(c.layers), jnp.asarray(kinds), context, edit)
 
-        parts, caches = carry
-        block, new = jax.jit(Block(c, parent=None).apply), []  # jitted, so that it is traced once
-        for i, (params, kind, *cache) in enumerate(zip(layers, kinds, *caches, strict=True)):
+        frozen = dataclasses.replace(c, decoding=True)
+        block, new = jax.jit(Block(frozen, parent=None).apply), []  # jitted, so that it is traced once
+        for i, (params, kind) in enumerate(zip(layers, kinds, strict=True)):
             kv = [KeyValues(k[i], v[i]) for k, v in past]
-            (parts, cache), _ = block({"params": params}, (parts, KeyValues(*cache)), kv, None, kind, context, edit)
-            new.append(cache)
-        return (parts, KeyValues(*zip(*new))), None
+            at, own = (np.int32(i), None) if cache is None else (None, KeyValues(cache.k[i], cache.v[i]))
+            (parts, own), read = block({"params": params}, (parts, own), kv, at, kind, context, edit)
+            new.append(read if cache is None else [own])
+        of_parts = [KeyValues(*zip(*of_layers)) for of_layers in zip(*new)]
+        return ((parts, None), of_parts) if cache is None else ((parts, of_parts[0]), None)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Final norm and output head; float32. Rows of the head that pad the vocabulary get no probability."""
         (hidden,) = self.final_norm([hidden])
         head = self.embedding.T if self.config.tied_head else self.head
-        logits = vocabulary_scores(hidden, head.astype(hidden.dtype))
+        scores = frozen_scores if self.config.decoding else vocabulary_scores
+        logits = scores(hidden, head.astype(hidden.dtype))
         logits = soft_cap(logits, self.config.logit_cap)
         real = np.arange(logits.shape[-1]) < self.config.vocab_size
         return logits if real.all() else jnp.where(real, logits, MASKED)
@@ -319,8 +329,9 @@ def abstract_params(config: TransformerConfig, truncated: bool = False) -> dict:
 
 
 def truncate(params: dict, layers: int) -> dict:
-    """The parameters of the first `layers` blocks, without final norm and head."""
-    return {"embedding": params["embedding"], "blocks": jax.tree.map(lambda x: x[:layers], params["blocks"])}
+    """The parameters of the first `layers` blocks, without final norm and head; on a CPU views of the given ones."""
+    first = lambda x: part(x, slice(layers)) if len(x) > layers else x
+    return {"embedding": params["embedding"], "blocks": jax.tree.map(first, params["blocks"])}
 
 
 def output_head(params: dict, config: TransformerConfig) -> dict:
@@ -335,11 +346,12 @@ def empty_cache(config: TransformerConfig, batch: int, length: int) -> KeyValues
 
 
 def layers_apart(params: dict, past: Sequence[KeyValues], cache: KeyValues) -> tuple[dict, list[KeyValues], KeyValues]:
-    """Parameters, past and cache for `decode` with an array for each layer instead of a stack.
+    """Parameters, past and cache for `decode` with an array for each layer instead of a stack. Parameters that have
+    `layers` already (`views.with_layers`) are not copied.
 
     Inside a scan XLA copies each layer out of the stack at every token: on a GPU two thirds of the memory traffic, on a
     CPU a tenth of the time. Splitting the stack before the loop avoids that. TPUs read a stack in place."""
-    split = lambda kv: KeyValues(*(tuple(x[i] for i in range(len(x))) for x in kv))
-    layers = [jax.tree.map(lambda x: x[i], params["blocks"]) for i in range(len(cache.k))]
-    others = {name: part for name, part in params.items() if name != "blocks"}
-    return others | {"layers": layers}, [split(kv) for kv in past], split(cache)
+    apart = lambda kv: KeyValues(*(tuple(x[i] for i in range(len(x))) for x in kv))
+    layers = params.get("layers") or split(params["blocks"])
+    others = {name: values for name, values in params.items() if name != "blocks"}
+    return others | {"layers": layers}, [apart(kv) for kv in past], apart(cache)

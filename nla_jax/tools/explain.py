@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from nla_jax.data.activations import Activations, median_norm_and_variance
 from nla_jax.data.chats import Messages, chat_tokens
-from nla_jax.io.files import AnyPath
-from nla_jax.io.folders import dtypes_of
+from nla_jax.io.files import AnyName, AnyPath
+from nla_jax.io.folders import dtypes_of, load_tokenizer, read_config
 from nla_jax.io.hub import locate
 from nla_jax.io.pairs import find_base
 from nla_jax.io.safetensors import read_tensors
+from nla_jax.models.transformer import Transformer
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
@@ -45,7 +47,8 @@ def subject_of(pair: Pair, folder: AnyPath, name: str | None = None, dtype: Any 
     Raises `InputError` where it is not the model that the pair was trained on."""
     made_from = pair.sidecar.provenance.get("base_hash")
     name = name or find_base(pair.sidecar.base_checkpoint, folder, made_from)
-    subject = load_subject(name, pair.sidecar.layer, dtypes_of(locate(name), dtype)[1])
+    compute = dtypes_of(locate(name), dtype)[1]
+    subject = shared_subject(pair, name, compute) or load_subject(name, pair.sidecar.layer, compute)
     if (width := subject.model.config.width) != pair.sidecar.d_model:
         raise InputError(f"The subject {subject.name} has width {width}, the pair {pair.sidecar.d_model}.")
     if made_from and made_from != subject.fingerprint:
@@ -53,6 +56,18 @@ def subject_of(pair: Pair, folder: AnyPath, name: str | None = None, dtype: Any 
             f"{subject.name} is not the subject that {folder} was trained on (its weights have another hash)."
         )
     return subject
+
+
+def shared_subject(pair: Pair, name: AnyName, dtype: np.dtype) -> Subject | None:
+    """The subject `name`, computing in `dtype`, in the memory of the pair's adapters' base; None where that is another
+    folder."""
+    at = locate(name)
+    if pair.base is None or pair.mesh is not None or at.resolve() != pair.base_at.resolve():
+        return None
+    config = read_config(at, dtype).truncated(pair.sidecar.layer + 1)
+    as_loaded = lambda path, x: x.astype(dtype) if path[-1].key == "scale" else x  # as `load_subject` holds them
+    params = jax.tree_util.tree_map_with_path(as_loaded, pair.trunk)
+    return Subject(str(name), at, pair.sidecar.layer, Transformer(config), params, load_tokenizer(at))
 
 
 def of_texts(

@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Writes a trained pair, and where a run is given its datasets."""
     from nla_jax.data.interchange import export_datasets
-    from nla_jax.io.files import path_to
+    from nla_jax.io.files import new_folder, path_to
     from nla_jax.io.hub import push, reserve
     from nla_jax.io.pairs import pair_folders
     from nla_jax.io.safetensors import check_bytes
-    from nla_jax.pair import load_pair
+    from nla_jax.pair import open_pair
     from nla_jax.runtime.errors import InputError
     from nla_jax.tools.model_card import model_card
 
@@ -38,39 +38,47 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
     check_bytes(*pair_folders(folder, None))
-    pair = load_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
+    pair = open_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
     workdir = path_to(arguments.workdir) if arguments.workdir else None
     card = model_card(arguments.push or out.name, pair.sidecar, workdir)
     if arguments.push:
         reserve(arguments.push, arguments.private)
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
-    if workdir:
-        export_datasets(workdir, out / "datasets", pair.sidecar)
-    (pair if arguments.adapters else pair.merged()).save(out, arguments.dtype)
-    export_subject(pair.sidecar, folder, out, arguments.with_subject)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    with new_folder(out) as scratch:
+        if workdir:
+            export_datasets(workdir, scratch / "datasets", pair.sidecar)
+        (pair if arguments.adapters else pair.merged()).save(scratch, arguments.dtype)
+        if arguments.with_subject:
+            copy_subject(pair.sidecar, folder, scratch / "subject")
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+    if not arguments.with_subject:
+        note_subject(pair.sidecar, out)
     print_written(out)
     if arguments.push:
         print(f"Uploaded: {push(out, arguments.push, leave='datasets/*')}")
 
 
-def export_subject(sidecar, folder, out: Path, wanted: bool) -> None:
-    """Copies the subject to `out/subject`, where `nla explain` finds it; where it is not wanted, says what is
-    needed."""
-    from nla_jax.io.files import local, path_to
+def copy_subject(sidecar, folder, to: Path) -> None:
+    """Copies the subject of the pair in `folder` to where `nla explain` finds it."""
+    from nla_jax.io.files import local
     from nla_jax.io.hub import PATTERNS
     from nla_jax.io.pairs import find_base
+
+    subject = local(find_base(sidecar.base_checkpoint, folder, sidecar.provenance.get("base_hash")))
+    files = [file for pattern in PATTERNS for file in subject.glob(pattern)]
+    to.mkdir()
+    for file in files:
+        shutil.copyfile(file, to / file.name)
+
+
+def note_subject(sidecar, out: Path) -> None:
+    """Says that who uses the pair in `out` needs its subject, where that is a folder of this machine."""
+    from nla_jax.io.files import path_to
     from nla_jax.runtime.notes import note
 
     name = sidecar.base_checkpoint
-    if wanted:
-        subject = local(find_base(name, folder, sidecar.provenance.get("base_hash")))
-        files = [file for pattern in PATTERNS for file in subject.glob(pattern)]
-        (out / "subject").mkdir()
-        for file in files:
-            shutil.copyfile(file, out / "subject" / file.name)
-    elif path_to(name).is_dir():
+    if path_to(name).is_dir():
         note(f"Whoever uses {out} needs the subject {name} too (--with-subject copies it to {out / 'subject'}).")
 
 

@@ -25,20 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads an AV and an AR with all checks, and writes them as whole models with complete sidecars."""
-    from nla_jax.io.files import path_to
+    from nla_jax.io.files import new_folder, path_to
     from nla_jax.io.pairs import pair_folders
     from nla_jax.io.safetensors import check_bytes
-    from nla_jax.pair import load_pair
+    from nla_jax.pair import load_pair, open_pair
     from nla_jax.runtime.errors import InputError
     from nla_jax.tools.explain import calibrated, subject_of
 
     out, conventions = empty_folder(arguments.out), given_conventions(arguments)
     texts = read_files(arguments.calibrate or [])
     check_bytes(*pair_folders(arguments.av, arguments.ar))
-    pair = load_pair(arguments.av, arguments.ar, base=arguments.base, conventions=conventions)
+    read = load_pair if texts else open_pair  # whose weights stay in their files
+    pair = read(arguments.av, arguments.ar, base=arguments.base, conventions=conventions)
     if arguments.base and pair.base is None:
         raise InputError("--base names the base model of adapters, but AV and AR are whole models; leave it out.")
     if texts:
         pair = calibrated(pair, subject_of(pair, path_to(arguments.av), arguments.subject), texts)
-    pair.merged().save(out)
+    with new_folder(out) as scratch:  # both models or none: weights are checked while they are written
+        pair.merged().save(scratch)
     print_written(out)

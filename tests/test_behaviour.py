@@ -1,0 +1,91 @@
+"""Labels of what the subject expects next: against torch, and read back by their own grammar."""
+
+import numpy as np
+import pytest
+from conftest import SENTENCES, one_sentence
+
+from nla_jax.labels.behaviour import OPEN, SURE, Behaviour, in_words
+from nla_jax.labels.labeller import Claim, LabelRow
+from nla_jax.runtime.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def labeller(subject_folder):
+    return Behaviour(str(subject_folder), least=0.0)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    """Rows at several places of two documents and a chat, out of order."""
+    rows = []
+    for doc, (text, role) in enumerate([(SENTENCES[0], ""), (" ".join(SENTENCES[:2]), ""), (SENTENCES[2], "user")]):
+        ids = tokenizer(text).input_ids
+        for at in (len(ids) - 1, 4, 7):
+            said = tokenizer.decode(ids[: at + 1], skip_special_tokens=True)
+            rows.append(LabelRow(said, tokenizer.decode([ids[at]]), at, role, f"d{doc}", tuple(ids[: at + 1])))
+    return rows
+
+
+def test_next_tokens_are_those_of_torch(labeller, rows, subject_folder, tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(subject_folder).eval()
+    for row, (texts, p) in zip(rows, labeller.expected(rows)):
+        with torch.no_grad():
+            expected = model(torch.tensor([row.token_ids])).logits[0, -1].softmax(-1).topk(5)
+        np.testing.assert_allclose(p, expected.values.numpy(), rtol=1e-3)
+        assert texts == [tokenizer.decode([token]) for token in expected.indices.tolist()]
+
+
+def test_labels_do_not_depend_on_the_rows_beside_them(labeller, rows, subject_folder):
+    together = labeller.label(rows)
+    assert together == Behaviour(str(subject_folder), least=0.0).label(rows[::-1])[::-1]
+    alone = Behaviour(str(subject_folder), least=0.0)
+    assert [alone.label([row])[0] for row in rows] == together
+
+
+def test_every_claim_of_a_label_is_read_back_and_true(labeller, rows):
+    for row, label in zip(rows, labeller.label(rows)):
+        claims = labeller.claims(label)
+        kinds = [claim.kind for claim in claims]
+        assert {"passage", "certainty", "next", "last words"} == set(kinds) and kinds.count("next") == 3, label
+        assert all(labeller.true(claim, row) for claim in claims), label
+        words = row.text.split()[-1]
+        assert claims[2] == Claim("last words", claims[2].value) and claims[2].value.endswith(words)
+    speaks = [label.startswith("A user speaks. ") for label in labeller.label(rows)]
+    assert speaks == [row.role == "user" for row in rows]
+
+
+def test_claims_of_another_row_are_false(labeller, rows):
+    label, other = labeller.label([rows[0], rows[-2]])
+    of = {claim.kind: claim for claim in labeller.claims(label)}
+    assert not labeller.true(of["last words"], rows[-2]) and not labeller.true(of["passage"], rows[-2])
+    assert not labeller.true(Claim("next", "nowhere"), rows[0])
+    assert not labeller.true(Claim("certainty", OPEN), rows[0])
+
+
+def test_only_what_is_likely_is_named(labeller, rows):
+    text, p = [" river", "s", "\n", ""], [0.5, 0.2, 0.15, 0.1]
+    of = lambda least, p: Behaviour("x", least=least)._described(rows[0], text, p)["next"]
+    assert of(0.05, p) == 'Next perhaps "river", "-s" or a line break'
+    assert of(0.19, p) == 'Next perhaps "river" or "-s"' and of(0.6, p) == OPEN
+    assert of(0.05, [SURE, 0.2, 0.1, 0.05]) == 'Next surely "river"'
+    assert in_words(["", ' "', "\u200b \n", "the", "The", "the"]) == [
+        "the end",
+        '"\'"',
+        "a line break",
+        '"-the"',
+        '"-The"',
+    ]
+
+
+def test_rows_without_ids_are_refused(labeller, rows):
+    with pytest.raises(InputError, match="needs the column token_ids") as error:
+        labeller.label([LabelRow("text", "t", 3, "", "d")])
+    one_sentence(error)
+
+
+def test_a_model_that_is_not_there_is_said_before_the_first_stage():
+    with pytest.raises(InputError, match="There is no model folder"):
+        Behaviour("./nowhere").ready()
