@@ -367,6 +367,7 @@ def open_pair(
 
 
 def _read(av: str | Path, ar: str | Path | None, base: str | Path | None, said: Conventions, how: Reading) -> Pair:
+    """`load_pair` and `open_pair`."""
     av, ar = pair_folders(av, ar)
     sidecar = Sidecar.read(av, "av").joined(Sidecar.read(ar, "ar"), av, ar)
     sidecar = sidecar.settled(said, av)
