@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_input import is_whole
 
 Messages = list[dict[str, str]]  # each with `role` and `content`
 
@@ -31,7 +32,8 @@ def read_chats(file: Path) -> list[tuple[str, Messages]]:
         messages = entry.get("messages") if isinstance(entry, dict) else entry
         whole = isinstance(messages, list) and messages
         if not whole or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages
+            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") and is_whole(m["content"])
+            for m in messages
         ):
             raise InputError(
                 f"{file}: conversation {i + 1} is {reprlib.repr(entry)}, expected messages with a role and a content."

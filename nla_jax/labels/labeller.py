@@ -20,6 +20,7 @@ from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import columns_of, read_table
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
+from nla_jax.runtime.user_input import is_whole
 
 TAG = re.compile(r"</?explanation>")
 
@@ -60,7 +61,7 @@ class CheckedLabeller:
                 f"{self.function} returns {found} for {len(rows)} rows; return a list with one text for each."
             )
         for row, text in zip(rows, labels):
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or not text.strip() or not is_whole(text):
                 raise InputError(
                     f"{self.function} returns {text!r} for token {row.position} of {row.doc_id!r}; return one non-empty "
                     f"text for each row."
