@@ -131,7 +131,7 @@ def read_material(arguments: argparse.Namespace) -> list:
         documents = [("standard input", document(sys.stdin.buffer.read(), "Standard input"))]
     if empty := [name for name, text in documents if not text.strip()]:
         if arguments.text is not None:
-            raise InputError(f"The text to explain, --text {arguments.text!r}, is empty; give one with words.")
+            raise InputError(f"There is no text to explain in --text {arguments.text!r}; give one with words.")
         raise InputError(f"There is no text to explain in {empty[0]}; give --text, --file or standard input.")
     return documents
 
