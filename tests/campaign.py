@@ -9,6 +9,7 @@ silence, no changed file outside the working folder. A draw is a function of see
 
 import argparse
 import atexit
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -91,8 +92,7 @@ class Place:
     ) -> "Outcome":
         """Runs `nla` as a user does, in a process of its own; `stop`: (seconds, signal)."""
         (self.folder / "here").mkdir(exist_ok=True)
-        start, names = time.monotonic(), [str(self.folder / name) for name in ("out", "err")]
-        child = Child(functools.partial(self.command, arguments, module, prepare), names)
+        start, child = time.monotonic(), Child(functools.partial(self.command, arguments, module, prepare))
         if stop and child.wait(stop[0]) is None:
             os.kill(child.pid, stop[1])
         status = child.wait(self.seconds + SECONDS if self.seconds else 3600)
@@ -100,8 +100,7 @@ class Place:
         if hangs:
             os.kill(child.pid, signal.SIGKILL)
             status = child.wait(SECONDS)
-        out, err = (Path(name).read_text(errors="replace") for name in names)
-        return Outcome(arguments, status, out, err, time.monotonic() - start, hangs)
+        return Outcome(arguments, status, *child.said(), time.monotonic() - start, hangs)
 
     def command(self, arguments: tuple[str, ...], module: str, prepare: Callable | None) -> int:
         """What a child does: `main` of a module, as if Python had been started for it."""
@@ -126,32 +125,23 @@ class Place:
 
 
 class Child:
-    """A forked process, which needs no seconds for imports. Its output goes to two files.
+    """A forked process, which needs no seconds for imports.
 
     No program has run in the parent: JAX and its threads begin in the child."""
 
-    def __init__(self, run: Callable[[], int], names: list[str]):
+    def __init__(self, run: Callable[[], int]):
         sys.stdout.flush()
+        pipes = [os.pipe() for _ in range(2)]  # no files, whose size a draw may limit
         self.pid, self.status = os.fork(), None
-        if self.pid:
-            return
-        status = 1
-        try:
-            for number, name in zip((0, 1, 2), (os.devnull, *names)):
-                os.dup2(
-                    os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number
-                )
-            status = run()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(BaseException):
-                threading._shutdown()
-                atexit._run_exitfuncs()
-                sys.stdout.flush()
-            os._exit(status)
+        if not self.pid:
+            _become(run, [os.open(os.devnull, os.O_RDONLY), *[write for _, write in pipes]])
+        for _, write in pipes:
+            os.close(write)
+        self.readers = [concurrent.futures.ThreadPoolExecutor(1).submit(_drained, read) for read, _ in pipes]
+
+    def said(self) -> tuple[str, str]:
+        """What the process has written to standard output and standard error."""
+        return tuple(reader.result().decode(errors="replace") for reader in self.readers)
 
     def wait(self, seconds: float) -> int | None:
         """The exit status (minus the signal that ended it); None where it is still running after so long."""
@@ -164,6 +154,31 @@ class Child:
                 break
             time.sleep(0.02)
         return self.status
+
+
+def _become(run: Callable[[], int], descriptors: list[int]) -> None:
+    """In a forked process: runs `run` with these as standard input, output and error, and ends as Python ends."""
+    status = 1
+    try:
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+        status = run()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def _drained(descriptor: int) -> bytes:
+    """All that comes out of a pipe."""
+    with open(descriptor, "rb") as stream:
+        return stream.read()
 
 
 @dataclasses.dataclass(frozen=True)

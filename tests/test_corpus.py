@@ -112,6 +112,7 @@ def test_min_chars_and_max_documents(tmp_path):
     ("name", "content", "options", "message"),
     [
         ("absent.jsonl", None, {}, r"There is no corpus '.*absent\.jsonl': give python_docs, tfds:NAME"),
+        ("a.jsonl", b'{"text": "half \\ud83d of it"}', {}, r"The text of a\.jsonl:1 holds half of a character"),
         ("a.csv", b"x", {}, r"a\.csv is no corpus file: use one that ends in \.txt, \.jsonl, \.parquet"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', {}, r"Line 2 of a\.jsonl is not valid JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', {}, r"Line 1 of a\.jsonl is not valid JSON"),

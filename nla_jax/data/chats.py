@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_input import is_whole
 
 Messages = list[dict[str, str]]  # each with `role` and `content`
 
@@ -39,7 +40,8 @@ def checked(messages: Any, place: str) -> Messages:
     """A conversation. Raises `InputError`, naming `place`, for what is none."""
     whole = isinstance(messages, (list, tuple)) and messages
     if not whole or not all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages
+        isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") and is_whole(m["content"])
+        for m in messages
     ):
         raise InputError(f"{place} is {reprlib.repr(messages)}, expected messages with a role and a content.")
     return list(messages)

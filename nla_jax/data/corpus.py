@@ -78,7 +78,12 @@ def load_corpus(
         read += 1
         if not isinstance(row.text, str):
             raise InputError(f"The text of {row.place} is {type(row.text).__name__}, not a string: convert it first.")
-        digest = hashlib.blake2b(row.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        try:
+            digest = hashlib.blake2b(row.text.encode(), digest_size=16).digest()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"The text of {row.place} holds half of a character, as cut JSON does: correct it."
+            ) from None
         if not row.text.strip() or len(row.text) < min_chars or digest in texts:
             continue
         texts.add(digest)

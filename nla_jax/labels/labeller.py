@@ -43,7 +43,7 @@ from nla_jax.io.parquet import columns_of, read_table
 from nla_jax.runtime.environment import VERSION
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
-from nla_jax.runtime.user_input import whole_number
+from nla_jax.runtime.user_input import is_whole, whole_number
 
 TAG = re.compile(r"</?explanation>")
 BATCH = 256
@@ -112,7 +112,7 @@ class CheckedLabeller:
         for row, text in zip(rows, labels):
             if isinstance(text, NoLabel):
                 continue
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or not text.strip() or not is_whole(text):
                 raise InputError(
                     f"{self.function} returns {text!r} for token {row.position} of {row.doc_id!r}; return one non-empty "
                     f"text for each row."

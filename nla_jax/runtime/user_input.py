@@ -51,8 +51,12 @@ def text_list(what: str, texts: Any) -> list[str]:
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text has no half of a character (a lone surrogate), as badly cut JSON gives it."""
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+    """Whether a text has no half of a character (a lone surrogate), as badly cut JSON gives it: no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sampling_temperature(value: Any) -> float:

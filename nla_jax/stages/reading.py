@@ -10,6 +10,7 @@ from nla_jax.models.sharding import local_rows, place_local
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
+from nla_jax.runtime.user_input import is_whole
 from nla_jax.sampling import Rollout
 from nla_jax.study import Study, compute_features
 
@@ -91,6 +92,10 @@ class Reading:
 def read_by(reader: UserFunction, texts: list[str], rng: np.random.Generator) -> list[str]:
     """What a reader makes of the texts of one activation. Raises `InputError` where that is not as many texts."""
     read = reader(list(texts), rng)
-    if not isinstance(read, list) or len(read) != len(texts) or not all(isinstance(text, str) for text in read):
-        raise InputError(f"{reader} returns {read!r:.100}, expected a list of {len(texts)} texts.")
+    if (
+        not isinstance(read, list)
+        or len(read) != len(texts)
+        or not all(isinstance(text, str) and is_whole(text) for text in read)
+    ):
+        raise InputError(f"{reader} returns {ascii(read):.100}, expected a list of {len(texts)} texts.")
     return read

@@ -151,7 +151,7 @@ def read_material(arguments: argparse.Namespace) -> list:
         return read_chats(Path(arguments.chat))
     if arguments.text is not None:
         if not arguments.text.strip():
-            raise InputError(f"The text to explain, --text {arguments.text!r}, is empty; give one with words.")
+            raise InputError(f"There is no text to explain in --text {arguments.text!r}; give one with words.")
         return [("text", arguments.text)]
     if arguments.file:
         return read_files(arguments.file)
