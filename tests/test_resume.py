@@ -211,6 +211,7 @@ def test_sigterm_loses_no_step_and_nothing_else_continues_from_it(talking, argum
     assert f"Checkpoint {checkpoints}/3 was made with other settings (old -> new): {named}" in one_line(capsys)
     (workdir / "stages/rl.json").unlink()
     file = workdir / "pair_warm/av/model.safetensors"
+    content = file.read_bytes()
     flip(file, -1)
     assert main(arguments("rl", workdir, free)) == 1
     assert f"{file} is damaged: its bytes are not those that were written" in one_line(capsys)
