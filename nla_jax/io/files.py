@@ -112,7 +112,7 @@ def checksum(file: Path) -> str:
     """A CRC-32 of a file's bytes, by which damage is noticed; it reads several GB a second."""
     value = 0
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 24):
+        while block := stream.read(1 << 20):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
 

@@ -192,7 +192,7 @@ def check_bytes(*folders: Path) -> int:
             text += stream.read(min(int.from_bytes(text, "little"), LONGEST))
             stated = re.search(rb'"%s": "(\w{8})"' % CHECKSUM.encode(), text)
             value = zlib.crc32(text[: stated.start(1)] + UNKNOWN.encode() + text[stated.end(1) :]) if stated else 0
-            while stated and (block := stream.read(1 << 24)):
+            while stated and (block := stream.read(1 << 20)):
                 value = zlib.crc32(block, value)
         if not stated:
             continue
