@@ -27,7 +27,7 @@ def test_a_token_without_an_embedding_is_named(subject_folder):
     more = dataclasses.replace(load_subject(subject_folder, 1), tokenizer=tokenizer)
     documents = [Document("plain", SENTENCES[0]), Document("picture", f"{SENTENCES[1]} <image> {SENTENCES[2]}")]
     for run in (
-        lambda: extract(more, [text for _, text in documents], doc_ids=["plain", "picture"]),
+        lambda: extract(more, [document.text for document in documents], doc_ids=["plain", "picture"]),
         lambda: sample_activations(more, documents, Extract(positions=4, min_position=5), 0),
     ):
         with pytest.raises(

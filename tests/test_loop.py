@@ -242,7 +242,7 @@ def test_files_without_heldout_or_labels(finished, exported, corpus, tmp_path, c
 
 
 def test_exported_pairs_load_and_come_back(finished, exported, tmp_path, capsys):
-    assert sorted(path.name for path in exported.iterdir()) == ["ar", "av", "datasets"]
+    assert sorted(path.name for path in exported.iterdir()) == ["README.md", "ar", "av", "datasets"]
     folder = tmp_path / "second"
     flags = ["import", "--av", str(exported / "av"), "--ar", str(exported / "ar"), "--out", str(folder)]
     assert main([*flags, "--injection", "norm_matched_addition", "--injection-block", "1"]) == 0

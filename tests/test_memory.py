@@ -26,20 +26,35 @@ LAYER = 3
 LORA = Lora(4)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def subject(request, tokenizer, tmp_path_factory):
+ADAPTERS = {"whole": (None, None), "LoRA": (LORA, LORA), "LoRA AV": (LORA, None)}
+QUICK = (("whole", "bfloat16"), ("LoRA", "bfloat16"), ("LoRA AV", "float32"))
+CASES = [
+    pytest.param((kind, dtype), id=f"{kind}-{dtype}", marks=[] if (kind, dtype) in QUICK else pytest.mark.slow)
+    for kind in ADAPTERS
+    for dtype in ("bfloat16", "float32")
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """Which parts of a pair are adapters, and the dtype of the stored weights."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def subject(case, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory") / "subject"
-    save_model(folder, random_params(CONFIG), CONFIG, tokenizer, dtype=request.param)
+    save_model(folder, random_params(CONFIG), CONFIG, tokenizer, dtype=case[1])
     return folder
 
 
-@pytest.fixture(scope="module", params=[(None, None), (LORA, LORA), (LORA, None)], ids=["whole", "LoRA", "LoRA AV"])
-def saved(request, subject, sidecar, tmp_path_factory):
+@pytest.fixture(scope="module")
+def saved(case, subject, sidecar, tmp_path_factory):
     """The folder of a pair of the subject's size, stored in the subject's dtype."""
     folder = tmp_path_factory.mktemp("memory") / "pair"
     facts = {"base_checkpoint": str(subject), "d_model": CONFIG.width, "layer": LAYER, "reading": "whole"}
     ours = dataclasses.replace(sidecar, **facts)
-    new_pair(ours, subject, adapters=request.param).save(folder, stored_dtype(subject))
+    new_pair(ours, subject, adapters=ADAPTERS[case[0]]).save(folder, stored_dtype(subject))
     return folder
 
 

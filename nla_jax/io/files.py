@@ -102,10 +102,10 @@ def sealed(text: str) -> str:
     return f"{text}checksum: {zlib.crc32(text.encode()):08x}\n"
 
 
-def is_sealed(content: bytes) -> bool:
-    """Whether a file's content fits the checksum in its last line, if it has one."""
+def fits_seal(content: bytes) -> bool | None:
+    """Whether a file's content fits the checksum in its last line; None where it has none."""
     found = re.fullmatch(rb"(.*^)checksum: (\w{8})\n", content, re.DOTALL | re.MULTILINE)
-    return found is None or found[2] == f"{zlib.crc32(found[1]):08x}".encode()
+    return found and found[2] == f"{zlib.crc32(found[1]):08x}".encode()
 
 
 def checksum(file: Path) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from nla_jax.io.files import checksum, is_sealed
+from nla_jax.io.files import checksum, fits_seal
 from nla_jax.runtime.distributed import is_writer, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
@@ -205,6 +205,7 @@ def check_bytes(*folders: Path) -> int:
         beside = json.loads(json.loads(text[8:])["__metadata__"].get(BESIDE, "{}"))
         others = [file.with_name(name) for name in beside]
         changed = [other for other in others if other.is_file() and checksum(other) != beside[other.name]]
-        for other in changed + [other for other in file.parent.glob("*.yaml") if not is_sealed(other.read_bytes())]:
+        changed += [other for other in file.parent.glob("*.yaml") if fits_seal(other.read_bytes()) is False]
+        for other in changed:
             note(f"{other} has changed since it was written; if nobody has meant to, it is damaged: copy it again.")
     return known

@@ -2,9 +2,8 @@
 
     Prose. Next perhaps "work", "book" or "idea". It ends: "in his groundbreaking"
 
-Kind of passage (in a chat: who speaks), what the subject itself expects next, and the last words. The subject's
-expectation is what a late layer holds most of beside the last words. A topic is left out: no linear probe reads one from
-the activation, and a verbalizer that is asked for it makes one up (`docs/labels.md` has the figures).
+Kind of passage (in a chat: who speaks), what the subject itself expects next, and the last words. A topic is left out: a
+linear probe hardly reads one from an activation, and a verbalizer that is asked for it makes one up (docs/labels.md).
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from nla_jax.config import Config, is_free
 from nla_jax.data.corpus import Document, load_corpus, split_of
-from nla_jax.io.files import AnyPath, path_to, reaching, stand_in
+from nla_jax.io.files import AnyPath, fits_seal, path_to, reaching, stand_in
 from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.checkpoint import Checkpoints, differences, flat
 from nla_jax.runtime.distributed import barrier, from_writer, host_count, host_index, is_writer, writer_first
@@ -185,8 +185,9 @@ class Run:
         return f"{zlib.crc32((self.workdir / file).read_bytes()):08x}"
 
     def _changed(self, stage: str, record: dict) -> str | None:
-        """The first of a finished stage's files that is another one than it has written."""
-        there = lambda file: (self.workdir / file).exists()
+        """The first of a finished stage's files that is another one than it has written. A sidecar with a checksum of its
+        own that fits is whole: somebody has put another pair there."""
+        there = lambda file: (self.workdir / file).exists() and not fits_seal((self.workdir / file).read_bytes())
         sums = record.get("checksums", {}).items()
         found = from_writer(
             lambda: next((file for file, made in sums if there(file) and self._sum(file) != made), None)

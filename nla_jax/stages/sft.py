@@ -14,7 +14,7 @@ from nla_jax.data.activations import median_norm_and_variance
 from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
 from nla_jax.data.rows import LABEL, Rows, load_rows
 from nla_jax.io.conventions import Conventions
-from nla_jax.io.files import is_sealed, local, replacing
+from nla_jax.io.files import fits_seal, local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.safetensors import check_bytes
@@ -192,7 +192,7 @@ def fixed_prompts(run: Run, sidecar: Sidecar, prompts: Prompts) -> PromptIds:
     folder = run.workdir / "train" / "prompts"
     if from_writer((folder / FILE).exists):
         kept, facts = Sidecar.read(local(folder), "av"), ("marker", "verbalizer_template", "reconstructor_template")
-        if not is_sealed((folder / FILE).read_bytes()):
+        if fits_seal((folder / FILE).read_bytes()) is False:
             raise InputError(f"{folder / FILE} is damaged; delete it, and `nla sft` makes it again from the tokenizer.")
         if all(getattr(kept, name) == getattr(sidecar, name) for name in facts):
             return kept.ids

@@ -65,13 +65,15 @@ def _measured(workdir: AnyPath) -> list[str]:
         f"intervals by document:"
     )
     table = "\n".join(["| | | 95 % interval |", "|---|---|---|", *rows])
-    ranked = sorted(evaluation["examples"], key=lambda example: -example["fve_rl"])
+    scored = [example for example in evaluation["examples"] if "fve_rl" in example]
+    ranked = sorted(scored, key=lambda example: -example["fve_rl"])
     chosen = {example["context"]: example for example in (ranked[:1] + ranked[len(ranked) // 2 :][:1] + ranked[-1:])}
     examples = [
         f"- FVE {example['fve_rl']:.2f}, the last token of `{_one_line(example['context'][-120:])}`: {_one_line(example['rl'])}"
         for example in chosen.values()
     ]
-    return ["## Measured", about, table, "The best, the middle and the worst of the examples:", "\n".join(examples)]
+    shown = ["The best, the middle and the worst of the examples:", "\n".join(examples)] if examples else []
+    return ["## Measured", about, table, *shown]
 
 
 def _one_line(text: str) -> str:
