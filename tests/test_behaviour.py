@@ -71,6 +71,7 @@ def test_only_what_is_likely_is_named(labeller, rows):
     assert of(0.05, p) == 'Next perhaps "river", "-s" or a line break'
     assert of(0.19, p) == 'Next perhaps "river" or "-s"' and of(0.6, p) == OPEN
     assert of(0.05, [SURE, 0.2, 0.1, 0.05]) == 'Next surely "river"'
+    assert in_words(["</explanation>"]) == ["a blank"]  # a label holds no tags
     assert in_words(["", ' "', "\u200b \n", "the", "The", "the"]) == [
         "the end",
         '"\'"',

@@ -13,6 +13,7 @@ import pytest
 from conftest import random_params
 
 from nla_jax.cli import load_config, main
+from nla_jax.data.rows import load_rows
 from nla_jax.io.folders import model_config, save_model
 from nla_jax.models.sharding import AXES, device_mesh
 from nla_jax.models.transformer import abstract_params
@@ -126,6 +127,33 @@ def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
     steps = read_metrics(workdir / "train/rl/metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2] and all(0 < step["mse"] < 4 for step in steps)
     assert (workdir / "pair/av/adapter_config.json").is_file() == (name == "qwen3_8b")
+
+
+@pytest.mark.slow
+@pytest.mark.whole_run
+def test_the_smollm2_study_runs_on_documents_and_chats(subject_folder, tmp_path):
+    """From its corpus to its report, on a random subject; every activation of a chat is where somebody speaks."""
+    texts = [(id, text[:1200]) for id, text in sorted(topics.items()) if len(text) > 800][:40]
+    entries = [{"id": id, "text": text} for id, text in texts[:20]]
+    for id, text in texts[20:]:
+        turns = [{"role": "user", "content": text[:90]}, {"role": "assistant", "content": text[90:300]}]
+        entries.append({"id": id, "messages": turns})
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    flags = [
+        "--config",
+        f"{CONFIGS / 'smollm2_135m.py'}:tiny",
+        "--workdir",
+        str(tmp_path / "run"),
+        f"--config.subject.path={subject_folder}",
+        f"--config.label.settings.subject={subject_folder}",
+        f"--config.corpus.source={tmp_path / 'corpus.jsonl'}",
+        "--config.prompts.max_new_tokens=200",  # this tokenizer spells words out
+    ]
+    assert main(["quickstart", *flags]) == 0
+    rows = load_rows(tmp_path / "run", "av_sft")
+    roles, labels = rows.column("role"), rows.column("api_explanation")
+    assert {"", "user", "assistant"} == set(roles)
+    assert [label.startswith("A user speaks. ") for label in labels] == [role == "user" for role in roles]
 
 
 @pytest.mark.parametrize(

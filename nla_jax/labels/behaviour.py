@@ -159,7 +159,7 @@ def in_words(tokens: Sequence[str]) -> list[str]:
     hyphen before it, and one of `UNSEEN` no quotes."""
     words = []
     for token in tokens:
-        text = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in token)
+        text = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in TAGS.sub(" ", token))
         text = " ".join(text.split()).replace('"', "'")
         if text:
             word = f'"{"-" if token[:1].isalnum() else ""}{text}"'
