@@ -64,7 +64,7 @@ def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: AnyPath, s
         with replacing(path.with_name(path.name + SIDECAR)) as scratch:
             scratch.write_text(yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8")
     said = {name: value for name, value in (schema.metadata or {}).items() if name != FORM}  # that is another file's
-    schema = schema.with_metadata(said or None)
+    schema = schema.with_metadata(said) if said else schema.remove_metadata()
     with replacing(path) as scratch, pq.ParquetWriter(scratch, schema, write_page_checksum=True) as writer:
         rows = 0
         for table in tables:
