@@ -1,6 +1,7 @@
 """What is found out before anything runs: wrong settings, functions, batches and splits; and the verb `nla check`."""
 
 import dataclasses
+import fcntl
 import json
 import re
 import shutil
@@ -258,6 +259,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly():
     """As in `nla settings | head -1`."""
     code = "import sys; from nla_jax.cli import main; sys.exit(main(['settings']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # else all of it may be written before the reader leaves
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE

@@ -37,9 +37,12 @@ def jit_step(step: Callable, mesh: Mesh, optimized: bool = True) -> Callable:
     options = None if platform == "cpu" and mesh.size > 1 else COMPILER_OPTIONS.get(platform)
     if not optimized:
         options = UNOPTIMIZED.get(platform)
-    if options and not compiler_knows(options, mesh):
-        options = None
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=known(options or {}, mesh) or None)
+
+
+def known(options: dict, mesh: Mesh) -> dict:
+    """Those of the options that the compiler accepts: releases rename them and drop them."""
+    return {name: value for name, value in options.items() if compiler_knows({name: value}, mesh)}
 
 
 def compiler_knows(options: dict, mesh: Mesh) -> bool:
