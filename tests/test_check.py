@@ -151,7 +151,8 @@ def test_check_says_what_a_run_would_need(tmp_path, capsys):
     found = check(capsys, "--config", QUICKSTART, "--workdir", str(tmp_path / "run"), "--labels", "8")
     assert list(found)[:5] == ["functions", "mesh", "memory", "documents", "disk"]
     assert re.search(r"heldout \d+, rl \d+; at most 8 activations of each", found["documents"])
-    assert re.fullmatch(r"\d+ to \d+ tokens in 8 samples, 40 allowed", found["labels"])
+    longer = r"(; \d of 8 are longer, and are not trained on)?"  # on Pythons whose topics read otherwise
+    assert re.fullmatch(rf"\d+ to \d+ tokens in 8 samples, 40 allowed{longer}", found["labels"])
     assert found["AV reads"] == "'<|bos|><|user|>Explain this activation: ㈎<|assistant|>'"
     assert found["AV writes"].startswith(r"'<explanation>\n") and found["AV writes"].endswith("</explanation><|end|>'")
     assert found["AR reads"].startswith("'<|bos|><text>") and found["AR reads"].endswith("</text><summary>'")
