@@ -18,22 +18,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from nla_jax.data.corpus import document_of, load_corpus
 from nla_jax.io.files import replacing
-from nla_jax.io.folders import load_params, load_tokenizer, read_config
-from nla_jax.models.transformer import Transformer
-from nla_jax.prompts import chat_text, end_of_turn, plain_ids
+from nla_jax.labels.local import Local
 from nla_jax.runtime.metrics import Progress
-from nla_jax.sampling import respond
 
 WIKI = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 NEWS = "lee_background.cor"
 PART = 1200  # characters of an article's part, at least
 EXCERPT = 500  # characters of a document that a question quotes
-ROWS = 32  # answers that are sampled together
 QUESTIONS = (
     "What is this text about?\n\n{text}",
     "Summarise this in two sentences.\n\n{text}",
@@ -126,22 +121,14 @@ def question(id: str, text: str, seed: int) -> str:
 
 
 def answer(folder: Path, questions: list[str], limit: int, seed: int) -> list[str]:
-    """The model's answers, sampled at temperature 0.7; those that do not end at the limit stay cut."""
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    model, params = Transformer(config), load_params(folder, config)
-    prompts = plain_ids(tokenizer, [chat_text(tokenizer, text) for text in questions])
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    said, progress, end = [""] * len(prompts), Progress("answers", len(prompts)), end_of_turn(tokenizer)
-    for start in range(0, len(order), ROWS):
-        part = order[start : start + ROWS]
-        rows = [prompts[i] for i in part] + [prompts[part[0]]] * (ROWS - len(part))
-        width = -(-max(map(len, rows)) // 64) * 64
-        tokens = np.array([[0] * (width - len(row)) + row for row in rows], np.int32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(start, start + ROWS))
-        lengths = np.array([len(row) for row in rows], np.int32)
-        found = respond(model, params, tokens, lengths, keys, end=end, max_new_tokens=limit, temperature=0.7)
-        for i, ids, real in zip(part, *map(np.asarray, (found.tokens, found.mask))):
-            said[i] = tokenizer.decode(ids[real], skip_special_tokens=True).strip() or "…"
+    """The model's answers, sampled; those that do not end at the limit stay cut."""
+    model = Local(str(folder), max_tokens=limit, seed=seed, dtype="float32")
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # so that parts are of similar length
+    said, progress = [""] * len(questions), Progress("answers", len(questions))
+    for start in range(0, len(order), model.rows):
+        part = order[start : start + model.rows]
+        for i, (text, _) in zip(part, model.answers([questions[i] for i in part])):
+            said[i] = text.strip() or "…"
         progress.update(len(part))
     return said
 

@@ -48,8 +48,9 @@ def reserve(repo: str, private: bool) -> None:
 
 
 def push(folder: Path, repo: str, leave: str) -> str:
-    """Uploads a folder, but for files that match `leave`, to the hub repository `repo`; returns the commit's address. Raises `InputError` where that
-    fails; what is in the folder is kept."""
+    """Uploads a folder, but for files that match `leave`, to the hub repository `repo`; returns the commit's address.
+
+    Raises `InputError` where that fails; what is in the folder is kept."""
     from huggingface_hub import upload_folder
 
     try:

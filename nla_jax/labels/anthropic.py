@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from nla_jax.io.files import AnyPath, replacing
-from nla_jax.labels.asking import Asking, checked_url, read_answer
+from nla_jax.labels.asking import Served, read_answer
 from nla_jax.labels.labeller import Label, LabelRow, NoLabel
 from nla_jax.labels.openai import unanswered, without_key
 from nla_jax.runtime.errors import InputError
@@ -18,7 +18,7 @@ KEY = "ANTHROPIC_API_KEY"
 
 
 @dataclasses.dataclass
-class Anthropic(Asking):
+class Anthropic(Served):
     """One request a text, several at a time. The key is `ANTHROPIC_API_KEY` of the environment (or what else the SDK
     finds there).
 
@@ -26,14 +26,7 @@ class Anthropic(Asking):
     connection, a timeout (seconds), 408, 409, 429 or 5xx: it waits as long as the server's `retry-after` says, else 0.5
     s, 1 s, … up to 8 s."""
 
-    base_url: str = ""
-    request: dict = dataclasses.field(default_factory=dict)
-    retries: int = 8
-    timeout: float = 120.0
-
-    batch: ClassVar[int] = 1
     concurrency: ClassVar[int] = 8
-    connects: ClassVar[tuple[str, ...]] = ("base_url", "retries", "timeout")
 
     @functools.cached_property
     def client(self) -> Any:
@@ -42,19 +35,13 @@ class Anthropic(Asking):
             import anthropic
         except ImportError:
             raise InputError("This labeller needs Anthropic's package: pip install 'nla_jax[labels]'.") from None
-        make = functools.partial(
-            anthropic.Anthropic, base_url=checked_url(self.base_url), max_retries=self.retries, timeout=self.timeout
-        )
+        make = functools.partial(anthropic.Anthropic, **self.reached)
         client = make()
         if not any(getattr(client, name, None) for name in ("api_key", "auth_token", "credentials")):
             if not self.base_url:
                 raise InputError(f"Anthropic needs a key; set {KEY} in the environment.")
             return make(api_key="none")
         return client
-
-    def ready(self) -> None:
-        """Raises `InputError` without a key."""
-        _ = self.client
 
     def message(self, prompt: str) -> dict:
         """The request about one text."""

@@ -1,6 +1,7 @@
 """What labellers that ask a language model have in common: the instruction, and how an answer is read."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -66,6 +67,34 @@ class Asking:
     def ask(self, row: LabelRow) -> Label:
         """The answer for one row."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass
+class Served(Asking):
+    """A labeller that asks a server through its SDK, a request a text, several at a time. `request`: more fields of each
+    request. `base_url`, `retries`, `timeout`: how the SDK reaches the server."""
+
+    base_url: str = ""
+    request: dict = dataclasses.field(default_factory=dict)
+    retries: int = 8
+    timeout: float = 120.0
+
+    batch: ClassVar[int] = 1
+    connects: ClassVar[tuple[str, ...]] = ("base_url", "retries", "timeout")
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """The SDK's client. Raises `InputError` without its package or a key."""
+        raise NotImplementedError
+
+    @property
+    def reached(self) -> dict:
+        """The client's arguments."""
+        return {"base_url": checked_url(self.base_url), "max_retries": self.retries, "timeout": self.timeout}
+
+    def ready(self) -> None:
+        """Raises `InputError` without a key."""
+        _ = self.client
 
 
 def read_answer(text: str | None) -> Label:

@@ -27,6 +27,7 @@ from nla_jax.subject import Subject, residual_rows
 
 SPEAKERS = {"user": "A user speaks", "assistant": "The assistant answers", "system": "An instruction to the assistant"}
 SURE = 0.6  # a likeliest continuation from this probability on is the only one named
+KEPT = 10_000  # rows whose expectations are remembered, so that the claims about a row cost one pass
 AMONG = 5  # a token counts as expected that is among so many likeliest ones
 OPEN = "Anything may come next"
 UNSEEN = ("a line break", "a blank", "the end")  # tokens without visible characters
@@ -103,15 +104,16 @@ class Behaviour:
         return of[claim.kind] == claim.value
 
     def expected(self, rows: Sequence[LabelRow]) -> list[tuple[list[str], list[float]]]:
-        """The likeliest next tokens of each row as text, with their probabilities. What is once computed is kept."""
+        """The likeliest next tokens of each row as text, with their probabilities; those of the last rows are kept."""
         ids = [row.token_ids for row in rows]
         if not all(ids):
             raise InputError(
                 "The labeller Behaviour needs the column token_ids of the activations; `nla extract` writes it."
             )
+        if len(self._known) > KEPT:
+            self._known = {}
         new = sorted({one for one in ids if one not in self._known}, reverse=True)
-        if new:
-            self._known |= zip(new, self._computed(new))
+        self._known |= zip(new, self._computed(new))
         return [self._known[one] for one in ids]
 
     def _computed(self, ids: list[tuple[int, ...]]) -> list[tuple[list[str], list[float]]]:

@@ -72,15 +72,21 @@ class Local(Asking):
         return Transformer(config), load_params(self.folder, config, dtype=jnp.dtype(self.dtype))
 
     def label(self, rows: Sequence[LabelRow]) -> list[Label]:
-        """An answer for each row; those with prompts of similar length are sampled together."""
-        prompts = plain_ids(self.tokenizer, [chat_text(self.tokenizer, self.prompt(row)) for row in rows])
-        labels: list[Label] = [NoLabel("empty")] * len(rows)
-        for part in similar_lengths([len(ids) for ids in prompts], self.rows):
-            for i, label in zip(part, self._sample([prompts[i] for i in part])):
-                labels[i] = label
-        return labels
+        """An answer for each row."""
+        answers = self.answers([self.prompt(row) for row in rows])
+        return [read_answer(text) if ended else NoLabel("cut") for text, ended in answers]
 
-    def _sample(self, prompts: list[list[int]]) -> list[Label]:
+    def answers(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
+        """What the model answers to each prompt, and whether the answer ended within `max_tokens`. Prompts of similar
+        length are sampled together."""
+        ids = plain_ids(self.tokenizer, [chat_text(self.tokenizer, prompt) for prompt in prompts])
+        answers = [("", False)] * len(ids)
+        for part in similar_lengths(list(map(len, ids)), self.rows):
+            for i, answer in zip(part, self._sample([ids[i] for i in part])):
+                answers[i] = answer
+        return answers
+
+    def _sample(self, prompts: list[list[int]]) -> list[tuple[str, bool]]:
         model, params = self.weights
         count = padded_rows(len(prompts), self.rows, jax.sharding.get_mesh())
         filled = prompts + prompts[:1] * (count - len(prompts))
@@ -104,8 +110,7 @@ class Local(Asking):
             self.tokenizer.decode(row[real], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for row, real in zip(found, mask)
         ]
-        ends = zip(texts[: len(prompts)], finished)
-        return [read_answer(text) if ended else NoLabel("cut") for text, ended in ends]
+        return list(zip(texts[: len(prompts)], finished.tolist()))
 
 
 def _keys(prompts: list[list[int]], seed: int) -> jax.Array:

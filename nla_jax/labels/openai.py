@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
-from nla_jax.labels.asking import Asking, checked_url, read_answer
+from nla_jax.labels.asking import Served, read_answer
 from nla_jax.labels.labeller import Label, LabelRow, NoLabel
 from nla_jax.runtime.errors import InputError, first_line
 
 
 @dataclasses.dataclass
-class OpenAI(Asking):
+class OpenAI(Served):
     """One request a text, several at a time. The key is `OPENAI_API_KEY` of the environment; a server named by
     `base_url` may need none.
 
@@ -19,14 +19,7 @@ class OpenAI(Asking):
     as the server's `retry-after` says (it gives up where that is more than two minutes), else 0.5 s, 1 s, … up to 8
     s."""
 
-    base_url: str = ""
-    request: dict = dataclasses.field(default_factory=dict)
-    retries: int = 8
-    timeout: float = 120.0
-
-    batch: ClassVar[int] = 1
     concurrency: ClassVar[int] = 16
-    connects: ClassVar[tuple[str, ...]] = ("base_url", "retries", "timeout")
 
     @functools.cached_property
     def client(self) -> Any:
@@ -35,9 +28,7 @@ class OpenAI(Asking):
             import openai
         except ImportError:
             raise InputError("This labeller needs OpenAI's package: pip install 'nla_jax[labels]'.") from None
-        make = functools.partial(
-            openai.OpenAI, base_url=checked_url(self.base_url), max_retries=self.retries, timeout=self.timeout
-        )
+        make = functools.partial(openai.OpenAI, **self.reached)
         try:
             return make()
         except openai.OpenAIError:
@@ -47,10 +38,6 @@ class OpenAI(Asking):
                 "OpenAI needs a key; set OPENAI_API_KEY in the environment, or label.connection.base_url for a server "
                 "without one."
             ) from None
-
-    def ready(self) -> None:
-        """Raises `InputError` without a key."""
-        _ = self.client
 
     def ask(self, row: LabelRow) -> Label:
         """The answer of the model. Raises `InputError` where the server gives none, after all retries."""

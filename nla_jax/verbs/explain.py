@@ -133,14 +133,18 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises `InputError` for a number out of range, before a pair is read."""
     from nla_jax.runtime.user_input import sampling_temperature, whole_number
 
+    given = vars(arguments)
     for name, least, most in (
-        ("--max-tokens", 1, None),
-        ("--max-new-tokens", 1, None),
-        ("--batch", 1, None),
-        ("--seed", 0, (1 << 32) - 1),
+        ("max_tokens", 1, None),
+        ("max_new_tokens", 1, None),
+        ("batch", 1, None),
+        ("top", 1, None),  # of `nla diff`
+        ("seed", 0, (1 << 32) - 1),
     ):
-        whole_number(name, getattr(arguments, name[2:].replace("-", "_")), least, most)
-    sampling_temperature(arguments.temperature)
+        if name in given:
+            whole_number(f"--{name.replace('_', '-')}", given[name], least, most)
+    if "temperature" in given:
+        sampling_temperature(given["temperature"])
 
 
 def read_material(arguments: argparse.Namespace) -> list:
