@@ -161,14 +161,16 @@ def test_trained_one_step_and_exported_it_works_in_torch(pair, tmp_path):
     trained = dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar)
     trained.save(tmp_path)
 
-    av, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "av", output_loading_info=True)
+    av, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "av", attn_implementation="eager", output_loading_info=True
+    )
     assert not any(info.values()), info
     ids = np.random.default_rng(6).integers(0, 300, (2, 11))
     ours = pair.verbalizer.model.apply({"params": trained.verbalizer_params}, ids, method="next_token_logits")
     with torch.no_grad():
         close(ours, av.eval()(torch.tensor(ids)).logits.numpy(), 1e-4)
 
-    ar = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ar").eval()
+    ar = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ar", attn_implementation="eager").eval()
     assert ar.config.num_hidden_layers == pair.sidecar.layer + 1
     rows = transformers.AutoTokenizer.from_pretrained(tmp_path / "ar")(["<text>mill</text><summary>"]).input_ids
     head = load_file(tmp_path / "ar" / HEAD)["weight"].T
