@@ -23,7 +23,8 @@ SMOLLM2 = {
     "subject": {"path": MODEL, "layer": 20},
     "extract": {"positions": 8, "min_position": 24, "max_tokens": 256, "shard_documents": 200},
     "label": {"labeller": "nla_jax.labels.behaviour:Behaviour", "settings": {"subject": MODEL}},
-    "prompts": {"max_new_tokens": 52},
+    # The AR reads at the end of the explanation, where its last words are: with them it starts as the subject does.
+    "prompts": {"reconstructor_template": "Text: {explanation}", "max_new_tokens": 56},
     "sft": {
         "checkpoint_every": 20,
         "av": {"batch": 32, "steps": 360, "optimizer": {"lr": 3e-4, "final_lr": 3e-5, "warmup": 20}},
@@ -43,7 +44,7 @@ SMOLLM2 = {
     },
     "evaluate": {"rows": 10**6, "batch": 64, "examples": 30},  # the whole held-out split
     "report": {"title": "SmolLM2-135M-Instruct"},
-    "plan": {"prefix": 30, "suffix": 8, "text_prefix": 2, "text": 8},
+    "plan": {"prefix": 30, "suffix": 8, "text_prefix": 2, "text": 3},
 }
 GPU = {
     "compute": {"dtype": "bfloat16"},

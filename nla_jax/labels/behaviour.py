@@ -1,9 +1,12 @@
 """Labels of what an activation can hold and a computation can check.
 
-    Prose. Next perhaps "work", "book" or "idea". It ends: "in his groundbreaking"
+    Prose. Next perhaps "work", "book" or "idea". It ends: … in his groundbreaking
 
 Kind of passage (in a chat: who speaks), what the subject itself expects next, and the last words. A topic is left out: a
 linear probe hardly reads one from an activation, and a verbalizer that is asked for it makes one up (docs/labels.md).
+
+The last words end the label, with no quotation mark behind them. A reconstructor whose template ends with the explanation
+then reads at the very token at which the subject stood, and is good before it is trained (docs/labels.md has figures).
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ UNSEEN = ("a line break", "a blank", "the end")  # tokens without visible charac
 CLAIMS = {  # what a label says, by the words around it
     "passage": re.compile(rf"^\s*({one_of(PASSAGES | set(SPEAKERS.values()))})(?=\.|$)"),
     "certainty": re.compile(rf"\b(Next (?:surely|perhaps)|{OPEN})\b"),
-    "last words": re.compile(r'It ends: "([^"]+)"?\s*$'),
+    "last words": re.compile(r"It ends: … (.*\S)", re.DOTALL),
 }
 NEXT = re.compile(r"\bNext (?:surely|perhaps) (.*?)(?:\. It ends|$)", re.DOTALL)
 NAMED = re.compile(rf'"[^"]+"|{"|".join(UNSEEN)}')
@@ -44,11 +47,14 @@ NAMED = re.compile(rf'"[^"]+"|{"|".join(UNSEEN)}')
 class Behaviour:
     """`subject`: the folder or hub id of the model whose activations are explained; it computes in `dtype`.
 
-    Up to `continuations` of its likeliest next tokens are named, those of probability `least` or more."""
+    Up to `continuations` of its likeliest next tokens are named, those of probability `least` or more. The last `words`
+    are written, as far as they have `characters` together."""
 
     subject: str
     continuations: int = 3
     least: float = 0.05
+    words: int = 6
+    characters: int = 48
     dtype: str = "float32"
 
     batch: ClassVar[int] = 256
@@ -56,6 +62,8 @@ class Behaviour:
 
     def __post_init__(self):
         self.continuations = whole_number("label.settings.continuations", self.continuations, 1, AMONG)
+        self.words = whole_number("label.settings.words", self.words, 1)
+        self.characters = whole_number("label.settings.characters", self.characters, 1)
         self._known: dict[tuple[int, ...], tuple[list[str], list[float]]] = {}
 
     def ready(self) -> None:
@@ -78,7 +86,7 @@ class Behaviour:
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """One label for each row. Rows of one document cost one pass over its longest."""
         found = [self._described(row, *next) for row, next in zip(rows, self.expected(rows))]
-        ends = [f' It ends: "{of["last words"]}"' if of["last words"] else "" for of in found]
+        ends = [f" It ends: … {of['last words']}" if of["last words"] else "" for of in found]
         return [f"{of['passage']}. {of['next']}.{end}" for of, end in zip(found, ends)]
 
     def claims(self, text: str) -> list[Claim]:
@@ -142,7 +150,7 @@ class Behaviour:
         return {
             "passage": SPEAKERS.get(row.role) or _passage(row.text, text),
             "next": f"Next {'surely' if p[0] >= SURE else 'perhaps'} {comes}" if named else OPEN,
-            "last words": last_words(text),
+            "last words": last_words(text, self.words, self.characters),
         }
 
 

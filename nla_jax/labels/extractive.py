@@ -24,7 +24,6 @@ HALF_LIFE = 400  # characters after which a mention counts half
 
 TAGS = re.compile(r"</?explanation>", re.IGNORECASE)
 WORD = re.compile(r"(?<!\w)[^\W\d]\w{2,19}(?!\w)")
-LAST_WORDS = re.compile(rf"(?:\S+ ){{0,{TAIL_WORDS - 1}}}\S+$")
 
 STOP_WORDS = frozenset(
     """
@@ -198,13 +197,13 @@ def describe(text: str) -> dict[str, str | None]:
     return found | {"last words": tail}
 
 
-def last_words(text: str) -> str:
-    """The last words of the text on one line, cut at a word's start; of an endless word, its end."""
-    line = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text.rstrip()[-4 * TAIL_CHARS :])
-    line = " ".join(line.replace('"', "'").split())[-TAIL_CHARS - 1 :]
-    whole = line if len(line) <= TAIL_CHARS else line.partition(" ")[2] or line[1:]
-    found = LAST_WORDS.search(whole)
-    return found[0] if found else ""
+def last_words(text: str, words: int = TAIL_WORDS, characters: int = TAIL_CHARS) -> str:
+    """The last words of the text on one line, as many as have at most `characters` together; of an endless word, its
+    end."""
+    line = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text.rstrip()[-4 * characters :])
+    line = " ".join(line.replace('"', "'").split())[-characters - 1 :]
+    whole = line if len(line) <= characters else line.partition(" ")[2] or line[1:]
+    return " ".join(whole.split(" ")[-words:])
 
 
 def topic(text: str, tail: str) -> str | None:
