@@ -73,7 +73,8 @@ QUICKSTART = {
     "label": {"labeller": "nla_jax.labels.extractive:Extractive", "splits": ("av_sft", "ar_sft", "heldout")},
     "prompts": {
         "verbalizer_template": "Explain this activation: {injection_char}",
-        "reconstructor_template": "<text>{explanation}</text><summary>",
+        # Labels end with the text's last words. The AR reads right there, and so begins where the subject stood.
+        "reconstructor_template": "<text>{explanation}",
         "marker": "",  # "" finds one
         "inject": ("nla_jax.autoencoder:replace",),  # or …:add_norm_matched@1, or functions of yours
         "injection_scale": 0.0,  # 0 means the median norm of the training activations
@@ -114,7 +115,7 @@ QUICKSTART = {
     "report": {"title": "Quickstart"},
     # What only a tokenizer knows, in tokens, for `nla plan` and `nla benchmark`: the AV's prompt before the marker and
     # from it to the response; the AR's template before the text and in all.
-    "plan": {"prefix": 11, "suffix": 2, "text_prefix": 1, "text": 4},
+    "plan": {"prefix": 11, "suffix": 2, "text_prefix": 1, "text": 2},
 }
 SUBJECT = {"pretrain": {"init_from": "", "steps": 1200}}
 TINY = {  # the compiler takes most of its time: few programs (no rematerialisation, no KL, the headline's probes, RL's

@@ -55,6 +55,11 @@ FIDELITY = (
     "similarity",
     "extraction",
 )
+PROBES = (
+    *(f"nla_jax.probes.fidelity:{name}" for name in FIDELITY),
+    *(f"nla_jax.probes.baselines:{name}" for name in ("tokens", "beyond_tokens", "by_place")),
+    *(f"nla_jax.probes.claims:{name}" for name in ("truth", "claimed")),
+)
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
 
@@ -239,10 +244,7 @@ class Evaluate(Section):
     temperature: float = setting(0.0, "temperature of sampling (0: greedy)", least=0)
     batch: int = setting(128, "rows at a time", least=1)
     examples: int = setting(30, "rows that the report shows", least=0)
-    probes: tuple[str, ...] = setting(
-        tuple(f"nla_jax.probes.fidelity:{name}" for name in FIDELITY),
-        "import paths of what is measured",
-    )
+    probes: tuple[str, ...] = setting(PROBES, "import paths of what is measured")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The default labeller of the warm start: two short formulaic statements about the end of a text.
 
-An activation holds mostly the last words, the topic and what may come next, so that is what a label says:
+    A parameter list. It ends late in a sentence: … of the given array
 
-    A parameter list about shape. It ends late in a sentence: "of the given array"
+An activation holds mostly the last words, and what may come next. A topic is left out: a linear probe does not read one
+from an activation, and a verbalizer that is asked for it makes one up.
 
-The last words stand last: the reconstructor, which reads at its last token and starts as the subject itself, then sees
-them much as the subject did (held-out FVE 0.64 after 300 steps, against 0.40 with the same words in front).
+The last words end the label, with no quotation mark behind them. A reconstructor whose template ends with the explanation
+then reads at the very token at which the subject stood, and is good before it is trained (docs/labels.md has figures).
 
 No model and no network: a run needs no API key, and a small verbalizer can learn to write such labels. What is written
 by a formula can be read by it, and checked against the text: `claims` and `true`.
@@ -20,33 +21,8 @@ from nla_jax.labels.labeller import Claim, LabelRow
 TAIL_CHARS = 20
 TAIL_WORDS = 4
 WINDOW = 2000  # characters before the end that a label may depend on
-HALF_LIFE = 400  # characters after which a mention counts half
 
 TAGS = re.compile(r"</?explanation>", re.IGNORECASE)
-WORD = re.compile(r"(?<!\w)[^\W\d]\w{2,19}(?!\w)")
-
-STOP_WORDS = frozenset(
-    """
-    about above according across actually after again against all allow allows along already also although always
-    among and another any anything are arg args argument arguments around attribute automatically available based
-    because been before being below between both but call called calls can cannot case cases class come contain
-    containing contains could current currently def default defaults depending depends described details did
-    different does doing done down due during each easily either else enough etc even every example examples except
-    exist exists expected false few first following follows for from full function functions further get gets give
-    given gives giving has have having here high how however http https ignored immediately implementation import
-    include included includes including indicates information input inside instance instead int into its itself just
-    keep kept know large last least less let like list made make makes many may means method might module more most
-    much must name named need needed needs never new next non none not note nothing now number object objects old
-    one ones only optional order other others otherwise our out output over own parameter parameters part particular
-    pass passed per please possible provide provided provides raise raised raises rather read real responsible
-    result results return returned returning returns run same see self set sets several shall should show shown
-    similar simple simply since single small some something specific specified specifies still str string such
-    support supported supports sure take taken takes than that the their them then there therefore these they thing
-    this those though through thus time times too true turn two type types under unless until upon use used useful
-    user uses using usually value values variable variables various very via want was way well were what when where
-    whether which while who whole whose why will with within without work works would www yes yet you your
-    """.split()
-)
 
 SECTIONS = {
     "A parameter list": "parameters, args, arguments, other parameters, keyword arguments",
@@ -136,18 +112,17 @@ POSITIONS = frozenset(PUNCTUATION.values()) | {
 }
 one_of = lambda words: "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 CLAIMS = {  # what a label says, by the words around it
-    "passage": re.compile(rf"^\s*({one_of(PASSAGES)})(?= about |\.|$)"),
-    "topic": re.compile(r"^[^.\"]* about ([^\W\d]\w*)(?=\.|$)"),
+    "passage": re.compile(rf"^\s*({one_of(PASSAGES)})(?=\.|$)"),
     "position": re.compile(rf"\bIt ends ({one_of(POSITIONS)})(?=:|$)"),
-    "last words": re.compile(r': "([^"]+)"?\s*$'),
+    "last words": re.compile(r": … (.*\S)", re.DOTALL),
 }
 
 
 class Extractive:
     """One label for each row, made of its text alone, which may end within a word.
 
-    The last words verbatim, what stands there grammatically, the kind of passage and its topic: about 65 characters,
-    one line, without control characters or explanation tags."""
+    The kind of passage, what stands at its end grammatically, and the last words verbatim: about 60 characters, one
+    line, without control characters or explanation tags."""
 
     reads: ClassVar[tuple[str, ...]] = ("text",)
 
@@ -158,17 +133,14 @@ class Extractive:
     def claims(self, text: str) -> list[Claim]:
         """What a text says that is written as labels are: by this labeller, or by a verbalizer that learned from it.
 
-        Kinds: passage, topic, position, last words. What it cannot read it leaves out."""
+        Kinds: passage, position, last words. What it cannot read it leaves out."""
         return [Claim(name, found[1]) for name, pattern in CLAIMS.items() if (found := pattern.search(text))]
 
     def true(self, claim: Claim, row: LabelRow) -> bool:
         """Whether a claim holds for the text of a row.
 
-        Kind of passage and position: the labeller finds the same there. A topic: the text mentions the word, in the
-        singular or plural, and it is no stop word. Last words: the text ends with these whole words."""
-        if claim.kind == "topic":
-            mentioned = {_stem(word) for word in WORD.findall(TAGS.sub(" ", row.text))}
-            return claim.value.lower() not in STOP_WORDS and _stem(claim.value) in mentioned
+        Kind of passage and position: the labeller finds the same there. Last words: the text ends with these whole
+        words."""
         found = describe(row.text)[claim.kind]
         if claim.kind == "last words":
             return found is not None and f" {found}".endswith(f" {claim.value}")
@@ -180,8 +152,7 @@ def label_one(text: str) -> str:
     of = describe(text)
     if not of["last words"]:
         return BLANK
-    about = f" about {of['topic']}" if of["topic"] else ""
-    return f'{of["passage"]}{about}. It ends {of["position"]}: "{of["last words"]}"'
+    return f"{of['passage']}. It ends {of['position']}: … {of['last words']}"
 
 
 def describe(text: str) -> dict[str, str | None]:
@@ -191,10 +162,9 @@ def describe(text: str) -> dict[str, str | None]:
     text = TAGS.sub(" ", text[-WINDOW:])
     tail = last_words(text)
     if not tail:
-        return {"passage": "A blank start", "topic": None, "position": None, "last words": None}
+        return {"passage": "A blank start", "position": None, "last words": None}
     passage = "A code block" if fenced else kind(text, opening)
-    found = {"passage": passage, "topic": topic(text, tail), "position": position(text, passage in CODE)}
-    return found | {"last words": tail}
+    return {"passage": passage, "position": position(text, passage in CODE), "last words": tail}
 
 
 def last_words(text: str, words: int = TAIL_WORDS, characters: int = TAIL_CHARS) -> str:
@@ -204,27 +174,6 @@ def last_words(text: str, words: int = TAIL_WORDS, characters: int = TAIL_CHARS)
     line = " ".join(line.replace('"', "'").split())[-characters - 1 :]
     whole = line if len(line) <= characters else line.partition(" ")[2] or line[1:]
     return " ".join(whole.split(" ")[-words:])
-
-
-def topic(text: str, tail: str) -> str | None:
-    """What the text is about: the word said often, lately, and long or shaped like an identifier, and that the tail
-    does not show anyway. One word: a second one costs as many tokens and a small verbalizer never learns to name it."""
-    shown = {word.lower() for word in WORD.findall(tail)}
-    weights, forms = {}, {}
-    for match in WORD.finditer(text):
-        word = match[0]
-        key = _stem(word)
-        if word.lower() in STOP_WORDS or word.lower() in shown or match.end() == len(text):
-            continue
-        shape = 1.5 if "_" in word or word[1:].lower() != word[1:] else 1.0
-        recency = 0.5 ** ((len(text) - match.end()) / HALF_LIFE)
-        weights[key] = weights.get(key, 0.0) + recency * shape * min(len(word), 9)
-        forms[key] = word
-    return forms[min(weights, key=lambda key: (-weights[key], key))] if weights else None
-
-
-def _stem(word: str) -> str:
-    return word.lower().rstrip("s") if len(word) > 4 else word.lower()
 
 
 def kind(text: str, opening: bool) -> str:

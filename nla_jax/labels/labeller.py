@@ -34,12 +34,12 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from nla_jax.data.activations import IDS, TEXT
 from nla_jax.io.files import AnyPath
-from nla_jax.io.parquet import columns_of, read_table
+from nla_jax.io.parquet import columns_of, read_table, row_count
 from nla_jax.runtime.environment import VERSION
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
@@ -202,17 +202,15 @@ def make_labeller(path: str, settings: dict, connection: dict | None = None) -> 
     return CheckedLabeller(function, labeller, dict(settings))
 
 
+def label_rows(column: Callable[[str], list]) -> list[LabelRow]:
+    """Rows of activations as labellers see them; `column(name)` gives "" for each row where there is no such column."""
+    names = (TEXT, "token", "n_raw_tokens", "role", "doc_id", IDS)
+    rows = zip(*map(column, names))
+    return [LabelRow(text, token, n - 1, role, id, tuple(ids or ())) for text, token, n, role, id, ids in rows]
+
+
 def rows_of(file: AnyPath) -> list[LabelRow]:
     """The rows of a shard as labellers see them."""
-    there = [name for name in (TEXT, "token", "n_raw_tokens", "role", "doc_id", IDS) if name in columns_of(file)]
-    return [
-        LabelRow(
-            row[TEXT],
-            row.get("token", ""),
-            row["n_raw_tokens"] - 1,
-            row.get("role", ""),
-            row["doc_id"],
-            tuple(row.get(IDS) or ()),
-        )
-        for row in read_table(file, there).to_pylist()
-    ]
+    there = columns_of(file)
+    column = lambda name: read_table(file, [name]).column(0).to_pylist() if name in there else [""] * row_count(file)
+    return label_rows(column)

@@ -5,8 +5,8 @@
         return {"dot": np.array([text.endswith(".") for text in context.texts("rl")], float)}
 
 and `--config.evaluate.probes="('nla_jax.probes.fidelity:after_rl', 'my_file:ends_with_a_dot')"`. Each array has an
-entry for every row. Means, intervals (documents redrawn), tables and charts are made from them. `probe(...)` says more
-about one.
+entry for every row; NaN where it says nothing of that row. Means over the others, intervals (documents redrawn), tables and
+charts are made from them. `probe(...)` says more about one. A probe that cannot say anything of a run returns {}.
 """
 
 import dataclasses
@@ -17,11 +17,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from nla_jax.data.rows import Rows
+from nla_jax.labels.labeller import Labeller
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
 
-NEEDS = ("pair", "warm", "labels")
+NEEDS = ("pair", "warm", "labels", "training")
 CHARTS = ("bars", "curve", "histogram")
 
 
@@ -33,6 +35,9 @@ class Context(Protocol):
     documents: list[str]  # which document each row comes from
     pair: Pair  # after RL
     warm: Pair  # before RL
+    training: Rows  # of the warm start, with their labels (`column("api_explanation")`)
+    embedding: Float[np.ndarray, "V E"]  # of the subject's tokens
+    labeller: Labeller  # of the run
     seed: int
     max_new_tokens: int
 
@@ -128,8 +133,10 @@ def clustered_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of the mean of `scores`; whole clusters (documents) are redrawn.
 
-    Positions of one document are not independent. The variance in the denominator of an FVE is held fixed."""
-    _, member = np.unique(np.asarray(clusters), return_inverse=True)
+    Positions of one document are not independent. The variance in the denominator of an FVE is held fixed. Rows whose
+    score is NaN are left out."""
+    scores, clusters = (np.asarray(values)[~np.isnan(scores)] for values in (scores, clusters))
+    _, member = np.unique(clusters, return_inverse=True)
     sums, counts = np.bincount(member, weights=scores), np.bincount(member)
     drawn = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
@@ -138,17 +145,19 @@ def clustered_interval(
 
 
 def figures(probe: Probe, scores: Mapping[str, np.ndarray], documents: Sequence[str]) -> dict:
-    """What the report draws of a probe: mean, interval and median of each score, and the rows where it shows them."""
+    """What the report draws of a probe: mean, interval and median of each score, and the rows where it shows them. A
+    score that is NaN for every row is left out."""
     listed = [
         {
             "name": name,
-            "label": probe.labels.get(name, name),
-            "mean": float(values.mean()),
+            "label": probe.labels.get(name, name.replace("_", " ")),
+            "mean": float(np.nanmean(values)),
             "ci95": clustered_interval(values, documents),
-            "median": float(np.median(values)),
+            "median": float(np.nanmedian(values)),
         }
         | ({"rows": values.round(5).tolist()} if probe.chart == "histogram" else {})
         for name, values in scores.items()
+        if not np.isnan(values).all()
     ]
     facts = {name: getattr(probe, name) for name in ("name", "title", "about", "chart", "unit", "axis")}
     return facts | {"scores": listed}

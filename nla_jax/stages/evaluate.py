@@ -13,8 +13,10 @@ from nla_jax.data.activations import TEXT
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows, load_rows, spread
 from nla_jax.fve import row_fve
-from nla_jax.io.hub import fingerprint
+from nla_jax.io.folders import open_params, read_config
+from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import read_table, write_table
+from nla_jax.labels.labeller import Labeller, make_labeller
 from nla_jax.pair import Pair
 from nla_jax.probes.probe import figures, load_probes, run_probe
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
@@ -36,7 +38,9 @@ def evaluate(run: Run) -> None:
         context = RunContext(run)
         progress, scores, drawn = Progress("evaluate", len(probes)), {}, []
         for function, probe in probes:
-            own = run_probe(function, probe, context)
+            if not (own := run_probe(function, probe, context)):
+                progress.update()
+                continue
             if is_writer():
                 ids = {"doc_id": context.column("doc_id")}
                 write_table(pa.table(ids | own), run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet")
@@ -51,6 +55,9 @@ def evaluate(run: Run) -> None:
         page = {"probes": drawn, "examples": examples(context, scores, run.config.evaluate.examples)}
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+TRAINING = 20_000  # rows of the warm start that baselines and linear probes are fitted to, at most
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,6 +82,23 @@ class RunContext:
     def warm(self) -> Pair:
         """The pair before RL."""
         return load(self.run, "pair_warm")
+
+    @functools.cached_property
+    def training(self) -> Rows:
+        """Rows of the warm start, at most `TRAINING` of them."""
+        return spread(load_rows(self.run.workdir, "av_sft"), TRAINING)
+
+    @functools.cached_property
+    def embedding(self) -> np.ndarray:
+        """The subject's embedding of each token [V, E]."""
+        folder = locate(self.run.subject_folder)
+        return np.asarray(open_params(folder, read_config(folder).truncated(1), truncated=True)["embedding"][()])
+
+    @functools.cached_property
+    def labeller(self) -> Labeller:
+        """The run's labeller."""
+        c = self.run.config.label
+        return make_labeller(c.labeller, c.settings, c.connection).labeller
 
     @functools.cache  # noqa: B019 (one context a process)
     def column(self, name: str) -> list:

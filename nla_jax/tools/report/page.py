@@ -18,6 +18,7 @@ from .style import CSS, SCRIPT
 MISSING = "–"
 HEADLINES = {"fve_rl": "Held-out FVE after RL", "fve_warm": "Held-out FVE after the warm start"}
 CONTROLS = ("fve_shuffled", "fve_empty", "fve_no_injection")  # these should score far below the headline
+TOKENS = ("fve_token_mean", "fve_token_means", "fve_token_ridge")  # baselines that read no text
 COLLAPSED = 0.9  # a share of identical texts in a group from which nothing can be learned
 HIGHEST = {"FVE": 1.0, "cosine": 1.0, "share": 1.0}  # bars of these units show how far they are from the best
 COLOURS = {"gold": "gold", "warm": "warm", "rl": "rl", "shuffled": "control", "empty": "control", "no": "control"}
@@ -124,6 +125,7 @@ def warnings(report: Report) -> list[str]:
     """What makes the figures of a run worth little, in sentences: said above them on the page and in the terminal."""
     rate, lead, steps = report.mean("extraction_rate"), report.mean("fve_rl"), len(report.history)
     controls = [report.mean(name) for name in CONTROLS if name in report.scores]
+    tokens = report.mean(best_of_tokens(report))
     skipped = sum(bool(row.get("skipped")) for row in report.history)
     tail = [row.get("identical_texts") for row in report.history[-20:]]
     alike = sum(filter(known, tail)) / len(tail) if tail and all(map(known, tail)) else 0.0
@@ -132,6 +134,9 @@ def warnings(report: Report) -> list[str]:
         f"Only {written(rate, 'share')} of the responses hold an explanation; others are scored as empty.": rate < 0.5,
         f"The AV has collapsed: at the end of RL {written(alike, 'share')} of its texts equal another sample of the same "
         f"activation.": alike > COLLAPSED,
+        f"A table of the last tokens scores {written(tokens)}, without any text: the explanations say no more than that.": (
+            tokens >= lead
+        ),
         "No control scores lower than the headline: the score does not come from the explanations.": controls
         and all(value > lead - 0.005 for value in controls),
         f"{skipped} of {steps} training steps were skipped: they were not finite.": skipped > 0.1 * steps,
@@ -147,14 +152,20 @@ def alert(report: Report) -> str:
     return f'<div class="warning" role="alert">{said}</div>' if said else ""
 
 
+def best_of_tokens(report: Report) -> str:
+    """The name of the best baseline of the last tokens; "" where none was measured."""
+    return max((name for name in TOKENS if name in report.scores), key=report.mean, default="")
+
+
 def header(report: Report) -> str:
-    """Title, warnings, the leading score with two that give it a scale, and what FVE means."""
+    """Title, warnings, the leading score with three that give it a scale, and what FVE means."""
     scores, numbers = report.scores, ""
     lead = next((name for name in (*HEADLINES, *scores) if name in scores), "")
-    for name in dict.fromkeys((lead, "fve_warm", "fve_gold_text")):
+    for name in dict.fromkeys((lead, "fve_warm", "fve_gold_text", best_of_tokens(report))):
         if name in scores:
             label, unit = scores[name]["label"], scores[name]["unit"]
             title = HEADLINES.get(name, label) if name == lead else label
+            title = f"No text: {label}" if name in TOKENS else title
             numbers += f"<div><dt>{escape(title)}</dt><dd>{written(scores[name]['mean'], unit)}</dd>"
             numbers += f"<dd>95 % interval {interval(scores[name]['ci95'], unit)}</dd></div>"
     rows, documents = (written(report.figures[name]) for name in ("heldout_rows", "heldout_documents"))

@@ -1,0 +1,102 @@
+"""Are the explanations true? Every claim that can be read from them by the grammar of the run's labeller, checked.
+
+No judge is asked: a labeller that writes by a formula can read what is written so (`claims`) and check it against the
+text and the subject (`true`). Other labellers have no such grammar; there is then nothing to show.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from nla_jax.data.rows import LABEL
+from nla_jax.fve import normalise
+from nla_jax.labels.labeller import Claim, LabelRow, label_rows
+from nla_jax.probes.probe import Context, probe
+
+SEEN = 5  # a value that fewer training labels claim is none that the linear probe can name
+PENALTIES = (3e-3, 3e-2, 3e-1, 3.0)  # of the linear probe, as shares of the mean variance of its inputs, times rows
+
+
+@probe("Truth of the claims", needs=("pair", "warm", "labels", "training"), unit="share of claims that are true")
+def truth(context: Context) -> dict[str, np.ndarray]:
+    """The share of an explanation's claims that hold for its text, by kind of claim: before and after RL, and what a
+    linear probe of the activation reaches that must make one claim of each kind. Explanations without a claim of a kind
+    are left out there; the chart below shows how many these are."""
+    labeller = context.labeller
+    if not has_grammar(labeller):
+        return {}
+    rows = label_rows(context.column)
+    rl, warm = (true_shares(labeller, context.texts(who), rows) for who in ("rl", "warm"))
+    scores = {}
+    for kind in sorted(rl.keys() | warm.keys()):
+        found = {"after_rl": rl.get(kind), "warm": warm.get(kind), "linear_probe": linear(context, kind, rows)}
+        scores |= {_name(kind, "true", who): values for who, values in found.items() if values is not None}
+    return scores
+
+
+@probe("Explanations with a claim of each kind", needs=("pair", "warm", "labels"), unit="share of rows")
+def claimed(context: Context) -> dict[str, np.ndarray]:
+    """How many explanations make a claim of each kind. Truth is cheap for one that claims little."""
+    labeller, made = context.labeller, {}
+    if not has_grammar(labeller):
+        return {}
+    for who, texts in (("after_rl", context.texts("rl")), ("warm", context.texts("warm"))):
+        made[who] = [{claim.kind for claim in labeller.claims(text)} for text in texts]
+    kinds = sorted(set().union(*made["after_rl"], *made["warm"]))
+    share = lambda kind, of: np.array([kind in kinds for kinds in of], float)
+    return {_name(kind, "claimed", who): share(kind, of) for kind in kinds for who, of in made.items()}
+
+
+def has_grammar(labeller) -> bool:
+    """Whether a labeller can read and check what is written as its labels are."""
+    return hasattr(labeller, "claims") and hasattr(labeller, "true")
+
+
+def _name(kind: str, what: str, who: str) -> str:
+    return f"{kind.replace(' ', '_')}_{what}_{who}"
+
+
+def true_shares(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dict[str, Float[np.ndarray, "n"]]:
+    """Of each text the share of its claims of one kind that hold for its row; NaN where it makes none."""
+    told: dict[str, list[list[bool]]] = {}
+    for i, (text, row) in enumerate(zip(texts, rows)):
+        for claim in labeller.claims(text):
+            told.setdefault(claim.kind, [[] for _ in rows])[i].append(labeller.true(claim, row))
+    return {kind: np.array([np.mean(of) if of else np.nan for of in shares]) for kind, shares in sorted(told.items())}
+
+
+def linear(context: Context, kind: str, rows: Sequence[LabelRow]) -> Float[np.ndarray, "n"] | None:
+    """Whether the claim of a kind is true that a linear probe finds likeliest from each activation: ridge regression to
+    the values that the training labels claim. None where no value is claimed `SEEN` times."""
+    training, labels = context.training, context.training.column(LABEL)
+    claims = [[c.value for c in context.labeller.claims(label or "") if c.kind == kind] for label in labels]
+    values, counts = np.unique([value for of in claims for value in of], return_counts=True)
+    number = {value: i for i, value in enumerate(values[counts >= SEEN])}
+    if not number:
+        return None
+    targets = np.zeros((len(claims), len(number)), np.float32)
+    for row, of in zip(targets, claims):
+        for value in of:
+            if value in number:
+                row[number[value]] = 1
+    vectors = normalise(np.asarray(training.vectors, np.float64)).astype(np.float32)
+    documents = np.unique(training.column("doc_id"), return_inverse=True)[1]
+    held = documents % 5 == 0
+    hits = lambda scores: targets[held][np.arange(held.sum()), scores.argmax(1)].mean()
+    tried = (
+        [(hits(ridge(vectors[~held], targets[~held], vectors[held], p)), p) for p in PENALTIES] if held.any() else []
+    )
+    penalty = max(tried, default=(0, PENALTIES[0]))[1]
+    scores = ridge(vectors, targets, normalise(np.asarray(context.vectors, np.float64)).astype(np.float32), penalty)
+    names = list(number)
+    told = [Claim(kind, names[i]) for i in scores.argmax(1)]
+    return np.array([context.labeller.true(claim, row) for claim, row in zip(told, rows)], float)
+
+
+def ridge(x: np.ndarray, y: np.ndarray, at: np.ndarray, penalty: float) -> np.ndarray:
+    """Predictions at `at` [m, D] of a ridge regression of `y` [n, C] on `x` [n, D]."""
+    center, mean = x.mean(0), y.mean(0)
+    gram = (x - center).T @ (x - center)
+    gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram) + 1e-9
+    return (at - center) @ np.linalg.solve(gram, (x - center).T @ (y - mean)) + mean
