@@ -49,10 +49,13 @@ def test_every_claim_of_a_label_is_read_back_and_true(labeller, rows):
     for row, label in zip(rows, labeller.label(rows)):
         claims = labeller.claims(label)
         kinds = [claim.kind for claim in claims]
-        assert {"passage", "certainty", "next", "last words"} == set(kinds) and kinds.count("next") <= 3, label
+        assert {"passage", "certainty", "next", "last words", "last word"} == set(kinds) and kinds.count("next") <= 3, (
+            label
+        )
         assert all(labeller.true(claim, row) for claim in claims), label
         words = row.text.split()[-1]
         assert claims[2] == Claim("last words", claims[2].value) and claims[2].value.endswith(words)
+        assert claims[3] == Claim("last word", words.replace('"', "'"))
     speaks = [label.startswith("A user speaks. ") for label in labeller.label(rows)]
     assert speaks == [row.role == "user" for row in rows]
 

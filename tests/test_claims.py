@@ -97,5 +97,5 @@ def test_a_label_of_the_default_is_wholly_true():
     row = rows("Parameters\n----------\nshape : int\n    The number of rows of the given array")
     found = true_shares(Extractive(), Extractive().label(row), row)
     assert {kind: share.tolist() for kind, share in found.items()} == dict.fromkeys(
-        ("last words", "passage", "position"), [1.0]
+        ("last word", "last words", "passage", "position"), [1.0]
     )

@@ -21,7 +21,7 @@ import numpy as np
 
 from nla_jax.io.folders import load_params, load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
-from nla_jax.labels.extractive import PASSAGES, TAGS, WINDOW, kind, last_words, one_of
+from nla_jax.labels.extractive import LAST, PASSAGES, TAGS, WINDOW, kind, last_words, one_of, with_last_word
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.models.transformer import Transformer
 from nla_jax.runtime.errors import InputError
@@ -91,23 +91,23 @@ class Behaviour:
 
     def claims(self, text: str) -> list[Claim]:
         """What a text says that is written as labels are; what cannot be read is left out. Kinds: passage, certainty,
-        next (one for each token that is named), last words."""
+        next (one for each token that is named), last words, last word."""
         said = {name: pattern.search(text) for name, pattern in CLAIMS.items()}
         named = NAMED.findall(found[1]) if (found := NEXT.search(text)) else []
-        claims = [Claim(name, found[1]) for name, found in said.items() if found]
+        claims = with_last_word([Claim(name, found[1]) for name, found in said.items() if found])
         return claims + [Claim("next", word.strip('"')) for word in named]
 
     def true(self, claim: Claim, row: LabelRow) -> bool:
         """Whether a claim holds for a row. A next token: it is among the `AMONG` that the subject finds likeliest.
 
-        Last words: the text ends with these whole words. The others: the labeller says the same."""
+        Last word or words: the text ends with these whole words. The others: the labeller says the same."""
         ((texts, p),) = self.expected([row])
         if claim.kind == "next":
             return claim.value in {word.strip('"') for word in in_words(texts)}
         of = self._described(row, texts, p)
         if claim.kind == "certainty":
             return of["next"].startswith(claim.value)
-        if claim.kind == "last words":
+        if claim.kind in LAST:
             return f" {of['last words']}".endswith(f" {claim.value}")
         return of[claim.kind] == claim.value
 

@@ -116,6 +116,7 @@ CLAIMS = {  # what a label says, by the words around it
     "position": re.compile(rf"\bIt ends ({one_of(POSITIONS)})(?=:|$)"),
     "last words": re.compile(r": … (.*\S)", re.DOTALL),
 }
+LAST = ("last words", "last word")  # claims about how the text ends
 
 
 class Extractive:
@@ -133,18 +134,25 @@ class Extractive:
     def claims(self, text: str) -> list[Claim]:
         """What a text says that is written as labels are: by this labeller, or by a verbalizer that learned from it.
 
-        Kinds: passage, position, last words. What it cannot read it leaves out."""
-        return [Claim(name, found[1]) for name, pattern in CLAIMS.items() if (found := pattern.search(text))]
+        Kinds: passage, position, last words, last word. What it cannot read it leaves out."""
+        return with_last_word(
+            [Claim(name, found[1]) for name, pattern in CLAIMS.items() if (found := pattern.search(text))]
+        )
 
     def true(self, claim: Claim, row: LabelRow) -> bool:
         """Whether a claim holds for the text of a row.
 
-        Kind of passage and position: the labeller finds the same there. Last words: the text ends with these whole
-        words."""
-        found = describe(row.text)[claim.kind]
-        if claim.kind == "last words":
-            return found is not None and f" {found}".endswith(f" {claim.value}")
-        return found == claim.value
+        Kind of passage and position: the labeller finds the same there. Last word or words: the text ends with
+        these whole words."""
+        found = describe(row.text)
+        if claim.kind in LAST:
+            return f" {found['last words'] or ''}".endswith(f" {claim.value}")
+        return found[claim.kind] == claim.value
+
+
+def with_last_word(claims: list[Claim]) -> list[Claim]:
+    """The claims, and of the last words the very last as a claim of its own: it is the first that a verbalizer learns."""
+    return claims + [Claim(LAST[1], claim.value.split()[-1]) for claim in claims if claim.kind == LAST[0]]
 
 
 def label_one(text: str) -> str:
