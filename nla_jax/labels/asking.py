@@ -60,14 +60,6 @@ class Asking:
         before, after = self.instruction.replace("{token}", repr(row.token)).split("{text}")
         return before + row.text[-self.chars :] + after
 
-    def label(self, rows: Sequence[LabelRow]) -> list[Label]:
-        """An answer for each row, asked for one after the other."""
-        return [self.ask(row) for row in rows]
-
-    def ask(self, row: LabelRow) -> Label:
-        """The answer for one row."""
-        raise NotImplementedError
-
 
 @dataclasses.dataclass
 class Served(Asking):
@@ -95,6 +87,14 @@ class Served(Asking):
     def ready(self) -> None:
         """Raises `InputError` without a key."""
         _ = self.client
+
+    def label(self, rows: Sequence[LabelRow]) -> list[Label]:
+        """An answer for each row, asked for one after the other."""
+        return [self.ask(row) for row in rows]
+
+    def ask(self, row: LabelRow) -> Label:
+        """The answer for one row."""
+        raise NotImplementedError
 
 
 def read_answer(text: str | None) -> Label:
