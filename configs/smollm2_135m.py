@@ -36,7 +36,7 @@ SMOLLM2 = {
         "ar": {"batch": 32, "steps": 100, "optimizer": {"lr": 1e-4, "final_lr": 2e-5, "warmup": 10}},
     },
     "rl": {
-        "steps": 120,
+        "steps": 100,
         "activations": 8,
         "group": 8,
         "rollout_chunks": 1,

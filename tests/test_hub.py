@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,3 +105,20 @@ def test_the_card_names_a_subject_on_the_hub_alone(pair, subject_folder, tmp_pat
     assert "base_model: org/subject" in model_card("org/pair", named)
     local = dataclasses.replace(pair.sidecar, base_checkpoint=str(subject_folder))
     assert str(subject_folder) not in model_card("org/pair", local) and "base_model" not in model_card("x/y", local)
+
+
+def test_a_check_fetches_the_tokenizer_and_no_weights(hub, subject_folder, tmp_path):
+    run, files = hub
+    files["org/subject"] = {file.name: file.read_bytes() for file in subject_folder.iterdir() if file.is_file()}
+    texts = [json.dumps({"text": f"{i}. " + "The river turns. " * 40}) for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    checked = run(
+        *("-m", "nla_jax.cli", "check", "--config", "configs/quickstart.py:tiny", "--workdir", str(tmp_path / "run")),
+        *("--config.subject.path=org/subject", f"--config.corpus.source={tmp_path / 'texts.jsonl'}"),
+        "--config.prompts.max_new_tokens=90",
+    )
+    assert "AR reads" in checked.stdout, checked.stdout + checked.stderr
+    there = {file.name for file in (tmp_path / "hf").rglob("*")}
+    assert {"config.json", "tokenizer.json"} <= there and not any("safetensors" in name for name in there)
+    whole = run("-c", "from nla_jax.io.hub import locate; print(locate('org/subject'))")
+    assert (Path(whole.stdout.strip()) / "model.safetensors").exists(), whole.stderr

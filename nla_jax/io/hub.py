@@ -13,12 +13,14 @@ from nla_jax.runtime.errors import InputError, first_line
 
 HEADER = 1 << 16  # bytes of a file whose content is looked at on every call
 SETTLED_SECONDS = 2.0
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.yaml"]  # files that are fetched from the hub
+WORDS = ["*.json", "*.jinja", "*.model", "*.txt", "*.yaml"]  # files that are fetched from the hub: tokenizer and config
+WEIGHTS_TOO = [*WORDS, "*.safetensors"]
 
 
-def locate(name: AnyName) -> Path:
+def locate(name: AnyName, weights: bool = True) -> Path:
     """The local folder of a model: a folder as given, a copy of one on a bucket, or a hub id (`org/name`,
-    `org/name@revision`) fetched once. Raises `InputError` if there is no such model."""
+    `org/name@revision`) fetched once (`weights` False: without its weights, if it is not here yet). Raises `InputError`
+    if there is no such model."""
     if is_folder(path_to(name)):
         return local(name)
     repo, _, revision = str(name).partition("@")
@@ -27,7 +29,9 @@ def locate(name: AnyName) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS))
+        return Path(
+            snapshot_download(repo, revision=revision or None, allow_patterns=WEIGHTS_TOO if weights else WORDS)
+        )
     except Exception as error:  # network, authorisation, unknown repository
         raise InputError(f"{name} is not a folder, and cannot be read from the hub ({first_line(error)}).") from None
 

@@ -162,11 +162,18 @@ def texts(config: "Config", documents: "Sequence[Document]", count: int, folder:
 
     Raises `InputError` where most labels are too long, and where the prompt has no usable marker."""
     from nla_jax.io.folders import load_tokenizer
+    from nla_jax.io.hub import locate
     from nla_jax.prompts import Prompts, chat_text, find_marker
+    from nla_jax.runtime.errors import InputError
     from nla_jax.stages.check import tokenizer_folder
 
     where = tokenizer_folder(config, folder)
-    if where is None:
+    try:
+        where = where or (config.subject.path and locate(config.subject.path, weights=False))
+    except InputError as error:  # no network, say; the run itself may have one
+        say("prompts", f"not looked at: {error}")
+        return
+    if not where:
         say("prompts", "not looked at: the subject's tokenizer is not here yet")
         return
     c, tokenizer = config.prompts, load_tokenizer(where)
