@@ -90,7 +90,7 @@ QUICKSTART = {
         },
         "ar": {
             "batch": 64,
-            "steps": 300,
+            "steps": 150,
             "lora": dict(LORA),
             "optimizer": {"function": ADAMW, "lr": 1e-3, "final_lr": 1e-4, "warmup": 50},
         },

@@ -107,7 +107,7 @@ def test_tokens_that_determine_the_activation_leave_nothing_beyond_them():
     assert scores["fve_token_mean"].mean() > 0.95 and scores["fve_token_ridge"].mean() > 0.9
     assert scores["fve_nearest"].mean() > 0.95
     assert scores["fve_constant"].mean() < 0
-    assert context.asked[0] == f'It ends with "{context.column("token")[0].strip()}".'
+    assert context.asked[0] == context.column("token")[0].strip()
     assert beyond_tokens(context)["fve_beyond_tokens"] == pytest.approx(np.ones(90))  # the reconstruction is exact
     context.recon = lambda name: -context.vectors
     assert beyond_tokens(context)["fve_beyond_tokens"].mean() < -10

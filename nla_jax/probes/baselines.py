@@ -47,16 +47,16 @@ class Fit:
         "fve_token_ridge": "regression on the last tokens",
         "fve_token_means": "mean activation of the last tokens",
         "fve_token_mean": "mean activation of the last token",
-        "fve_token_name": "the AR reads “It ends with …” and the token",
+        "fve_token_name": "the AR reads the last token alone",
         "fve_constant": "the best constant",
     },
 )
 def tokens(context: Context) -> dict[str, np.ndarray]:
     """Scores without an explanation: a table of the mean training activation of the last token (or of the last few), a
-    ridge regression from their embeddings, the AR told the token's name, and the same vector for every row. A score at
+    ridge regression from their embeddings, the AR given nothing but the last token, and the same vector for every row. A score at
     or below the best of these says nothing that the tokens do not."""
     return {name: row_fve(recon, context.vectors) for name, recon in reconstructions(context).items()} | {
-        "fve_token_name": context.row_fve([f'It ends with "{token.strip()}".' for token in context.column("token")])
+        "fve_token_name": context.row_fve([token.strip() for token in context.column("token")])
     }
 
 
