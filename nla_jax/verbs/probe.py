@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--seed", type=int, help="of positions and sampling (default 0)")
     texts.add_argument("--batch", type=int, help="explanations that are sampled at a time (default 64)")
     texts.add_argument("--dtype", help="dtype of weights and computation (default: that of the files)")
-    add_conventions(texts)
+    add_conventions(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
