@@ -1,7 +1,10 @@
 """`nla probe` and `nla_jax.probe`: any pair on texts, and a finished run without its evaluation."""
 
+import importlib
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +15,7 @@ import nla_jax as nla
 from nla_jax.cli import main
 from nla_jax.config import Evaluate
 from nla_jax.data.corpus import Document
-from nla_jax.probes.probe import clustered_interval, probe
+from nla_jax.probes.probe import Probe, clustered_interval, probe
 from nla_jax.probes.retrieval import hits
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.probe import PairContext, activations_of
@@ -200,6 +203,15 @@ def test_a_context_of_a_pair_gives_what_probes_read(pair, subject_folder):
     assert context.texts("rl") == pair.verbalize(acts, 12, 0.0) != context.texts("no_injection")
     np.testing.assert_allclose(context.recon("rl"), pair.reconstruct(context.texts("rl")), rtol=1e-4, atol=1e-4)
     assert context.row_fve(context.texts("rl")).mean() == pytest.approx(nla.fve(context.recon("rl"), acts), abs=1e-4)
+
+
+def test_the_documentation_lists_every_probe():
+    folder = Path(nla.__file__).parent / "probes"
+    modules = [importlib.import_module(f"nla_jax.probes.{file.stem}") for file in folder.glob("[a-z]*.py")]
+    found = {value.name for module in modules for value in vars(module).values() if isinstance(value, Probe)}
+    rows = (folder.parent.parent / "docs/probes.md").read_text(encoding="utf-8").splitlines()
+    assert {match[1] for row in rows if (match := re.match(r"\| ?\w* \| `(\w+)`", row))} == found
+    assert {path.rpartition(":")[2] for path in Evaluate().probes} == found - {"ablation"}
 
 
 def test_rewrites_and_retrieval_are_measured_by_default():
