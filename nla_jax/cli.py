@@ -33,6 +33,7 @@ VERBS = {
     "evaluate": ("nla_jax.verbs.stages", "held-out FVE and its controls"),
     "report": ("nla_jax.verbs.stages", "summary.json and report.html"),
     "explain": ("nla_jax.verbs.explain", "what activations of a text say"),
+    "probe": ("nla_jax.verbs.probe", "probes of a finished run's pair, or of anybody's pair on texts"),
     "diff": (
         "nla_jax.verbs.diff",
         "whose tokens' activations moved most between two subjects, and what a pair says of both",

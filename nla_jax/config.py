@@ -55,10 +55,13 @@ FIDELITY = (
     "similarity",
     "extraction",
 )
+HIDDEN_CODES = ("rewrites", "warm_rewrites", "retention", "warm_retention", "surface_form")
 PROBES = (
     *(f"nla_jax.probes.fidelity:{name}" for name in FIDELITY),
     *(f"nla_jax.probes.baselines:{name}" for name in ("tokens", "beyond_tokens", "by_place")),
     *(f"nla_jax.probes.claims:{name}" for name in ("truth", "claimed")),
+    *(f"nla_jax.probes.hidden_codes:{name}" for name in HIDDEN_CODES),
+    *(f"nla_jax.probes.retrieval:{name}" for name in ("hits", "reciprocal_rank", "position_match")),
 )
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}

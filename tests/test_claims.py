@@ -3,10 +3,14 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+from fake_readers import READERS, Grammar, Reader, explanations
+from fake_readers import context_of as explained
 
+from nla_jax.labels.behaviour import Behaviour
 from nla_jax.labels.extractive import Extractive
 from nla_jax.labels.labeller import Claim, LabelRow
-from nla_jax.probes.claims import claimed, linear, true_shares, truth
+from nla_jax.probes.claims import ablation, claimed, deletions, linear, true_shares, truth
 from nla_jax.probes.probe import Context, figures
 
 COLOURS = ("red", "green", "blue")
@@ -99,3 +103,113 @@ def test_a_label_of_the_default_is_wholly_true():
     assert {kind: share.tolist() for kind, share in found.items()} == dict.fromkeys(
         ("last word", "last words", "passage", "position"), [1.0]
     )
+
+
+# What claims are worth
+
+
+def taken_out(labeller, text):
+    """Each claim of a text as kind and value, with the text that is left without it."""
+    return {tuple(claim): labeller.without(text, claim) for claim in labeller.claims(text)}
+
+
+def test_claims_are_taken_out_of_labels_by_their_grammar():
+    assert taken_out(Extractive(), "Prose. It ends late in a sentence: … of the given array") == {
+        ("passage", "Prose"): "It ends late in a sentence: … of the given array",
+        ("position", "late in a sentence"): "Prose. It ends: … of the given array",
+        ("last words", "of the given array"): "Prose. It ends late in a sentence",
+        ("last word", "array"): "Prose. It ends late in a sentence: … of the given",
+    }
+    assert taken_out(Behaviour("none"), 'Prose. Next perhaps "work", "book" or a blank. It ends: … his') == {
+        ("passage", "Prose"): 'Next perhaps "work", "book" or a blank. It ends: … his',
+        ("certainty", "Next perhaps"): 'Prose. "work", "book" or a blank. It ends: … his',
+        ("next", "work"): 'Prose. Next perhaps "book" or a blank. It ends: … his',
+        ("next", "book"): 'Prose. Next perhaps "work" or a blank. It ends: … his',
+        ("next", "a blank"): 'Prose. Next perhaps "work" or "book". It ends: … his',
+        ("last words", "his"): 'Prose. Next perhaps "work", "book" or a blank.',
+        ("last word", "his"): 'Prose. Next perhaps "work", "book" or a blank.',
+    }
+    assert (
+        taken_out(Behaviour("none"), "Prose. Anything may come next. It ends: … his")[
+            ("certainty", "Anything may come next")
+        ]
+        == "Prose. It ends: … his"
+    )
+
+
+def test_what_is_taken_out_is_claimed_no_more():
+    text = "Parameters\n----------\nshape : int\n    The number of rows of the given array"
+    (label,) = Extractive().label(rows(text))
+    for claim in Extractive().claims(label):
+        others = set(Extractive().claims(label)) - {claim}
+        now = set(Extractive().claims(Extractive().without(label, claim)))
+        assert claim not in now and {c for c in others if "last" not in c.kind} <= now
+
+
+def test_a_labeller_that_takes_nothing_out_loses_the_value():
+    found = deletions(Grammar(), ["The colour is red, a red one."], rows("a red door"))
+    assert [tuple(one) for one in found] == [(0, "colour", True, "The colour is , a red one.")]
+
+
+def worth(reader, texts, gold, said):
+    """The effects of claims in `texts` on rows whose activations are those of the texts `gold`."""
+    context = explained(reader, gold, labeller=Grammar())
+    said = {"detokenized_text_truncated": said, "n_raw_tokens": [1] * len(said)}
+    context.texts = {"rl": texts}.__getitem__
+    context.recon = lambda name: reader.reconstruct(texts)
+    context.column = lambda name: said.get(name, [""] * len(texts))
+    return ablation(context)
+
+
+def test_a_claim_is_worth_what_the_reader_reads_of_it():
+    reader = READERS["the order of statements"]
+    both = Reader(reader.things, Grammar.words)
+    # Entries: 1, and 2 for each word that is read. The activation holds red and round; the first text says red and flat.
+    gold = ["red round", "blue long"]
+    effects = worth(both, ["It is red and flat.", "It is red and flat."], gold, ["red", "flat"])
+    cos = lambda shared, one, other: shared / np.sqrt(one * other)
+    error = lambda shared, one: 2 - 2 * cos(shared, one, 9)  # 9: the squared length of what holds two words
+    before = [error(1 + 4, 9), error(1, 9)]
+    no_colour, no_shape = [error(1, 5), error(1, 5)], [error(5, 5), error(1, 5)]
+    grows = lambda after, i: pytest.approx(100 * (after[i] / before[i] - 1), rel=1e-5)
+    assert list(effects) == ["colour_effect_true", "colour_effect_false", "shape_effect_true", "shape_effect_false"]
+    assert effects["colour_effect_true"][0] == grows(no_colour, 0) and effects["colour_effect_true"][0] > 50
+    assert effects["colour_effect_false"][1] == grows(no_colour, 1)
+    assert effects["shape_effect_false"][0] == grows(no_shape, 0) and effects["shape_effect_false"][0] < 0
+    assert effects["shape_effect_true"][1] == effects["colour_effect_false"][1] < 0  # equal texts, equal effects
+    for name, missing in zip(effects, (1, 0, 0, 1)):
+        assert np.isnan(effects[name]).tolist() == [i == missing for i in range(2)]
+
+
+def test_several_claims_of_a_kind_are_averaged_in_their_row():
+    both = Reader(READERS["the order of statements"].things, Grammar.words)
+    effects = worth(both, ["red and green", "red"], ["red round", "blue long"], ["red, green", ""])
+    one, two = (worth(both, [text, "red"], ["red round", "blue long"], ["", ""]) for text in ("red", "green"))
+    error = lambda shared, one: 2 - 2 * shared / np.sqrt(one * 9)
+    without_red, without_green, before = error(1, 5), error(5, 5), error(5, 9)
+    mean = 100 * ((without_red + without_green) / 2 / before - 1)
+    assert effects["colour_effect_true"][0] == pytest.approx(mean, rel=1e-5)
+    assert "colour_effect_true" not in one and np.isfinite(two["colour_effect_false"][0])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_only_a_reader_of_claims_loses_by_them(name):
+    texts = explanations()
+    shifted = texts[1:] + texts[:1]  # activations that the texts do not fit wholly: an exact one has no share
+    effects = worth(READERS[name], texts, [a if i % 2 else b for i, (a, b) in enumerate(zip(texts, shifted))], texts)
+    reads = {name for name, values in effects.items() if np.nanmax(np.abs(values), initial=0) > 1e-4}
+    expected = {"the first claim": {"colour_effect_true"}}
+    expected |= {"the order of statements": {"colour_effect_true", "shape_effect_true"}}
+    assert reads == expected.get(name, set()) and list(effects) == ["colour_effect_true", "shape_effect_true"]
+
+
+def test_an_exact_reconstruction_has_no_share():
+    texts = explanations(6)
+    assert np.isnan(worth(READERS["the first claim"], texts, texts, texts)["colour_effect_true"]).all()
+
+
+def test_no_claims_and_no_grammar_have_no_effects():
+    reader = READERS["the quote"]
+    assert worth(reader, ["w1", "w2"], ["w1", "w2"], ["", ""]) == {}
+    context = explained(reader, explanations(4), labeller=object())
+    assert ablation(context) == {}

@@ -21,7 +21,7 @@ import numpy as np
 
 from nla_jax.io.folders import load_params, load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
-from nla_jax.labels.extractive import LAST, PASSAGES, TAGS, WINDOW, kind, last_words, one_of, with_last_word
+from nla_jax.labels.extractive import LAST, PASSAGES, TAGS, WINDOW, kind, last_words, one_of, with_last_word, without
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.models.transformer import Transformer
 from nla_jax.runtime.errors import InputError
@@ -111,6 +111,16 @@ class Behaviour:
             return f" {of['last words']}".endswith(f" {claim.value}")
         return of[claim.kind] == claim.value
 
+    def without(self, text: str, claim: Claim) -> str:
+        """The text without what makes it claim so. Of several next tokens the others stay."""
+        if claim.kind != "next":
+            return without(text, claim, CLAIMS)
+        if (found := NEXT.search(text)) is None:
+            return text
+        start, end = found.span(1)
+        others = [word for word in NAMED.findall(found[1]) if word.strip('"') != claim.value]
+        return f"{text[:start]}{either(others)}".rstrip() + text[end:]
+
     def expected(self, rows: Sequence[LabelRow]) -> list[tuple[list[str], list[float]]]:
         """The likeliest next tokens of each row as text, with their probabilities; those of the last rows are kept."""
         ids = [row.token_ids for row in rows]
@@ -145,11 +155,10 @@ class Behaviour:
         """What a label says, by the kinds of claims."""
         named = 1 if p[0] >= SURE else sum(value >= self.least for value in p[: self.continuations])
         words = in_words(texts[:named])
-        comes = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}" if words else ""
         text = TAGS.sub(" ", row.text[-WINDOW:])
         return {
             "passage": SPEAKERS.get(row.role) or _passage(row.text, text),
-            "next": f"Next {'surely' if p[0] >= SURE else 'perhaps'} {comes}" if named else OPEN,
+            "next": f"Next {'surely' if p[0] >= SURE else 'perhaps'} {either(words)}" if named else OPEN,
             "last words": last_words(text, self.words, self.characters),
         }
 
@@ -162,6 +171,11 @@ def _likeliest(model: Transformer, params: dict, hidden, count: int):
 
 def _passage(text: str, end: str) -> str:
     return "A code block" if text.count("```") % 2 == 1 else kind(end, len(text) <= WINDOW)
+
+
+def either(words: Sequence[str]) -> str:
+    """The words as alternatives: `a, b or c`."""
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def in_words(tokens: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ by a formula can be read by it, and checked against the text: `claims` and `true
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from nla_jax.labels.labeller import Claim, LabelRow
@@ -148,6 +148,29 @@ class Extractive:
         if claim.kind in LAST:
             return f" {found['last words'] or ''}".endswith(f" {claim.value}")
         return found[claim.kind] == claim.value
+
+    def without(self, text: str, claim: Claim) -> str:
+        """The text without what makes it claim so."""
+        return without(text, claim, CLAIMS)
+
+
+def without(text: str, claim: Claim, patterns: Mapping[str, re.Pattern]) -> str:
+    """The text without the words of a claim, which the pattern of its kind finds, and without marks that belong to them.
+
+    The last words go with their ellipsis, and with "It ends" where nothing else is said of the end. Of the last word
+    only that goes, unless it is the only one."""
+    found = patterns[LAST[0] if claim.kind == LAST[1] else claim.kind].search(text)
+    if found is None:
+        return text
+    start, end = found.span(1)
+    if claim.kind == LAST[1] and claim.value != found[1]:
+        return text[: end - len(claim.value)].rstrip() + text[end:]
+    before, after = text[:start].rstrip(), text[end:]
+    if claim.kind in LAST:
+        before = re.sub(r"( *It ends)?:? …$", "", before)
+    if before[-1:] in ("", "."):
+        after = after.lstrip(".")
+    return f"{before}{after}".lstrip()
 
 
 def with_last_word(claims: list[Claim]) -> list[Claim]:

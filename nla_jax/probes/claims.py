@@ -5,15 +5,17 @@ text and the subject (`true`). Other labellers have no such grammar; there is th
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from nla_jax.data.rows import LABEL
-from nla_jax.fve import normalise
+from nla_jax.fve import mse, normalise
 from nla_jax.labels.labeller import Claim, LabelRow, label_rows
 from nla_jax.probes.probe import Context, probe
 
+EXACT = 1e-9  # an mse up to this is that of a perfect reconstruction, which has no share
 SEEN = 5  # a value that fewer training labels claim is none that the linear probe can name
 PENALTIES = (3e-3, 3e-2, 3e-1, 3.0)  # of the linear probe, as shares of the mean variance of its inputs, times rows
 
@@ -48,6 +50,57 @@ def claimed(context: Context) -> dict[str, np.ndarray]:
     return {_name(kind, "claimed", who): share(kind, of) for kind in kinds for who, of in made.items()}
 
 
+@probe(
+    "What a claim is worth to the reconstructor",
+    needs=("pair", "labels"),
+    unit="% by which mse grows where the claim is taken out",
+)
+def ablation(context: Context) -> dict[str, np.ndarray]:
+    """Each claim is taken out of its text, and the text read again: by how much the mean squared error of the row grows,
+    in % of what it was, by kind of claim, for true claims and for false ones. 0: the reconstructor does not read it; below
+    0: it reads better without it. Where false claims are worth as much as true ones, the score does not need truth."""
+    if not has_grammar(context.labeller):
+        return {}
+    rows, vectors = label_rows(context.column), np.asarray(context.vectors)
+    taken = deletions(context.labeller, context.texts("rl"), rows)
+    if not taken:
+        return {}
+    owner = np.array([deletion.row for deletion in taken])
+    before = mse(np.asarray(context.recon("rl")), vectors)
+    after = mse(context.pair.reconstruct([deletion.text for deletion in taken]), vectors[owner])
+    percent = 100 * (after / np.where(before > EXACT, before, np.nan)[owner] - 1)
+    told: dict[tuple[str, bool], list[list[float]]] = {}
+    for deletion, value in zip(taken, percent.tolist()):
+        told.setdefault((deletion.kind, deletion.true), [[] for _ in rows])[deletion.row].append(value)
+    named = lambda kind, true: _name(kind, "effect", "true" if true else "false")
+    return {named(*key): _means(told[key]) for key in sorted(told, key=lambda key: (key[0], not key[1]))}
+
+
+class Deletion(NamedTuple):
+    """A text from which one claim has been taken out."""
+
+    row: int
+    kind: str
+    true: bool  # whether the claim held
+    text: str
+
+
+def deletions(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> list[Deletion]:
+    """Every text without one of its claims, for each of them."""
+    return [
+        Deletion(i, claim.kind, bool(labeller.true(claim, row)), without(labeller, text, claim))
+        for i, (text, row) in enumerate(zip(texts, rows))
+        for claim in labeller.claims(text)
+    ]
+
+
+def without(labeller, text: str, claim: Claim) -> str:
+    """The text without a claim: as its labeller takes it out, else without the first place where its value stands."""
+    if hasattr(labeller, "without"):
+        return labeller.without(text, claim)
+    return " ".join(text.replace(claim.value, " ", 1).split())
+
+
 def has_grammar(labeller) -> bool:
     """Whether a labeller can read and check what is written as its labels are."""
     return hasattr(labeller, "claims") and hasattr(labeller, "true")
@@ -63,7 +116,12 @@ def true_shares(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dic
     for i, (text, row) in enumerate(zip(texts, rows)):
         for claim in labeller.claims(text):
             told.setdefault(claim.kind, [[] for _ in rows])[i].append(labeller.true(claim, row))
-    return {kind: np.array([np.mean(of) if of else np.nan for of in shares]) for kind, shares in sorted(told.items())}
+    return {kind: _means(shares) for kind, shares in sorted(told.items())}
+
+
+def _means(told: Sequence[Sequence[float]]) -> Float[np.ndarray, "n"]:
+    """The mean of each row's values; NaN where it has none."""
+    return np.array([np.mean(values) if len(values) else np.nan for values in told])
 
 
 def linear(context: Context, kind: str, rows: Sequence[LabelRow]) -> Float[np.ndarray, "n"] | None:

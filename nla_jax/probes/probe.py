@@ -84,20 +84,29 @@ def probe(title: str, **facts) -> Callable[[Callable], Probe]:
     return lambda run: Probe(run.__name__, run, title, _plain(run.__doc__), **facts)
 
 
-def load_probes(paths: Sequence[str]) -> list[tuple[UserFunction, Probe]]:
-    """The probes that a config names. Raises `InputError` where one cannot be imported, and for a name used twice."""
+def load_probes(chosen: Sequence[str | Callable], what: str = "evaluate.probes") -> list[tuple[UserFunction, Probe]]:
+    """The probes that a setting `what` names by import path, or that are given themselves. Raises `InputError` where one
+    cannot be imported, and for a name used twice."""
     found = []
-    for path in paths:
-        function = resolve(path, "evaluate.probes")
-        given, name = function.function, path.rpartition(":")[2]
+    for one in chosen:
+        function = resolve(one, what) if isinstance(one, str) else UserFunction(what, _name(one), one)
+        given, name = function.function, function.path.rpartition(":")[2]
         if not isinstance(given, Probe):
             given = Probe(name, given, name.replace("_", " ").capitalize(), _plain(given.__doc__))
         if given.chart not in CHARTS:
             raise InputError(f"{function} asks for a chart {given.chart!r}; there are {', '.join(CHARTS)}.")
         if any(given.name == other.name for _, other in found):
-            raise InputError(f"evaluate.probes names {given.name!r} twice.")
+            raise InputError(f"{what} names {given.name!r} twice.")
         found.append((function, given))
     return found
+
+
+def by_needs(
+    probes: Sequence[tuple[UserFunction, Probe]], there: Sequence[str]
+) -> tuple[list[tuple[UserFunction, Probe]], dict[str, str]]:
+    """The probes whose needs are `there`; and of each of the others, by name, what it lacks."""
+    lacks = {probe.name: ", ".join(sorted(set(probe.needs) - set(there))) for _, probe in probes}
+    return [one for one in probes if not lacks[one[1].name]], {name: needs for name, needs in lacks.items() if needs}
 
 
 def run_probe(function: UserFunction, probe: Probe, context: Context) -> dict[str, Float[np.ndarray, "n"]]:
@@ -161,6 +170,10 @@ def figures(probe: Probe, scores: Mapping[str, np.ndarray], documents: Sequence[
     ]
     facts = {name: getattr(probe, name) for name in ("name", "title", "about", "chart", "unit", "axis")}
     return facts | {"scores": listed}
+
+
+def _name(given: Callable) -> str:
+    return getattr(given, "name", None) or getattr(given, "__name__", type(given).__name__)
 
 
 def _is_number(text: str) -> bool:

@@ -1,0 +1,171 @@
+"""Probes of a pair outside its run: anybody's pair, on the activations of given texts."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from nla_jax.config import Evaluate, Extract
+from nla_jax.data.activations import Activations
+from nla_jax.data.corpus import Document, document_of
+from nla_jax.fve import row_fve
+from nla_jax.io.files import AnyPath
+from nla_jax.io.parquet import write_table
+from nla_jax.pair import Pair
+from nla_jax.probes.probe import Context, Probe, by_needs, figures, load_probes, run_probe
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import Progress, write_atomically
+from nla_jax.runtime.notes import note
+from nla_jax.runtime.user_code import UserFunction
+from nla_jax.runtime.user_input import of_class
+from nla_jax.stages.extract import sample_activations
+from nla_jax.subject import Subject
+from nla_jax.tools.explain import Sampling
+
+FEW = 100  # rows below which a mean says little
+HAS = ("pair",)  # of `probes.probe.NEEDS`: what there is of a pair without its run
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What a probe has found: `rows` holds the scores of each row, `figures` their means and intervals."""
+
+    probe: Probe
+    rows: dict[str, Float[np.ndarray, "n"]]
+    figures: dict  # see `probes.probe.figures`
+
+
+@dataclasses.dataclass(eq=False)
+class PairContext(Context):
+    """What the probes of a pair alone read (`probes.probe.Context`): "rl" names the texts of its AV, as `nla explain`
+    reads them. There is no warm start, no label and no training row."""
+
+    pair: Pair
+    subject: Subject
+    activations: Activations
+    sampling: Sampling
+
+    def __post_init__(self):
+        self.vectors = np.asarray(self.activations.vectors)
+        self.documents = [document_of(id) for id in self.activations.doc_ids]
+        self.seed, self.max_new_tokens = self.sampling.seed, self.sampling.max_new_tokens
+
+    @functools.cached_property
+    def embedding(self) -> Float[np.ndarray, "V E"]:
+        """The subject's embedding of each token."""
+        return np.asarray(self.subject.params["embedding"])
+
+    @functools.cached_property
+    def _columns(self) -> pa.Table:
+        return self.activations.table()
+
+    @functools.cache  # noqa: B019 (one context a process)
+    def column(self, name: str) -> list:
+        """A column of the rows; "" for each row where there is no such column."""
+        there = name in self._columns.column_names
+        return self._columns.column(name).to_pylist() if there else [""] * len(self.vectors)
+
+    @functools.cache  # noqa: B019
+    def texts(self, name: str) -> list[str]:
+        """The AV's texts of one condition."""
+        conditions = {
+            "rl": (self.sampling.temperature, True),
+            "rl_temperature_1": (1.0, True),
+            "no_injection": (self.sampling.temperature, False),
+        }
+        if name not in conditions:
+            raise InputError(f"A pair without its run has no texts {name!r}; there are {', '.join(conditions)}.")
+        temperature, inject = conditions[name]
+        s, found = self.sampling, []
+        progress = Progress(f"texts {name}", len(self.vectors))
+        for start in range(0, len(self.vectors), s.batch):
+            part, options = self.vectors[start : start + s.batch], {"inject": inject, "batch": s.batch, "first": start}
+            found += self.pair.verbalize(part, s.max_new_tokens, temperature, s.seed, **options)
+            progress.update(len(part))
+        progress.close()
+        return found
+
+    @functools.cache  # noqa: B019
+    def recon(self, name: str, pair: Pair | None = None) -> Float[np.ndarray, "n d"]:
+        """What an AR rebuilds from `texts(name)`."""
+        return (pair or self.pair).reconstruct(self.texts(name), batch=self.sampling.batch)
+
+    def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> Float[np.ndarray, "n"]:
+        """The score of each row when the AR reads these texts."""
+        return self._row_fve(tuple(texts), pair or self.pair)
+
+    @functools.cache  # noqa: B019
+    def _row_fve(self, texts: tuple[str, ...], pair: Pair) -> Float[np.ndarray, "n"]:
+        return row_fve(pair.reconstruct(texts, batch=self.sampling.batch), self.vectors)
+
+
+def probe(
+    pair: Pair,
+    subject: Subject,
+    activations: Activations,
+    probes: Sequence[str | Callable] | None = None,
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 64,
+) -> dict[str, Measurement]:
+    """What probes find of a pair on activations of its subject, by the probe's name.
+
+    `probes`: import paths (`module:name`), functions or `Probe`s; None: those of a run, as far as a pair alone has what
+    they need. The other arguments say how texts are sampled, as those of `Pair.explain`. A note names the probes whose
+    needs are not met.
+
+    Raises `InputError` where fewer than two activations are given, where they are not of the pair's layer, where no
+    probe can be run, and for a probe that fails."""
+    of_class("pair", pair, Pair)
+    of_class("activations", activations, Activations)
+    if len(activations) < 2:
+        raise InputError(f"There are {len(activations)} activations to probe with; give at least 2.")
+    pair.score([""], activations[:1])  # raises for another width or layer, before anything is sampled
+    context = PairContext(pair, subject, activations, Sampling(max_new_tokens, temperature, seed, batch))
+    able, lacking = by_needs(load_probes(Evaluate().probes if probes is None else list(probes), "probes"), HAS)
+    if lacking:
+        note(f"Left out: {'; '.join(f'{name} needs {needs}' for name, needs in lacking.items())}.")
+    return {found.probe.name: found for found in measured(context, able)}
+
+
+def measured(
+    context: Context, probes: Sequence[tuple[UserFunction, Probe]], out: AnyPath | None = None
+) -> Iterator[Measurement]:
+    """What each probe finds, one after another; `out`: a folder for `NAME.parquet`, the rows, and `NAME.json`, means and
+    intervals. Raises `InputError` where there is no probe."""
+    if not probes:
+        raise InputError("There is no probe to run: none is named, or none has what it needs here.")
+    if len(context.vectors) < FEW:
+        note(f"There are only {len(context.vectors)} activations; intervals from fewer than {FEW} say little.")
+    for function, one in probes:
+        rows = run_probe(function, one, context)
+        found = Measurement(one, rows, figures(one, rows, context.documents))
+        if out and rows:
+            table = pa.table(
+                {"doc_id": context.column("doc_id"), "n_raw_tokens": context.column("n_raw_tokens")} | rows
+            )
+            write_table(table, out / f"{one.name}.parquet")
+            write_atomically(out / f"{one.name}.json", json.dumps(found.figures, indent=1) + "\n")
+        yield found
+
+
+def activations_of(
+    subject: Subject, documents: Sequence[Document], rows: int, max_tokens: int, seed: int
+) -> Activations:
+    """At most `rows` activations of the first `max_tokens` tokens of some documents, as many of each, at positions that
+    are sampled as a run samples them. Raises `InputError` where there are fewer than two."""
+    share = -(-rows // len(documents))
+    settings = Extract(positions=share, max_tokens=max_tokens, min_position=min(Extract().min_position, max_tokens - 1))
+    found = sample_activations(subject, documents, settings, seed)
+    if len(found) < 2:
+        raise InputError(
+            f"The texts give {len(found)} activations (of tokens from position {settings.min_position} on); give longer "
+            f"texts, or more of them."
+        )
+    return found[np.linspace(0, len(found) - 1, min(rows, len(found))).astype(int)]

@@ -1,0 +1,224 @@
+"""`nla probe` and `nla_jax.probe`: any pair on texts, and a finished run without its evaluation."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import SENTENCES, nla_main, one_line
+
+import nla_jax as nla
+from nla_jax.cli import main
+from nla_jax.config import Evaluate
+from nla_jax.data.corpus import Document
+from nla_jax.probes.probe import Probe, clustered_interval, probe
+from nla_jax.probes.retrieval import hits
+from nla_jax.runtime.errors import InputError
+from nla_jax.tools.probe import PairContext, activations_of
+
+FIDELITY = "nla_jax.probes.fidelity:"
+TEXTS = [f"{a} {b}" for a in SENTENCES for b in SENTENCES if a != b]
+
+
+@pytest.fixture(scope="module")
+def place(pair, subject_folder, tmp_path_factory):
+    """A folder with a pair, its subject, and texts."""
+    folder = tmp_path_factory.mktemp("probe")
+    pair.save(folder / "pair")
+    shutil.copytree(subject_folder, folder / "subject")
+    rows = [{"id": f"text {i}", "text": text} for i, text in enumerate(TEXTS)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def nla_probe(place, capsys):
+    """Probes the pair on the texts; returns what was printed."""
+
+    def run(*arguments, status=0):
+        flags = ["--pair", place / "pair", "--subject", place / "subject", "--max-new-tokens", 16]
+        assert main(list(map(str, ["probe", *flags, *arguments]))) == status
+        return capsys.readouterr() if status == 0 else one_line(capsys)
+
+    return run
+
+
+def probes(*names):
+    return ["--probes", ",".join(names)]
+
+
+@probe("Letters", unit="letters")
+def letters(context):
+    """How long the explanations are."""
+    return {"letters": np.array([len(text) for text in context.texts("rl")], float)}
+
+
+@probe("Asks a judge", needs=("pair", "judge"))
+def judged(context):
+    """Never run."""
+    raise AssertionError
+
+
+def nothing(context):
+    """Has nothing to say."""
+    return {}
+
+
+def test_a_pair_is_probed_on_texts(nla_probe, place, tmp_path):
+    names = [f"{FIDELITY}after_rl", f"{FIDELITY}warm_start", "test_probe_verb:judged", "test_probe_verb:nothing"]
+    said = nla_probe("--texts", place / "texts.jsonl", "--rows", 30, "--out", tmp_path / "out", *probes(*names)).out
+    pair, subject = nla.load_pair(place / "pair"), nla.load_subject(place / "subject", 1)
+    acts = activations_of(subject, [Document(f"text {i}", text) for i, text in enumerate(TEXTS)], 30, 2048, 0)
+    assert len(acts) == 30 and set(acts.doc_ids) == {f"text {i}" for i in range(12)}
+    texts = pair.verbalize(acts.vectors, 16, 0.0)
+    assert any(texts)
+    expected = nla.fve(pair.reconstruct(texts), acts.vectors)
+    table = pq.read_table(tmp_path / "out/after_rl.parquet").to_pydict()
+    assert np.mean(table["fve_rl"]) == pytest.approx(expected, abs=1e-4) and table["doc_id"] == acts.doc_ids
+    (score,) = json.loads((tmp_path / "out/after_rl.json").read_text())["scores"]
+    low, high = clustered_interval(np.array(table["fve_rl"]), table["doc_id"])
+    assert score["mean"] == pytest.approx(expected, abs=1e-4) and score["ci95"] == pytest.approx([low, high])
+    row = next(line for line in said.splitlines() if line.startswith("  AV after RL"))
+    figures = [float(x.replace("−", "-")) for x in row.removeprefix("  AV after RL").replace(" to ", " ").split()]
+    assert figures == pytest.approx([expected, low, high], abs=2e-3)
+    for left in ("warm_start (it needs warm)", "judged (it needs judge)", "nothing (it has nothing to say here)"):
+        assert f"left out: {left}" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["after_rl.json", "after_rl.parquet"]
+
+
+def test_few_rows_are_said_to_say_little(nla_probe, place):
+    said = nla_probe("--texts", place / "texts.jsonl", "--rows", 11, *probes("test_probe_verb:letters"))
+    assert "only 11 activations" in said.err and "letters: Letters (score; letters; mean, 95 % interval)" in said.out
+
+
+def test_documents_of_several_files_have_names_of_their_own(nla_probe, place, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(SENTENCES) + name)
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    nla_probe("--texts", *files, "--rows", 8, "--out", tmp_path / "out", *probes("test_probe_verb:letters"))
+    ids = pq.read_table(tmp_path / "out/letters.parquet").column("doc_id").to_pylist()
+    assert sorted(set(ids)) == [f"{file}:{file.name}:1" for file in files]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    {
+        "no texts": ([], "--pair needs --texts"),
+        "no such file": (["--texts", "nowhere.txt"], "There is no corpus 'nowhere.txt'"),
+        "one row": (["--texts", "TEXTS", "--rows", "1"], "--rows"),
+        "no import path": (["--texts", "TEXTS", "--probes", "hits"], "--probes is 'hits', expected an import path"),
+        "no such probe": (["--texts", "TEXTS", "--probes", f"{FIDELITY}nope"], "--probes names 'nope'"),
+        "a probe twice": (["--texts", "TEXTS", *probes(f"{FIDELITY}after_rl", f"{FIDELITY}after_rl")], "twice"),
+        "only needs that are not met": (["--texts", "TEXTS", *probes(f"{FIDELITY}gold")], "There is no probe to run"),
+        "no tokens": (["--texts", "TEXTS", "--max-new-tokens", "0"], "--max-new-tokens"),
+        "short texts": (["--texts", "SHORT"], "The texts give 0 activations"),
+    }.values(),
+)
+def test_a_wrong_input_gets_one_sentence(nla_probe, place, tmp_path, flags, said):
+    (tmp_path / "short.txt").write_text("Too short.")
+    places = {"TEXTS": place / "texts.jsonl", "SHORT": tmp_path / "short.txt"}
+    line = nla_probe(*[places.get(flag, flag) for flag in flags], status=1)
+    assert said in line and line.endswith((".", "?"))
+
+
+def test_the_two_ways_are_not_mixed(capsys, tmp_path, place):
+    for flags, said in (
+        (["--workdir", str(tmp_path), "--texts", "a.txt"], "--texts belongs to --pair"),
+        (["--workdir", str(tmp_path), "--injection-block", "1"], "--injection-block belongs to --pair"),
+        (["--workdir", str(tmp_path)], "is no working folder of a run"),
+        (["--workdir", str(tmp_path / "mistyped")], "is no working folder of a run"),
+        (["--workdir", ""], "--workdir is no working folder of a run"),
+    ):
+        assert main(["probe", *flags]) == 1
+        assert said in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []  # nothing was made
+
+
+def test_a_finished_run_is_probed_without_its_evaluation(finished, corpus, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    evaluated = (workdir / "evaluation.json").read_bytes()
+    names = [f"{FIDELITY}after_rl", "nla_jax.probes.retrieval:hits", "nla_jax.probes.claims:ablation"]
+    names += ["nla_jax.probes.hidden_codes:surface_form"]
+    assert main(["probe", "--workdir", str(workdir), *probes(*names)]) == 0
+    said = capsys.readouterr().out
+    for name in ("after_rl", "hits", "surface_form"):
+        table = pq.read_table(workdir / f"probes/{name}.parquet")
+        assert len(table) == 16 and f"{name}: " in said
+    same = pq.read_table(workdir / "evaluation/probes/after_rl.parquet").column("fve_rl").to_pylist()
+    assert pq.read_table(workdir / "probes/after_rl.parquet").column("fve_rl").to_pylist() == pytest.approx(same)
+    assert (workdir / "evaluation.json").read_bytes() == evaluated
+    assert nla_main("report", workdir, corpus) == 0  # and the run is as it was
+    out = tmp_path / "out"
+    assert main(["probe", "--workdir", str(workdir), "--rows", "6", "--out", str(out), *probes(names[0])]) == 0
+    assert len(pq.read_table(out / "after_rl.parquet")) == 6
+
+
+def test_an_unfinished_run_is_refused(finished, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    (workdir / "stages/rl.json").unlink()
+    assert main(["probe", "--workdir", str(workdir)]) == 1
+    assert "holds no finished 'rl' stage" in one_line(capsys)
+
+
+def test_probes_are_run_from_python(pair, subject_folder, capsys):
+    subject = nla.load_subject(subject_folder, 1)
+    acts = nla.extract(subject, TEXTS, positions=[20, 40])
+    chosen = [letters, hits, f"{FIDELITY}gold", lambda context: {"table": context.embedding[:24, 0]}]
+    found = nla.probe(pair, subject, acts, chosen, max_new_tokens=16)
+    assert list(found) == ["letters", "hits", "<lambda>"]
+    texts = pair.verbalize(acts, 16, 0.0)
+    assert found["letters"].rows["letters"].tolist() == [len(text) for text in texts]
+    assert found["letters"].figures["scores"][0]["mean"] == pytest.approx(np.mean([len(text) for text in texts]))
+    np.testing.assert_allclose(found["hits"].rows["hit_at_1_chance"], np.full(24, 1 / 23))
+    np.testing.assert_allclose(found["<lambda>"].rows["table"], np.asarray(subject.params["embedding"])[:24, 0])
+    assert "gold needs labels" in capsys.readouterr().err
+
+
+def test_probing_from_python_refuses_what_does_not_fit(pair, subject_folder):
+    acts = nla.extract(nla.load_subject(subject_folder, 2), TEXTS[:2])
+    with pytest.raises(InputError, match="activations of layer 2, the pair reads layer 1"):
+        nla.probe(pair, nla.load_subject(subject_folder, 1), acts, [letters])
+    subject = nla.load_subject(subject_folder, 1)
+    with pytest.raises(InputError, match="give at least 2"):
+        nla.probe(pair, subject, nla.extract(subject, TEXTS[:1]), [letters])
+    with pytest.raises(InputError, match="no texts 'warm'; there are rl, rl_temperature_1, no_injection"):
+        nla.probe(pair, subject, nla.extract(subject, TEXTS[:2]), [lambda context: {"x": context.texts("warm")}])
+
+
+def test_a_context_of_a_pair_gives_what_probes_read(pair, subject_folder):
+    from nla_jax.tools.explain import Sampling
+
+    subject = nla.load_subject(subject_folder, 1)
+    acts = nla.extract(subject, TEXTS[:3], positions=[5, 9], doc_ids=["a", "a#2", "b"])
+    context = PairContext(pair, subject, acts, Sampling(12, batch=4))
+    assert context.documents == ["a"] * 4 + ["b"] * 2
+    assert context.column("token") == acts.tokens and context.column("no such") == [""] * 6
+    assert context.column("token_ids") == acts.token_ids
+    assert context.texts("rl") == pair.verbalize(acts, 12, 0.0) != context.texts("no_injection")
+    np.testing.assert_allclose(context.recon("rl"), pair.reconstruct(context.texts("rl")), rtol=1e-4, atol=1e-4)
+    assert context.row_fve(context.texts("rl")).mean() == pytest.approx(nla.fve(context.recon("rl"), acts), abs=1e-4)
+
+
+def test_the_documentation_lists_every_probe():
+    folder = Path(nla.__file__).parent / "probes"
+    modules = [importlib.import_module(f"nla_jax.probes.{file.stem}") for file in folder.glob("[a-z]*.py")]
+    found = {value.name for module in modules for value in vars(module).values() if isinstance(value, Probe)}
+    rows = (folder.parent.parent / "docs/probes.md").read_text(encoding="utf-8").splitlines()
+    assert {match[1] for row in rows if (match := re.match(r"\| ?\w* \| `(\w+)`", row))} == found
+    assert {path.rpartition(":")[2] for path in Evaluate().probes} == found - {"ablation"}
+
+
+def test_rewrites_and_retrieval_are_measured_by_default():
+    assert {path.rpartition(".")[2].partition(":")[0] for path in Evaluate().probes} == {
+        "fidelity",
+        "baselines",
+        "claims",
+        "hidden_codes",
+        "retrieval",
+    }
