@@ -21,6 +21,7 @@ _HOMES = {
     "load_subject": "subject",
     "make_mesh": "models.sharding",
     "new_pair": "pair",
+    "patch": "patching",
     "replace": "autoencoder",
 }
 

@@ -23,7 +23,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["joint_step", "prompts", "runtime.metrics", "runtime.checkpoint"],
     ["io.conventions"],
     ["sidecar", "subject", "runtime.watchdog"],
-    ["data", "pair", "runtime.run"],
+    ["data", "pair", "patching", "runtime.run"],
     ["labels", "study"],
     ["probes"],
     ["stages", "tools"],
