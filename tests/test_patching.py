@@ -1,12 +1,18 @@
 """Causal patches: against a forward hook of torch, and against what is known of them."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from conftest import SENTENCES, one_sentence
+from conftest import SENTENCES, copy_before, nla_main, one_sentence
 from parity import torch_model
 
 import nla_jax as nla
 from nla_jax.patching import effects, patch, resized
+from nla_jax.probes import patching as probes
+from nla_jax.probes.fidelity import derangement
+from nla_jax.probes.probe import Context, figures
 from nla_jax.subject import extract, load_subject
 
 LAYER = 1
@@ -149,3 +155,114 @@ def test_wrong_input_is_named(subject, rows, change, said):
     with pytest.raises(nla.InputError, match=said) as error:
         patch(subject, **given)
     one_sentence(error)
+
+
+# The probes
+
+
+class Held(Context):
+    """What a probe may read, of given rows."""
+
+    def __init__(self, **facts):
+        self.__dict__.update(facts)
+
+
+@pytest.fixture
+def context(subject):
+    """Rows of four documents. The AR after RL reads "row 7" and gives that row's activation, shortened and noisy; that of
+    the warm start gives more noise."""
+    acts = extract(subject, SENTENCES, "all", doc_ids=[f"d{i}" for i in range(4)])
+    rng, n = np.random.default_rng(3), len(acts)
+    noise = rng.normal(size=acts.vectors.shape) * np.abs(acts.vectors).mean()
+    reads = lambda share: (
+        lambda texts: np.array(
+            [(acts.vectors + share * noise)[int(text.split()[-1])] / 3 for text in texts], np.float32
+        )
+    )
+    columns = {"token_ids": acts.token_ids, "doc_id": acts.doc_ids}
+    return Held(
+        vectors=acts.vectors,
+        documents=acts.doc_ids,
+        pair=SimpleNamespace(reconstruct=reads(0.3)),
+        warm=SimpleNamespace(reconstruct=reads(1.0)),
+        texts=lambda name: [f"row {i if name != 'labels' else (i + 1) % n}" for i in range(n)],
+        training=SimpleNamespace(vectors=acts.vectors[::2]),
+        subject=subject,
+        column=lambda name: columns.get(name, [""] * n),
+        seed=0,
+    )
+
+
+def test_recovery_is_a_ratio_of_sums_from_the_mean_to_the_activation(context):
+    scores, kl = probes.recovery(context), probes.divergence(context)
+    assert set(scores) == {f"patch_recovery_{name}" for name in probes.PATCHES}
+    assert all(values.shape == (len(context.vectors),) for values in scores.values())
+    assert scores["patch_recovery_h"] == pytest.approx(1, abs=1e-6)
+    assert scores["patch_recovery_mean"].mean() == pytest.approx(0, abs=1e-12)
+    for name in probes.PATCHES:
+        sums = [kl[f"patch_kl_{of}"].sum() for of in (name, "mean")]
+        assert scores[f"patch_recovery_{name}"].mean() == pytest.approx(1 - sums[0] / sums[1])
+    of = {name: scores[f"patch_recovery_{name}"].mean() for name in probes.PATCHES}
+    assert of["h"] > of["rl"] > of["warm"] > max(of["shuffled"], of["gold_text"], of["random"])
+    drawn = figures(probes.recovery, scores, context.documents)["scores"]
+    assert [one["label"] for one in drawn][:2] == ["text after RL", "text of the warm start"]
+
+
+def test_each_patch_is_the_vector_that_it_is_said_to_be(context, subject):
+    h, kl = context.vectors, probes.divergence(context)
+    at_length = lambda v: resized(v, h)
+    mean = np.broadcast_to(context.training.vectors.mean(0), h.shape)
+    after = context.pair.reconstruct(context.texts("rl"))
+    expected = {
+        "rl": at_length(after),
+        "warm": at_length(context.warm.reconstruct(context.texts("warm"))),
+        "gold_text": at_length(context.pair.reconstruct(context.texts("labels"))),
+        "shuffled": at_length(after[derangement(context.documents, 0)]),
+        "mean_direction": at_length(mean),
+        "mean": mean,
+    }
+    ids = context.column("token_ids")
+    for name, effect in effects(subject, ids, "last", expected, rescale=False).items():
+        np.testing.assert_allclose(kl[f"patch_kl_{name}"], [of[0] for of in effect.kl], atol=1e-4, rtol=1e-3)
+
+
+def test_the_loss_is_of_the_token_that_truly_comes_next(context, subject):
+    scores, ids = probes.loss(context), context.column("token_ids")
+    last = [i for i, row in enumerate(ids) if not any(len(o) > len(row) and o[: len(row)] == row for o in ids)]
+    assert len(last) == 4 and np.flatnonzero(np.isnan(scores["patch_loss_original"])).tolist() == last
+    whole = [ids[i] for i in last]
+    logprobs = patch(subject, whole, [0] * 4, {"clean": None})["clean"]
+    expected = [
+        -of[len(row) - 1, text[len(row)]]
+        for of, text in zip(logprobs, whole)
+        for row in ids
+        if row == text[: len(row)] and len(row) < len(text)
+    ]
+    found = scores["patch_loss_original"]
+    np.testing.assert_allclose(found[~np.isnan(found)], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(scores["patch_loss_h"], found, rtol=1e-3, atol=1e-4)
+
+
+def test_few_rows_are_looked_at(context, monkeypatch):
+    monkeypatch.setattr(probes, "LOOKED_AT", 7)
+    scores = probes.recovery(context)
+    looked = ~np.isnan(scores["patch_recovery_rl"])
+    assert looked.sum() == 7 and looked[0] and looked[-1]
+    assert np.nanmean(scores["patch_recovery_mean"]) == pytest.approx(0, abs=1e-12)
+
+
+def test_rows_without_token_ids_say_nothing(context):
+    context.column = lambda name: [""] * len(context.vectors)
+    assert probes.recovery(context) == probes.divergence(context) == probes.loss(context) == {}
+
+
+def test_a_run_measures_them(finished, corpus, tmp_path):
+    workdir = copy_before(finished, tmp_path, "evaluate")
+    chosen = ("fidelity:after_rl", "patching:recovery", "patching:divergence", "patching:loss")
+    setting = f"--config.evaluate.probes={tuple(f'nla_jax.probes.{name}' for name in chosen)!r}"
+    assert nla_main("evaluate", workdir, corpus, setting) == 0
+    page = json.loads((workdir / "evaluation.json").read_text())
+    of = {score["name"]: score["mean"] for probe in page["probes"] for score in probe["scores"]}
+    assert of["patch_recovery_h"] == pytest.approx(1, abs=1e-5) and of["patch_recovery_mean"] == pytest.approx(0)
+    assert of["patch_kl_h"] == pytest.approx(0, abs=1e-5) and of["patch_kl_random"] > 1e-5
+    assert of["patch_loss_h"] == pytest.approx(of["patch_loss_original"], abs=1e-4)
