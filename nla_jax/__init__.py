@@ -23,6 +23,7 @@ _HOMES = {
     "new_pair": "pair",
     "patch": "patching",
     "replace": "autoencoder",
+    "steer": "steering",
 }
 
 __all__ = ["InputError", "__version__", "fve", *_HOMES]  # noqa: PLE0604

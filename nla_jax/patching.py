@@ -165,7 +165,6 @@ class _Chunk:
     hidden: Array
     first: np.ndarray
     past: list[KeyValues]
-    real: np.ndarray
     following: np.ndarray  # [B, span], the token that comes next in the row; 0 behind its end
 
     def logprobs(self, name: str | None) -> Float[Array, "B S V"]:
@@ -183,7 +182,7 @@ class _Chunk:
             at[j, : len(place)], vectors[j, : len(place)] = np.array(place) - self.first[j], state
         model, params = task.subject.rest
         with on_mesh(task.subject):
-            return _predict(model, params, self.hidden, self.first, self.past, self.real, at, vectors, span)
+            return _predict(model, params, self.hidden, self.first, self.past, at, vectors, span)
 
 
 def resized(vectors: Float[np.ndarray, "n D"], like: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
@@ -209,37 +208,40 @@ def _chunks(task: _Task) -> Iterator[_Chunk]:
             first = np.zeros(count, np.int32)
             first[: len(rows)] = starts[numbers]
             width = MULTIPLE * max(1, -(-int(first.max()) // MULTIPLE))
-            real = np.arange(width) >= width - first[:, None]
-            past = _read(model, params, hidden, first, real)
+            past = _read(model, params, hidden, first, width)
         after = [row[start:] for row, start in zip(rows, first)]
         span = 1 << (max(map(len, after)) - 1).bit_length()
         following = np.zeros((count, span), np.int32)
         for target, ids in zip(following, after):
             target[: len(ids) - 1] = ids[1:]
-        yield _Chunk(task, numbers, list(map(len, after)), hidden, first, past, real, following)
+        yield _Chunk(task, numbers, list(map(len, after)), hidden, first, past, following)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def _read(
     model: Transformer,
     params: dict,
     hidden: Float[Array, "B T D"],
     first: Int[Array, "B"],
-    real: Bool[Array, "B P"],
+    width: int,
 ) -> list[KeyValues]:
-    """Keys and values of the tokens before the `first` patched one, at the right end of P columns."""
-    x = _columns(hidden, jnp.arange(real.shape[1]) - real.shape[1] + first[:, None])
-    return model.apply({"params": params}, [x.astype(model.config.dtype)], real=real)[1]
+    """Keys and values of the tokens before the `first` patched one, at the right end of `width` columns."""
+    x = _columns(hidden, jnp.arange(width) - width + first[:, None])
+    return model.apply({"params": params}, [x.astype(model.config.dtype)], real=_real(first, width))[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8))
+def _real(first: Int[Array, "B"], width: int) -> Bool[Array, "B {width}"]:
+    """Which of the columns before the `first` patched token are no padding."""
+    return jnp.arange(width) >= width - first[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7))
 def _predict(
     model: Transformer,
     params: dict,
     hidden: Float[Array, "B T D"],
     first: Int[Array, "B"],
     past: list[KeyValues],
-    real: Bool[Array, "B P"],
     at: Int[Array, "B m"],
     vectors: Float[Array, "B m D"],
     span: int,
@@ -248,7 +250,8 @@ def _predict(
     the places `at` (counted from there; `span`: nowhere)."""
     x = _columns(hidden, jnp.arange(span) + first[:, None])
     x = x.at[jnp.arange(len(x))[:, None], at].set(vectors, mode="drop").astype(model.config.dtype)
-    (x,), _ = model.apply({"params": params}, [x], past=past, start=real.shape[1], real=real)
+    width = jax.tree.leaves(past)[0].shape[-2]
+    (x,), _ = model.apply({"params": params}, [x], past=past, start=width, real=_real(first, width))
     logits = model.apply({"params": params}, x, method="logits")
     return jax.nn.log_softmax(logits)[..., : model.config.vocab_size]
 

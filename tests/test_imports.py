@@ -24,7 +24,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["io.conventions"],
     ["sidecar", "subject", "runtime.watchdog"],
     ["data", "pair", "patching", "runtime.run"],
-    ["labels", "study"],
+    ["labels", "steering", "study"],
     ["probes"],
     ["stages", "tools"],
     ["verbs"],
