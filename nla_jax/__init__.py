@@ -21,8 +21,10 @@ _HOMES = {
     "load_subject": "subject",
     "make_mesh": "models.sharding",
     "new_pair": "pair",
+    "patch": "patching",
     "probe": "tools.probe",
     "replace": "autoencoder",
+    "steer": "steering",
 }
 
 __all__ = ["InputError", "__version__", "fve", *_HOMES]  # noqa: PLE0604

@@ -38,6 +38,10 @@ VERBS = {
         "nla_jax.verbs.diff",
         "whose tokens' activations moved most between two subjects, and what a pair says of both",
     ),
+    "steer": (
+        "nla_jax.verbs.steer",
+        "what a subject says when the explanation of an activation is edited, beside controls",
+    ),
     "export": (
         "nla_jax.verbs.export",
         "a pair as plain Hugging Face folders, and a run's datasets in the reference's form",

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
 from nla_jax.models.layers import moved
 from nla_jax.models.sharding import DECODE, cut_batch, relayout, vocabulary_parts
 from nla_jax.models.transformer import (
+    Edit,
+    KeyValues,
     Transformer,
     abstract_params,
     empty_cache,
@@ -207,12 +209,40 @@ def respond(
     end, and draws from `keys[i]`. `end`: the token that ends a response.
 
     Padding changes nothing: no position reads it, and rotary positions only count the distance between two tokens."""
+    model, past, first, real = _read(model, params, prompts, lengths)
+    decoder = _Decoder(model, end, prompts.shape[1], max_new_tokens, temperature, real)
+    return decoder.respond(params, keys, past, first)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "end", "max_new_tokens"))
+def respond_edited(
+    model: Transformer,
+    params: dict,
+    prompts: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    edit: Edit,
+    *,
+    end: int,
+    max_new_tokens: int,
+) -> Rollout:
+    """The greedy responses of `respond` to prompts whose streams `edit` changes after every block
+    (`Transformer.__call__`): steering."""
+    model, past, first, real = _read(model, params, prompts, lengths, edit)
+    decoder = _Decoder(model, end, prompts.shape[1], max_new_tokens, 0.0, real)
+    return decoder.respond(params, jax.random.split(jax.random.key(0), len(prompts)), past, first)
+
+
+def _read(
+    model: Transformer, params: dict, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], edit: Edit | None = None
+) -> tuple[Transformer, list[KeyValues], Float[Array, "B D"], Bool[Array, "B T"]]:
+    """The model as it decodes, keys and values of the prompts, the states that predict what follows them, and which of
+    their tokens are no padding."""
     config = dataclasses.replace(model.config, decoding=True, vocab_rows=len(params["embedding"]))
     model, width = Transformer(config), prompts.shape[1]
     real = jnp.arange(width) >= width - lengths[:, None]
     x = model.apply({"params": params}, prompts, method="embed")
-    (states,), past = model.apply({"params": params}, [x], real=real)
-    return _Decoder(model, end, width, max_new_tokens, temperature, real).respond(params, keys, past, states[:, -1])
+    (states,), past = model.apply({"params": params}, [x], edit=edit, real=real)
+    return model, past, states[:, -1], real
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import residual
@@ -24,7 +24,7 @@ from nla_jax.io.hub import fingerprint, locate
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.sharding import place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
-from nla_jax.models.views import with_layers
+from nla_jax.models.views import part, with_layers
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.user_input import text_list, whole_number
 
@@ -55,6 +55,31 @@ class Subject:
     def fingerprint(self) -> str:
         """Hash of the checkpoint's config and weights."""
         return fingerprint(self.folder)
+
+    @functools.cached_property
+    def whole(self) -> "Subject":
+        """The same model with all its blocks and its head, read when it is first asked for."""
+        return load_whole(self.folder, self.model.config.dtype, self.mesh)
+
+    @functools.cached_property
+    def rest(self) -> tuple[Transformer, dict]:
+        """What reads an activation: the blocks after `layer` and the head, with their parameters. On a CPU these share
+        the memory of `whole`; other devices hold the blocks twice."""
+        config, params, after = self.whole.model.config, self.whole.params, slice(self.layer + 1, None)
+        config = dataclasses.replace(config, layers=config.layers - self.layer - 1, local=config.local[after])
+        blocks = jax.tree.map(lambda x: part(x, after), params["blocks"])
+        return Transformer(config), with_layers(params | {"blocks": blocks})
+
+
+def load_whole(name: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Subject:
+    """All blocks of a model folder or hub id, with its head: what `Transformer.logits` needs. Its activations are those
+    after the last block."""
+    folder, mesh = locate(name), usable_mesh(mesh)
+    dtype = dtypes_of(folder, dtype)[1]
+    config = read_config(folder, dtype)
+    layout = shardings(mesh, abstract_params(config)) if mesh else None
+    params = load_params(folder, config, dtype=dtype, layout=layout)
+    return Subject(str(name), folder, config.layers - 1, Transformer(config), params, load_tokenizer(folder), mesh)
 
 
 def load_subject(
@@ -118,12 +143,14 @@ def extract(
             ordinary = [i for i, token in enumerate(row) if token not in special]
             wanted.append(ordinary if positions == "all" else [len(row) - 1])
         else:
-            wanted.append(_indices(positions, len(row)))
+            wanted.append(indices(positions, len(row)))
     return activations_at(subject, rows, wanted, doc_ids)
 
 
-def _indices(positions: Any, length: int) -> list[int]:
-    """Indices from 0 of a text of `length` tokens."""
+def indices(positions: Any, length: int) -> list[int]:
+    """One index or several (negative from the end) as indices from 0 of a text of `length` tokens.
+
+    Raises `InputError` for what is none, and for one that the text does not have."""
     try:
         chosen = [operator.index(i) for i in np.atleast_1d(positions).tolist()]
     except (TypeError, ValueError):
@@ -191,20 +218,34 @@ def residual_rows(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, np.ndarray] = {}
     for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        tokens, _ = pad_tokens([rows[i] for i in part] + [[0]] * (batch - len(part)), multiple=64)
-        most = max(len(positions[i]) for i in part)
-        index = np.zeros((batch, max(most, 1)), np.int32)
-        for j, i in enumerate(part):
-            index[j, : len(positions[i])] = positions[i]
-        with jax.set_mesh(subject.mesh) if subject.mesh else contextlib.nullcontext():
-            if subject.mesh:
-                tokens, index = place_batch(subject.mesh, (tokens, index))
-            chosen = np.asarray(_gather(_residual(subject.model, subject.weights, tokens), index))
-        for j, i in enumerate(part):
-            found[i] = chosen[j, : len(positions[i])]
+        some = order[start : start + batch]
+        chosen = at_positions(residual_batch(subject, [rows[i] for i in some], batch), [positions[i] for i in some])
+        for i, vectors in zip(some, chosen):
+            found[i] = vectors
     for i in range(len(rows)):
         yield found[i]
+
+
+def residual_batch(subject: Subject, rows: Sequence[Sequence[int]], batch: int = ROWS) -> Float[Array, "{batch} T D"]:
+    """The residual stream of up to `batch` token rows at all positions, float32: T is the longest row's length, rounded
+    up to a multiple of 64. What stands behind a row's end, and behind the last row, means nothing."""
+    tokens, _ = pad_tokens([*rows, *[[0]] * (batch - len(rows))], multiple=64)
+    with on_mesh(subject) as mesh:
+        return _residual(subject.model, subject.weights, place_batch(mesh, tokens))
+
+
+def at_positions(hidden: Float[Array, "B T D"], positions: Sequence[Sequence[int]]) -> list[Float[np.ndarray, "_n D"]]:
+    """For each row of positions the states `[len(positions), D]` there."""
+    index = np.zeros((len(hidden), max([1, *map(len, positions)])), np.int32)
+    for target, chosen in zip(index, positions):
+        target[: len(chosen)] = chosen
+    found = np.asarray(_gather(hidden, index))
+    return [states[: len(chosen)] for states, chosen in zip(found, positions)]
+
+
+def on_mesh(subject: Subject) -> contextlib.AbstractContextManager[Mesh]:
+    """The subject's mesh, in use within the block; an empty one where there is none."""
+    return jax.set_mesh(subject.mesh) if subject.mesh else contextlib.nullcontext(jax.sharding.get_mesh())
 
 
 _residual = jax.jit(residual, static_argnums=0)

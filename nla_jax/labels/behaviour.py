@@ -16,17 +16,16 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nla_jax.io.folders import load_params, load_tokenizer, read_config
+from nla_jax.io.folders import read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.labels.extractive import LAST, PASSAGES, TAGS, WINDOW, kind, last_words, one_of, with_last_word, without
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.models.transformer import Transformer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_input import whole_number
-from nla_jax.subject import Subject, residual_rows
+from nla_jax.subject import Subject, load_whole, residual_rows
 
 SPEAKERS = {"user": "A user speaks", "assistant": "The assistant answers", "system": "An instruction to the assistant"}
 SURE = 0.6  # a likeliest continuation from this probability on is the only one named
@@ -78,10 +77,7 @@ class Behaviour:
     @functools.cached_property
     def _whole(self) -> Subject:
         """The subject with all its blocks: what it expects needs its head."""
-        folder, dtype = locate(self.subject), jnp.dtype(self.dtype)
-        config = read_config(folder, dtype)
-        params = load_params(folder, config, dtype=dtype)
-        return Subject(self.subject, folder, config.layers - 1, Transformer(config), params, load_tokenizer(folder))
+        return load_whole(self.subject, self.dtype)
 
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """One label for each row. Rows of one document cost one pass over its longest."""

@@ -222,11 +222,13 @@ class Transformer(nn.Module):
 
         Returns for each part the residual stream after the last block (before the final norm), and the keys and values
         that later calls read. Rows padded on the right need no mask: no position can read what follows it. `real`
-        marks what is no padding in the rows of a single part padded on the left."""
+        marks what is no padding in rows padded on the left: those of a single part, or of a past of one stretch."""
         lengths = [x.shape[1] for x in parts]
-        own = [causal_mask(length) if real is None else causal_mask(length) & real[:, None] for length in lengths]
+        own = [causal_mask(length) for length in lengths]
+        if real is not None and not past:
+            own, real = [mask & real[:, None] for mask in own], None
         positions = [start + sum(lengths[:i]) + jnp.arange(length) for i, length in enumerate(lengths)]
-        context = self._context(past, start, own, positions, 0)
+        context = self._context(past, start, own, positions, 0, real)
         (streams, _), kv = self._run((list(parts), None), past, context, edit)
         return streams, kv
 

@@ -22,8 +22,9 @@ from nla_jax.labels.labeller import Labeller
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
+from nla_jax.subject import Subject
 
-NEEDS = ("pair", "warm", "labels", "training")
+NEEDS = ("pair", "warm", "labels", "training", "subject")
 CHARTS = ("bars", "curve", "histogram")
 
 
@@ -38,6 +39,7 @@ class Context(Protocol):
     training: Rows  # of the warm start, with their labels (`column("api_explanation")`)
     embedding: Float[np.ndarray, "V E"]  # of the subject's tokens
     labeller: Labeller  # of the run
+    subject: Subject  # its blocks 0..K; `subject.whole` is all of it
     seed: int
     max_new_tokens: int
 

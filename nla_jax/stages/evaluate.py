@@ -17,6 +17,7 @@ from nla_jax.io.folders import open_params, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import read_table, write_table
 from nla_jax.labels.labeller import Labeller, make_labeller
+from nla_jax.models.sharding import host_mesh
 from nla_jax.pair import Pair
 from nla_jax.probes.probe import figures, load_probes, run_probe
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
@@ -24,6 +25,7 @@ from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.run import Run
 from nla_jax.stages.sft import load
+from nla_jax.subject import Subject, load_subject
 
 
 def evaluate(run: Run) -> None:
@@ -87,6 +89,13 @@ class RunContext:
     def training(self) -> Rows:
         """Rows of the warm start, at most `TRAINING` of them."""
         return spread(load_rows(self.run.workdir, "av_sft"), TRAINING)
+
+    @functools.cached_property
+    def subject(self) -> Subject:
+        """The run's subject up to layer K; on several hosts each has it on its own devices."""
+        c, mesh = self.run.config, host_mesh(self.run.mesh)
+        place = mesh if mesh.size > 1 else None
+        return load_subject(self.run.subject_folder, c.subject.layer, c.compute.dtype, place, c.compute.attention)
 
     @functools.cached_property
     def embedding(self) -> np.ndarray:

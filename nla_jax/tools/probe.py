@@ -27,7 +27,7 @@ from nla_jax.subject import Subject
 from nla_jax.tools.explain import Sampling
 
 FEW = 100  # rows below which a mean says little
-HAS = ("pair",)  # of `probes.probe.NEEDS`: what there is of a pair without its run
+HAS = ("pair", "subject")  # of `probes.probe.NEEDS`: what there is of a pair without its run
 
 
 @dataclasses.dataclass(frozen=True)

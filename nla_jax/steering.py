@@ -1,0 +1,228 @@
+"""Steering by an edited explanation: what the subject says when its activation is moved along AR(edited) - AR(original).
+
+    found = nla.steer(subject, pair, "The hungry rabbit saw the", ("rabbit", "mouse"))
+    for row in found.rows:
+        print(row.direction, row.strength, row.kl, found.probability("mouse", row), row.continuation)
+
+h' = h + strength · ‖h‖ · Δ / ‖Δ‖ at one token after block K. Beside the edit stand controls of the same size: an edit that
+changes nothing (Δ = 0), an unrelated one, and a random direction. A claim about the edit needs all three.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
+from transformers import PreTrainedTokenizerBase
+
+from nla_jax.pair import Pair
+from nla_jax.patching import patch
+from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.user_input import whole_number
+from nla_jax.sampling import respond_edited
+from nla_jax.subject import Subject, extract
+
+STRENGTHS = (0.25, 0.5, 1.0)  # lengths of the step, in lengths of the activation
+OTHER = "The train to the coast leaves at noon."  # the text whose explanation is the unrelated edit
+EDIT, NOTHING, UNRELATED, RANDOM = "edit", "no edit", "unrelated edit", "random direction"
+UNSTEERED = "unsteered"
+MULTIPLE = 16  # texts are padded to a multiple of it, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Steered:
+    """What the subject says when its activation is moved along a direction."""
+
+    direction: str
+    strength: float  # length of the step, in lengths of the activation
+    kl: float  # KL(unsteered || steered) of the token after the text, nats
+    logprobs: Float[np.ndarray, "V"]  # of the token after the text
+    continuation: str  # of the text, greedy
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """An edit of an explanation, and what it does. `rows[0]` is the unsteered subject."""
+
+    position: int
+    token: str
+    explanation: str
+    edited: str
+    unrelated: str
+    rows: list[Steered]
+    tokenizer: PreTrainedTokenizerBase = dataclasses.field(repr=False)
+
+    def probability(self, word: str, row: Steered) -> float:
+        """How probable it is that a word comes after the text: that of its first token, with or without a blank."""
+        return float(np.exp(row.logprobs[first_tokens(self.tokenizer, word)]).sum())
+
+
+def steer(
+    subject: Subject,
+    pair: Pair,
+    text: str,
+    edit: Sequence[str],
+    *,
+    token: int = -1,
+    explanation: str | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    new_tokens: int = 20,
+) -> Steering:
+    """Edits the explanation of one activation, and steers the subject by the difference that the AR makes of it.
+
+    `edit` (old, new): every `old` in the explanation becomes `new`. `token`: the index of the activation's token in the
+    text, negative from the end. `explanation`: of your own; None asks the AV, greedily. The whole text is read whatever
+    the `token`; KL, probabilities and the greedy continuation (`new_tokens` at most) are of what follows it.
+
+    The controls: "no edit" (AR(original) - AR(original) = 0, which changes nothing), "unrelated edit" (the AR's reading of
+    the pair's explanation of `OTHER`, minus that of the original) and "random direction". All steps of a strength have
+    one length. For directions of your own see `steer_along`.
+
+    Raises `InputError` where the explanation does not contain `old`, the AV says nothing, the text has no such token, and
+    for a pair of another layer."""
+    if subject.layer != pair.sidecar.layer:
+        raise InputError(f"The pair reads layer {pair.sidecar.layer}, not {subject.layer}: load_subject(…, layer).")
+    token, strengths = whole_number("token", token, -(1 << 31)), _strengths(strengths)
+    new_tokens, acts = whole_number("new_tokens", new_tokens, 1), extract(subject, [text], token)
+    if explanation is None and not (explanation := pair.explain(acts, temperature=0.0)[0].text):
+        raise InputError(f"The pair says nothing of the token {acts.tokens[0]!r}; give an explanation of your own.")
+    edited = edited_text(explanation, edit)
+    unrelated = pair.explain(extract(subject, [OTHER]), temperature=0.0)[0].text or OTHER
+    rows = steer_along(
+        subject,
+        text,
+        directions(pair, explanation, edited, unrelated),
+        token=token,
+        strengths=strengths,
+        new_tokens=new_tokens,
+    )
+    position = int(acts.positions[0])
+    return Steering(position, acts.tokens[0], explanation, edited, unrelated, rows, subject.tokenizer)
+
+
+def edited_text(explanation: str, edit: Sequence[str]) -> str:
+    """The explanation with every old part replaced by the new one. Raises `InputError` where it has none."""
+    if isinstance(edit, str) or len(edit) != 2 or not all(isinstance(part, str) for part in edit) or not edit[0]:
+        raise InputError(f"An edit is a pair of texts, the old one not empty; found {edit!r:.60}.")
+    old, new = edit
+    if old not in explanation:
+        raise InputError(
+            f"The explanation does not contain {old!r}, so that edit changes nothing; it says {explanation!r}."
+        )
+    return explanation.replace(old, new)
+
+
+def directions(pair: Pair, original: str, edited: str, unrelated: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Δ [D] of an edited explanation and of its controls; the random one depends on `seed`."""
+    of = pair.reconstruct([original, edited, unrelated])
+    return {
+        EDIT: of[1] - of[0],
+        NOTHING: of[0] - of[0],
+        UNRELATED: of[2] - of[0],
+        RANDOM: np.random.default_rng(seed).normal(size=of.shape[1]).astype(np.float32),
+    }
+
+
+def steer_along(
+    subject: Subject,
+    text: str,
+    along: Mapping[str, ArrayLike],
+    *,
+    token: int = -1,
+    strengths: Sequence[float] = STRENGTHS,
+    new_tokens: int = 20,
+) -> list[Steered]:
+    """The subject's expectation after `text` and its greedy continuation, unsteered and with the activation at `token`
+    moved along each direction `[D]` of `along` (of any length; zero moves nothing), by each of the `strengths`.
+
+    Raises `InputError` for directions of another width or not finite, and for a subject on several devices."""
+    if subject.mesh is not None:
+        raise InputError("Steering runs on one device; load the subject without a mesh.")
+    acts = extract(subject, [text], [token, -1])
+    h, ids, position = acts.vectors[0], acts.token_ids[1], int(acts.positions[0])
+    plan = {(UNSTEERED, 0.0): h}
+    for name, given in along.items():
+        plan |= {(name, strength): moved(h, given, strength) for strength in _strengths(strengths)}
+    found = patch(subject, [ids], [position], {str(key): state[None] for key, state in plan.items()}, rescale=False)
+    logprobs = [of[0][-1] for of in found.values()]
+    continued = _continued(
+        subject, ids, position, np.stack(list(plan.values())), whole_number("new_tokens", new_tokens, 1)
+    )
+    return [
+        Steered(*key, _kl(logprobs[0], own), own, continuation)
+        for key, own, continuation in zip(plan, logprobs, continued)
+    ]
+
+
+def moved(h: Float[np.ndarray, "D"], along: ArrayLike, strength: float) -> Float[np.ndarray, "D"]:
+    """h + strength · ‖h‖ · Δ / ‖Δ‖; h itself where Δ is zero. Raises `InputError` for a direction of another width."""
+    delta = np.asarray(along, np.float64)
+    if delta.shape != h.shape or not np.isfinite(delta).all():
+        raise InputError(f"A direction must hold {len(h)} finite numbers; found shape {list(delta.shape)}.")
+    length = np.linalg.norm(delta)
+    if length == 0:
+        return h
+    return (h + strength * np.linalg.norm(h.astype(np.float64)) * delta / length).astype(np.float32)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """The tokens with which a word may begin: alone, and after a blank. Raises `InputError` for one that has none."""
+    starts = [tokenizer(text, add_special_tokens=False).input_ids[:1] for text in (word.strip(), f" {word.strip()}")]
+    if not (found := sorted({ids[0] for ids in starts if ids and tokenizer.decode(ids).strip()})):
+        raise InputError(f"The word {word!r} has no token of its own; give one with letters.")
+    return found
+
+
+def _strengths(given: Any) -> list[float]:
+    try:
+        found = [] if isinstance(given, str) else list(given)
+    except TypeError:
+        found = [given]
+    wrong = [x for x in found if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x)]
+    if wrong or not found:
+        raise InputError(f"strengths are finite numbers such as 0.25, 0.5, 1; found {given!r:.60}.")
+    return list(dict.fromkeys(map(float, found)))
+
+
+def _kl(p: Float[np.ndarray, "V"], q: Float[np.ndarray, "V"]) -> float:
+    """KL(p || q) of two rows of log-probabilities."""
+    p, q = p.astype(np.float64), q.astype(np.float64)
+    return float(np.sum(np.exp(p) * (p - q)))
+
+
+def _continued(
+    subject: Subject, ids: Sequence[int], position: int, states: Float[np.ndarray, "C D"], limit: int
+) -> list[str]:
+    """The greedy continuation of a text with each of some states after block K at one position."""
+    whole, padding = subject.whole, -len(ids) % MULTIPLE
+    count = len(states)
+    sampled = respond_edited(
+        whole.model,
+        whole.weights,
+        np.tile(np.pad(np.asarray(ids, np.int32), (padding, 0)), (count, 1)),
+        np.full(count, len(ids), np.int32),
+        Partial(_placed, subject.layer, padding + position, states),
+        end=subject.tokenizer.eos_token_id if subject.tokenizer.eos_token_id is not None else -1,
+        max_new_tokens=limit,
+    )
+    tokens, mask = jax.device_get((sampled.tokens, sampled.mask))
+    return [subject.tokenizer.decode(row[real], skip_special_tokens=True) for row, real in zip(tokens, mask)]
+
+
+def _placed(
+    layer: Int[ArrayLike, ""],
+    column: Int[ArrayLike, ""],
+    states: Float[Array, "C D"],
+    parts: list[Array],
+    block: Int[Array, ""],
+) -> list[Array]:
+    """The stream after a block; after block `layer` the `states` stand in one column."""
+    (x,) = parts
+    return [jnp.where(block == layer, x.at[:, column].set(states.astype(x.dtype)), x)]
