@@ -150,13 +150,16 @@ def talkative(params: dict, tokenizer) -> dict:
     return params
 
 
+CORE = 5  # tests of a file, with --core
+
+
 def pytest_addoption(parser):
     parser.addoption("--core", action="store_true", help="one case of each test that needs no whole run of a study")
 
 
 def pytest_collection_modifyitems(config, items):
-    """With `--core`: leaves out the tests that need a whole run, but for files that have no others, and all cases of a
-    test but the first."""
+    """With `--core`: leaves out the tests that need a whole run, but for files that have no others, all cases of a test but
+    the first, and where a file has more than `CORE` tests then, some of these, evenly spaced."""
     if not config.getoption("--core"):
         return
     runs = {"finished", "talking", "alone", "trained"}
@@ -164,7 +167,12 @@ def pytest_collection_modifyitems(config, items):
     files = {item.path for item in quick}
     able = [item for item in items if item in quick or item.path not in files]
     first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(able)}
-    kept = [item for item in items if item in first.values()]
+    of_file = {}
+    for item in items:
+        if item in first.values():
+            of_file.setdefault(item.path, []).append(item)
+    even = lambda tests: [tests[i * len(tests) // CORE] for i in range(CORE)] if len(tests) > CORE else tests
+    kept = [item for tests in of_file.values() for item in even(tests)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
