@@ -243,9 +243,14 @@ def at_positions(hidden: Float[Array, "B T D"], positions: Sequence[Sequence[int
     return [states[: len(chosen)] for states, chosen in zip(found, positions)]
 
 
-def on_mesh(subject: Subject) -> contextlib.AbstractContextManager[Mesh]:
+@contextlib.contextmanager
+def on_mesh(subject: Subject) -> Iterator[Mesh]:
     """The subject's mesh, in use within the block; an empty one where there is none."""
-    return jax.set_mesh(subject.mesh) if subject.mesh else contextlib.nullcontext(jax.sharding.get_mesh())
+    if subject.mesh is None:
+        yield jax.sharding.get_mesh()
+        return
+    with jax.set_mesh(subject.mesh):
+        yield subject.mesh
 
 
 _residual = jax.jit(residual, static_argnums=0)

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import ast
 import re
 import shutil
 import signal
@@ -154,8 +155,9 @@ def test_check_says_what_a_run_would_need(tmp_path, capsys):
     longer = r"(; \d of 8 are longer, and are not trained on)?"  # on Pythons whose topics read otherwise
     assert re.fullmatch(rf"\d+ to \d+ tokens in 8 samples, 40 allowed{longer}", found["labels"])
     assert found["AV reads"] == "'<|bos|><|user|>Explain this activation: ㈎<|assistant|>'"
-    assert found["AV writes"].startswith(r"'<explanation>\n") and found["AV writes"].endswith("</explanation><|end|>'")
-    assert found["AR reads"].startswith("'<|bos|><text>") and found["AR reads"].endswith("</text><summary>'")
+    writes, reads = map(ast.literal_eval, (found["AV writes"], found["AR reads"]))
+    assert re.fullmatch(r"<explanation>\n.* … .*\n</explanation><\|end\|>", writes)
+    assert reads == "<|bos|><text>" + writes[len("<explanation>\n") : -len("\n</explanation><|end|>")]
     assert not (tmp_path / "run").exists()
 
 

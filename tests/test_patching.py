@@ -124,6 +124,14 @@ def test_rows_do_not_depend_on_those_beside_them(subject, rows):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_a_subject_on_a_mesh_says_the_same(subject, subject_folder, rows):
+    there = load_subject(subject_folder, LAYER, mesh=nla.make_mesh(2, 2, 2))
+    vectors = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+    places = [1, [3, 8], -1, 3]
+    for a, b in zip(patch(there, rows, places, vectors), patch(subject, rows, places, vectors)):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 def test_the_last_block_can_be_patched(subject_folder, rows, torch_subject):
     last = load_subject(subject_folder, 2)
     vectors = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
