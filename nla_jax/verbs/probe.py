@@ -86,7 +86,8 @@ def of_run(arguments: argparse.Namespace) -> None:
     config = read(read_json(file, {}, "copy it from config.json of a run with the same settings"), str(file))
     if arguments.rows is not None:
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, rows=arguments.rows))
-    probes = load_probes(chosen(arguments.probes) or config.evaluate.probes, "--probes")
+    named = chosen(arguments.probes)
+    probes = load_probes(named, "--probes") if named else load_probes(config.evaluate.probes)
     able, lacking = by_needs(probes, NEEDS)
     enable_compile_cache()
     optimize(config.compute.optimize)
