@@ -1,9 +1,9 @@
 """What is found out before anything runs: wrong settings, functions, batches and splits; and the verb `nla check`."""
 
+import ast
 import dataclasses
 import fcntl
 import json
-import ast
 import re
 import shutil
 import signal
