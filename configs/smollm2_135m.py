@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from nla_jax.config import PROBES
+
 MODEL = "runs/smollm2/model"
 ADAMW = "nla_jax.objective:adamw"
 SMOLLM2 = {
@@ -47,7 +49,13 @@ SMOLLM2 = {
         "heldout_every": 20,
         "heldout_rows": 96,
     },
-    "evaluate": {"rows": 10**6, "batch": 64, "examples": 30},  # the whole held-out split
+    # The whole held-out split; beside the usual probes what the subject makes of a reconstruction in place of h.
+    "evaluate": {
+        "rows": 10**6,
+        "batch": 64,
+        "examples": 30,
+        "probes": (*PROBES, "nla_jax.probes.patching:recovery"),
+    },
     "report": {"title": "SmolLM2-135M-Instruct"},
     "plan": {"prefix": 30, "suffix": 8, "text_prefix": 2, "text": 3},
 }
