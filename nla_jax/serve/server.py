@@ -142,6 +142,7 @@ async def answers(
     try:
         jobs = action(desk, fields, take)
         desk.worker.add(*jobs)
+        await asyncio.sleep(0)  # what the action itself answered is in the queue from the loop's next turn on
         left = len(jobs)
         while left or not ready.empty():
             try:
