@@ -67,8 +67,9 @@ class Unknown(InputError):
 
 def read(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
     """`text` or `messages` -> the document: `id, tokens, roles, norms, sinks`."""
-    content = fields.get("text") if "text" in fields else fields.get("messages")
-    if not isinstance(content, (str, list)) or not content:
+    kind, name = (str, "text") if "text" in fields else (list, "messages")
+    content = fields.get(name)
+    if not isinstance(content, kind) or not content:
         raise InputError("There is nothing to read; write a text, or say something in the chat.")
 
     def compute(_: list) -> list[dict]:

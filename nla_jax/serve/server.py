@@ -153,6 +153,8 @@ async def answers(
                     return
             else:
                 left -= answer is None
+            if answer is not None and "error" in answer:
+                raise InputError(answer["error"])
             if answer is not None:
                 yield line(answer)
             if left and time.monotonic() > ends:

@@ -97,13 +97,15 @@ class Worker:
         """Computes a batch and hands the answers out; what fails is said to those that wait for it."""
         try:
             answers = batch[0][0].compute([row for _, row in batch])
+            if len(answers) != len(batch):
+                raise ValueError(f"{len(batch)} rows got {len(answers)} answers")
         except InputError as error:
             answers = [{"error": str(error)}] * len(batch)
         except Exception as error:  # the server goes on, and whoever started it sees what happened
             traceback.print_exc(file=sys.stderr)
             answers = [{"error": f"The server could not compute this: {first_line(error)}."}] * len(batch)
         left = collections.Counter(job for job, _ in batch)
-        for (job, _), answer in zip(batch, answers, strict=True):
+        for (job, _), answer in zip(batch, answers):
             job.answer(answer)
             left[job] -= 1
             if not left[job] and not job.rows:
