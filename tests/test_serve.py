@@ -1,6 +1,7 @@
 """`nla serve` without a browser: who is answered, what is refused, batches of many tabs, the page as a file."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import re
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import uvicorn
+from conftest import LIMIT, VARIANCE
 from starlette.testclient import TestClient
 
 from nla_jax.data.chats import chat_tokens
@@ -22,25 +24,11 @@ from nla_jax.serve.actions import Desk, Limits
 from nla_jax.serve.models import Served, claims_of, program_rows, read_document
 from nla_jax.serve.server import application, is_local, new_token
 from nla_jax.serve.worker import Worker
-from nla_jax.subject import extract, load_subject
+from nla_jax.subject import extract
 
 TEXT = "The river turns north at the old mill and runs through three villages."
 CHAT = [{"role": "user", "content": "What is bread?"}, {"role": "assistant", "content": "It is in the market."}]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{SCRIPT}} <!-- \u2028 &amp;"
-VARIANCE, LIMIT = 0.7, 16
-
-
-@pytest.fixture(scope="module")
-def served(pair, subject_folder):
-    """Two pairs that say different things of the same activations: the second one's AV gets them twice as long."""
-    subject = load_subject(subject_folder, 1)
-    sidecar = dataclasses.replace(pair.sidecar, provenance={"activation_variance": VARIANCE})
-    first = dataclasses.replace(pair, sidecar=sidecar)
-    louder = dataclasses.replace(pair.verbalizer, injection_scale=2.0 * pair.verbalizer.injection_scale)
-    return [
-        Served("first", first, subject, LIMIT),
-        Served("second", dataclasses.replace(first, verbalizer=louder), subject, LIMIT),
-    ]
 
 
 @pytest.fixture
@@ -79,6 +67,22 @@ def within(seconds, condition):
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(desk, port=0):
+    """The address of a real server."""
+    listening = socket.create_server(("127.0.0.1", port))
+    server = uvicorn.Server(uvicorn.Config(application(desk), log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        within(10, lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive()
 
 
 # Who is answered
@@ -210,7 +214,8 @@ def test_a_text_is_read_as_it_is_extracted(served, desk, client):
     np.testing.assert_allclose(desk.documents[document["id"]].vectors[0], expected.vectors, atol=1e-5)
     norms = np.linalg.norm(expected.vectors, axis=1)
     np.testing.assert_allclose(document["norms"][0], norms / np.median(norms), rtol=1e-4)
-    assert desk.documents[document["id"]].contexts == expected.texts
+    kept = desk.documents[document["id"]]
+    assert [kept.context(row) for row in range(len(kept.tokens))] == expected.texts
 
 
 def test_only_what_is_said_in_a_chat_is_explained(served, client):
@@ -284,8 +289,13 @@ def test_many_tabs_share_batches_and_none_gets_anothers_answer(served, desk, mon
             for answer in answers:
                 same(answer, one_at_a_time(served[answer["pair"]], vectors[row]))
         assert sorted((a["pair"], a["row"]) for a in patient) == [(1, 2), (1, 4), (1, 6)]
-    said = [a["explanation"] for clicks, _ in found for answers in clicks for a in answers]
-    assert len(set(said)) > 10
+    said = [
+        (a["explanation"], a["cosine"] and round(a["cosine"], 3))
+        for clicks, _ in found
+        for answers in clicks
+        for a in answers
+    ]
+    assert len(set(said)) > 20
 
 
 def test_what_is_known_is_not_computed_again(desk, client, monkeypatch):
@@ -341,20 +351,14 @@ def test_a_closed_tab_takes_its_work_with_it(desk, monkeypatch):
         going.wait(20) and [{"pair": number, "row": row} for _, row in wanted]
     )
     monkeypatch.setattr(actions, "explain", explained)
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(application(desk), log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
     (document,) = ask(TestClient(application(desk), base_url="http://127.0.0.1"), "read", text=TEXT)
     body = json.dumps({"do": "explain", "document": document["id"], "rows": list(range(len(document["tokens"])))})
-    host, port = listening.getsockname()
-    head = f"POST /ask HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, port)) as tab:
-        tab.sendall(f"{head}{body}".encode())
-        within(10, lambda: desk.worker.waiting > 20)
-    within(10, lambda: desk.worker.waiting == 0)
-    assert not going.is_set()
-    going.set()
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
+    with running(desk) as address:
+        host, port = address.removeprefix("http://").removesuffix("/").split(":")
+        head = f"POST /ask HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as tab:
+            tab.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            within(10, lambda: desk.worker.waiting > 20)
+        within(10, lambda: desk.worker.waiting == 0)
+        assert not going.is_set()
+        going.set()

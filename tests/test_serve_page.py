@@ -2,7 +2,12 @@
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from html.parser import HTMLParser
 
 import pytest
@@ -108,3 +113,20 @@ def test_a_port_that_is_taken_gets_one_sentence(place, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", *place, "--port", str(taken.getsockname()[1])]) == 1
     assert "give another --port" in one_line(capsys)
+
+
+def test_the_command_serves_until_it_is_stopped(place):
+    """Elsewhere than on this machine alone: only who has the address with its token is answered."""
+    command = [sys.executable, "-m", "nla_jax.cli", "serve", *place, "--host", "0.0.0.0", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = re.search(r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)", server.stdout.readline())
+        port, token = address.groups()
+        opened = lambda query: urllib.request.urlopen(f"http://127.0.0.1:{port}/{query}", timeout=20)
+        with opened(f"?token={token}") as response:
+            assert SCRIPT in response.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            opened("")
+    finally:
+        server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 130 and server.stderr.read() == "nla: stopped.\n"

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,15 @@ class Document:
     roles: list[str]  # who speaks there, in a chat; "" elsewhere
     vectors: list[Float[np.ndarray, "n D"]]  # of each pair
     norms: list[list[float]]  # of each pair, as multiples of the usual norm
-    contexts: list[str]  # the end of the text up to and with each token
+    ids: list[int]  # of the whole text, with special tokens
+    places: list[int]  # of each row in `ids`
+    decode: Callable[..., str]
     answers: dict[tuple[int, int], dict]  # greedy answers that were given, by pair and row
+
+    def context(self, row: int) -> str:
+        """The end of the text up to and with a token: as much as claims are checked against."""
+        place = self.places[row]
+        return self.decode(self.ids[max(0, place - WINDOW) : place + 1], skip_special_tokens=True)[-WINDOW - 1 :]
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -110,8 +117,8 @@ def read_document(served: Sequence[Served], content: str | Messages, most: int) 
         usual = one.pair.sidecar.provenance.get("activation_norm")
         usual = usual if isinstance(usual, (int, float)) and usual > 0 else float(np.median(lengths))
         norms.append((lengths / usual).tolist())
-    contexts = [decode(ids[max(0, i - WINDOW) : i + 1], skip_special_tokens=True)[-WINDOW - 1 :] for i in rows]
-    return Document(identity(content), tokens, [roles[i] for i in rows], vectors, norms, contexts, {})
+    spoken = [roles[i] for i in rows]
+    return Document(identity(content), tokens, spoken, vectors, norms, ids, rows, decode, {})
 
 
 def tokenized(subject: Subject, content: str | Messages) -> tuple[list[int], list[str], list[int]]:
@@ -149,7 +156,7 @@ def explain(served: Served, number: int, wanted: Sequence[tuple[Document, int]],
     scored = score(served, [one.text for one in said], vectors)
     answers = []
     for (document, row), one, measured in zip(wanted, said, scored):
-        claims = claims_of(one.text, document.contexts[row])
+        claims = claims_of(one.text, document.context(row))
         about = {"pair": number, "row": row, "explanation": one.text, "cut": one.cut, "claims": claims}
         answers.append(document.answers.setdefault((number, row), about | measured))
     return answers
