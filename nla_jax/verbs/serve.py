@@ -130,6 +130,7 @@ def serve(served, limit, batch: int, listening: socket.socket, arguments: argpar
     config = uvicorn.Config(
         application(desk, token), log_level="warning", access_log=False, timeout_graceful_shutdown=1
     )
+    listening.listen()  # so that who opens the address at once is not turned away
     print(f"The page is at {address} (Ctrl-C ends the server).", flush=True)
     if arguments.open:
         webbrowser.open(address)
