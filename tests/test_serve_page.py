@@ -16,6 +16,7 @@ from test_serve import CHAT, TEXT
 
 from nla_jax.cli import main
 from nla_jax.pair import load_pair
+from nla_jax.serve.models import short_names
 from nla_jax.serve.page import POLICY, SCRIPT, STYLE, page
 from nla_jax.subject import extract, load_subject
 
@@ -78,6 +79,20 @@ def test_export_writes_every_explanation(place, pair, tmp_path, capsys):
     assert [data["answers"][0][str(row)]["explanation"] for row in range(len(expected))] == expected and any(expected)
     assert data["answers"][0]["0"]["fve"] is None and data["pairs"][0]["fve"] is False  # no variance is recorded
     assert main(command) == 1 and "exists" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "names, short",
+    [
+        (["quickstart"], ["quickstart"]),
+        (["runs/a/pair", "runs/a/pair_warm/"], ["pair", "pair_warm"]),
+        (["runs/a/pair", "runs/b/pair"], ["a/pair", "b/pair"]),
+        (["me/pair", "me/pair"], ["pair", "pair"]),
+        (["/x/pair", "y/pair", "pair"], ["x/pair", "y/pair", "pair"]),
+    ],
+)
+def test_a_saved_page_does_not_say_where_pairs_lie(names, short):
+    assert short_names(names) == short
 
 
 def test_export_of_a_chat(place, tmp_path):

@@ -44,7 +44,8 @@ class Served:
     def about(self) -> dict[str, Any]:
         """What the page says of the pair."""
         sidecar = self.pair.sidecar
-        facts = {"name": self.name, "subject": sidecar.base_checkpoint, "layer": sidecar.layer}
+        subject = "/".join(sidecar.base_checkpoint.rstrip("/").split("/")[-2:])  # a hub id, or the end of a path
+        facts = {"name": self.name, "subject": subject, "layer": sidecar.layer}
         chat = self.subject.tokenizer.chat_template is not None
         return facts | {"fve": training_variance(self.pair) is not None, "chat": chat, "limit": self.max_new_tokens}
 
@@ -80,14 +81,24 @@ def load(names: Sequence[str], subject: str | None, dtype: str | None, conventio
 
     Raises `InputError` where a pair or its subject cannot be read."""
     served: list[Served] = []
-    for name in names:
+    for name, short in zip(names, short_names(names)):
         pair = load_pair(name, dtype=dtype, base=subject, conventions=conventions)
         found = subject_of(pair, place_of(name), subject, dtype)
         same = [s.subject for s in served if (s.subject.folder, s.subject.layer) == (found.folder, found.layer)]
         limit = pair.sidecar.provenance.get("max_new_tokens")
         limit = limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else LONGEST
-        served.append(Served(str(name), pair, same[0] if same else found, limit))
+        served.append(Served(short, pair, same[0] if same else found, limit))
     return served
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """As many of the last parts of paths or hub ids as tell them apart: a saved page says no more of where they lie."""
+    parts = [str(name).rstrip("/").split("/") for name in names]
+    for length in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-length:]) for part in parts]
+        if len(set(short)) == len(set(map(tuple, parts))):
+            return short
+    return list(names)
 
 
 def identity(content: str | Messages) -> str:

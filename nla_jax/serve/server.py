@@ -63,16 +63,12 @@ def application(desk: Desk, token: str | None = None) -> Starlette:
     async def shown(request: Request) -> Response:
         return HTMLResponse(content)
 
-    async def alive(request: Request) -> Response:
-        return JSONResponse({"waiting": desk.worker.waiting})
-
     async def ask(request: Request) -> Response:
         return await asked(desk, request)
 
     return Starlette(
         routes=[
             Route("/", checked(shown)),
-            Route("/alive", checked(alive)),
             Route("/ask", checked(ask), methods=["POST"]),
         ]
     )

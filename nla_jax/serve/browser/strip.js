@@ -10,8 +10,8 @@ const COLOURS = { // of a row: a hue and a share from 0 to 1; and what the scale
     of: (row) => signed(state.answers.at(-1)[row]?.fve - state.answers[0][row]?.fve, "--rl", "--alert"),
   },
   norm: {
-    name: "norm", scale: ["⅛", "8 times the usual"], ramp: "norm",
-    of: (row) => signed(Math.log2(state.document.norms[state.pair][row]) / 3, "--warm", "--control"),
+    name: "norm", scale: ["¼", "4 times the usual"], ramp: "norm",
+    of: (row) => signed(Math.log2(state.document.norms[state.pair][row]) / 2, "--warm", "--control"),
   },
   none: { name: "nothing", scale: null, of: () => ["transparent", 0] },
 };
