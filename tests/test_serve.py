@@ -88,7 +88,9 @@ def running(desk, port=0):
 # Who is answered
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:8765", "localhost:8765", "localhost", "[::1]:8765", "LOCALHOST:1"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8765", "localhost:8765", "localhost", "[::1]:8765", "LOCALHOST:1", "127.0.0.2"]
+)
 def test_names_of_this_machine_are_answered(client, host):
     assert client.get("/", headers={"host": host}).status_code == 200
 

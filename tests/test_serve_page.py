@@ -131,7 +131,7 @@ def test_a_port_that_is_taken_gets_one_sentence(place, capsys):
 
 
 def test_the_command_serves_until_it_is_stopped(place):
-    """Elsewhere than on this machine alone: only who has the address with its token is answered."""
+    """Elsewhere than on this machine alone: only who has the address with its token is answered. Ended amid work."""
     command = [sys.executable, "-m", "nla_jax.cli", "serve", *place, "--host", "0.0.0.0", "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -142,6 +142,14 @@ def test_the_command_serves_until_it_is_stopped(place):
             assert SCRIPT in response.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="403"):
             opened("")
+        headers = {"x-token": token, "content-type": "application/json"}
+        posted = lambda **fields: urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{port}/ask", json.dumps(fields).encode(), headers), timeout=20
+        )
+        with posted(do="read", text=TEXT * 9) as response:
+            document = json.loads(response.readline())
+        waiting = posted(do="explain", document=document["id"], rows=list(range(len(document["tokens"]))))
     finally:
         server.send_signal(signal.SIGINT)
+    waiting.close()
     assert server.wait(20) == 130 and server.stderr.read() == "nla: stopped.\n"

@@ -22,7 +22,6 @@ from nla_jax.serve.actions import ACTIONS, Desk, Unknown
 from nla_jax.serve.page import POLICY, page
 from nla_jax.serve.worker import Job
 
-HERE = ("localhost", "127.0.0.1", "::1")  # names of this machine that only programs on it can reach
 LISTENING = 0.25  # seconds between two looks at whether somebody still waits
 HEADERS = {
     "Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'",
@@ -35,7 +34,7 @@ HEADERS = {
 
 
 def is_local(host: str) -> bool:
-    """Whether a server that listens on `host` is reached from this machine alone."""
+    """Whether `host` names this machine, as nobody else can: a server there is reached from this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -78,7 +77,7 @@ def refusal(request: Request, token: str | None) -> str:
     """Why a request is not answered at all; "" where it is."""
     host = request.headers.get("host", "")
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if token is None and name.strip("[]").lower() not in HERE:
+    if token is None and not is_local(name.strip("[]").lower()):
         return f"This server answers to the names localhost and 127.0.0.1 alone, not to {host[:80]!r}."
     given = request.headers.get("x-token") or request.query_params.get("token", "")
     if token is not None and not secrets.compare_digest(given.encode(), token.encode()):

@@ -134,4 +134,7 @@ def serve(served, limit, batch: int, listening: socket.socket, arguments: argpar
     print(f"The page is at {address} (Ctrl-C ends the server).", flush=True)
     if arguments.open:
         webbrowser.open(address)
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        desk.worker.close()  # a process must not end amid a computation

@@ -8,11 +8,11 @@ async function read(content, row = 0) {
   background?.abort();
   notice("");
   const mine = (now = new AbortController());
-  byId("view").setAttribute("aria-busy", "true");
+  byId("reading").hidden = false;
   state.content = content;
   const came = await persist(() => ({ do: "read", ...content }), (found) => { state.document = found; }, mine.signal);
   if (now !== mine) return; // another text was read meanwhile
-  byId("view").removeAttribute("aria-busy");
+  byId("reading").hidden = true;
   if (!came) return;
   state.answers = state.pairs.map(() => ({}));
   state.alternatives = state.pairs.map(() => ({}));
@@ -91,14 +91,15 @@ function drawPanels(answer = null) {
 
 function search() {
   const words = byId("words").value.trim().toLowerCase(), order = Number(byId("order").value), found = [];
-  state.answers.forEach((of, pair) => Object.values(of).forEach((answer) => {
+  const wanted = words || order;
+  if (wanted) state.answers.forEach((of, pair) => Object.values(of).forEach((answer) => {
     if (answer.explanation.toLowerCase().includes(words)) found.push({ pair, ...answer });
   }));
   found.sort((a, b) => (order * ((a.fve ?? a.cosine ?? -9) - (b.fve ?? b.cosine ?? -9))) || a.row - b.row || a.pair - b.pair);
   const rows = new Set(words ? found.map(({ row }) => row) : []);
   spans.forEach((span, row) => span.classList.toggle("hit", rows.has(row)));
-  const listed = words || order ? found.slice(0, SHOWN) : [];
-  byId("hits").textContent = words || order
+  const listed = found.slice(0, SHOWN);
+  byId("hits").textContent = wanted
     ? `${count(found.length)} found${found.length > SHOWN ? `, the first ${SHOWN} are listed` : ""}` : "";
   const focused = document.activeElement?.closest("#found button")?.dataset.key; // stays where it was
   byId("found").replaceChildren(...listed.map(({ pair, row, explanation, fve }) => element("li", {},
