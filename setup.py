@@ -15,7 +15,9 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.configs"],
     package_dir={"nla_jax.configs": "configs"},  # so that commands find configs/NAME.py outside a checkout too
-    package_data={"nla_jax": ["quickstart/subject/*", "quickstart/pair/*/*", "serve/browser/*", "serve/browser/panels/*"]},
+    package_data={
+        "nla_jax": ["quickstart/subject/*", "quickstart/pair/*/*", "serve/browser/*", "serve/browser/panels/*"]
+    },
     # The lower bounds are those that `make test-oldest` installs and tests.
     install_requires=[
         "jax>=0.10.2",
