@@ -15,7 +15,9 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.configs"],
     package_dir={"nla_jax.configs": "configs"},  # so that commands find configs/NAME.py outside a checkout too
-    package_data={"nla_jax": ["quickstart/subject/*", "quickstart/pair/*/*"]},
+    package_data={
+        "nla_jax": ["quickstart/subject/*", "quickstart/pair/*/*", "serve/browser/*", "serve/browser/panels/*"]
+    },
     # The lower bounds are those that `make test-oldest` installs and tests.
     install_requires=[
         "jax>=0.10.2",
@@ -46,6 +48,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gcs": ["gcsfs"],
         "wandb": ["wandb>=0.22.0"],
+        "serve": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         "labels": ["openai>=3.22.1", "anthropic>=1.13.0"],
         "test": [
             "pytest>=8.4.0",
@@ -60,6 +63,10 @@ setup(
             "openai>=3.22.1",
             "anthropic>=1.13.0",
             "setuptools>=77.0.3",
+            "starlette>=1.10.0",
+            "uvicorn>=0.54.0",
+            "httpx2>=2.16.2",  # of Starlette's test client
+            "playwright>=1.65.2",  # drives the chromium that is installed
         ],
     },
     entry_points={"console_scripts": ["nla=nla_jax.cli:main"]},

@@ -33,6 +33,7 @@ VERBS = {
     "evaluate": ("nla_jax.verbs.stages", "held-out FVE and its controls"),
     "report": ("nla_jax.verbs.stages", "summary.json and report.html"),
     "explain": ("nla_jax.verbs.explain", "what activations of a text say"),
+    "serve": ("nla_jax.verbs.serve", "the page that shows what a token's activation says, at a click"),
     "probe": ("nla_jax.verbs.probe", "probes of a finished run's pair, or of anybody's pair on texts"),
     "diff": (
         "nla_jax.verbs.diff",

@@ -127,9 +127,7 @@ def extract(
     doc_ids = [str(i) for i in range(len(texts))] if doc_ids is None else list(doc_ids)
     if len(doc_ids) != len(texts):
         raise InputError(f"There are {len(doc_ids)} doc_ids for {len(texts)} texts; give one for each.")
-    rows = subject.tokenizer(texts, verbose=False).input_ids
-    bos = subject.tokenizer.bos_token_id
-    rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]  # a chat's rendered text has its own already
+    rows = text_rows(subject.tokenizer, texts)
     special = set(subject.tokenizer.all_special_ids)
     wanted = []
     for text, row in zip(texts, rows):
@@ -145,6 +143,12 @@ def extract(
         else:
             wanted.append(indices(positions, len(row)))
     return activations_at(subject, rows, wanted, doc_ids)
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The token ids of texts, as the subject reads them."""
+    rows, bos = tokenizer(texts, verbose=False).input_ids, tokenizer.bos_token_id
+    return [row[1:] if row[:2] == [bos, bos] else row for row in rows]  # a chat's rendered text has its own already
 
 
 def indices(positions: Any, length: int) -> list[int]:

@@ -53,9 +53,11 @@ from nla_jax.prompts import Prompts, find_marker
 from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.metrics import read_metrics
 from nla_jax.runtime.run import Run
+from nla_jax.serve.models import Served
 from nla_jax.sidecar import Sidecar
 from nla_jax.stages.loop import Loop
 from nla_jax.stages.table import STAGES
+from nla_jax.subject import load_subject
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
 
@@ -241,6 +243,20 @@ def reconstructor(pair) -> Reconstructor:
 @pytest.fixture(scope="session")
 def vectors() -> np.ndarray:
     return np.random.default_rng(2).normal(size=(4, TINY.width)).astype(np.float32)
+
+
+VARIANCE, LIMIT = 0.7, 16  # of the pairs that are served: what their sidecars say, and the tokens of an explanation
+
+
+@pytest.fixture(scope="session")
+def served(pair, subject_folder) -> list[Served]:
+    """Two pairs that say different things of the same activations: the second one's AV gets them twice as long."""
+    subject = load_subject(subject_folder, 1)
+    sidecar = dataclasses.replace(pair.sidecar, provenance={"activation_variance": VARIANCE})
+    first = dataclasses.replace(pair, sidecar=sidecar)
+    louder = dataclasses.replace(pair.verbalizer, injection_scale=2.0 * pair.verbalizer.injection_scale)
+    second = dataclasses.replace(first, verbalizer=louder)
+    return [Served("first", first, subject, LIMIT), Served("second", second, subject, LIMIT)]
 
 
 # The whole loop on a tiny config, as a user runs it

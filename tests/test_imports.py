@@ -27,6 +27,9 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["labels", "steering", "study"],
     ["probes"],
     ["stages", "tools"],
+    ["serve.page", "serve.worker"],
+    ["serve.models"],
+    ["serve"],
     ["verbs"],
     ["cli"],
 ]

@@ -1,0 +1,42 @@
+// What the page holds. Everything else draws it, or asks the server for more of it.
+//
+// `held`, the content of #data: pairs; tokens, the longest text; and of a saved page content, document, answers,
+// alternatives, row, saved (when). A saved page is this file with these inside, and asks no server.
+const PRISTINE = document.documentElement.cloneNode(true); // before anything is drawn: what "Save page" writes
+const held = JSON.parse(document.getElementById("data").textContent);
+const state = {
+  pairs: held.pairs, // name, subject, layer, fve (is it known?), chat (does the subject read one?), limit
+  content: held.content ?? null, // {text} or {messages}
+  document: held.document ?? null, // id; tokens, roles, and for each pair norms and sinks, by row
+  answers: held.answers ?? held.pairs.map(() => ({})), // of each pair, by row: explanation, cut, claims, cosine, fve
+  alternatives: held.alternatives ?? held.pairs.map(() => ({})), // of each pair, by row: seed and alternatives
+  row: held.row ?? 0, // the chosen token
+  colour: "fve",
+  pair: 0, // whose values colour the strip
+  saved: held.saved ?? null,
+};
+
+const byId = (id) => document.getElementById(id);
+
+// An element with attributes and children. Strings become text, never HTML.
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") made.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+const count = (number) => number.toLocaleString("en");
+const figure = (value, digits = 2) =>
+  typeof value === "number" && Number.isFinite(value) ? value.toFixed(digits).replace("-", "−") : "–";
+const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
+const tokenName = (row) => element("span", { class: "token-name" }, visible(state.document.tokens[row]) || "∅");
+const named = () => state.pairs.length > 1; // whether a text must say whose it is
+
+function notice(sentence) {
+  byId("notice").textContent = sentence;
+  byId("notice").hidden = !sentence;
+}
