@@ -93,3 +93,12 @@ def test_rows_without_ids_are_refused(labeller, rows):
 def test_a_model_that_is_not_there_is_said_before_the_first_stage():
     with pytest.raises(InputError, match="There is no model folder"):
         Behaviour("./nowhere").ready()
+
+
+def test_what_many_claims_need_is_computed_together(labeller, rows, subject_folder, monkeypatch):
+    fresh, computed = Behaviour(str(subject_folder), least=0.0), []
+    whole = Behaviour._computed
+    monkeypatch.setattr(Behaviour, "_computed", lambda self, ids: computed.append(len(ids)) or whole(self, ids))
+    fresh.ready_for(rows)
+    assert all(fresh.true(claim, row) for row, text in zip(rows, labeller.label(rows)) for claim in fresh.claims(text))
+    assert [count for count in computed if count] == [len({row.token_ids for row in rows})]

@@ -117,6 +117,10 @@ class Behaviour:
         others = [word for word in NAMED.findall(found[1]) if word.strip('"') != claim.value]
         return f"{text[:start]}{either(others)}".rstrip() + text[end:]
 
+    def ready_for(self, rows: Sequence[LabelRow]) -> None:
+        """Computes together what `true` needs of many rows: rows of one document then cost one pass."""
+        self.expected(rows)
+
     def expected(self, rows: Sequence[LabelRow]) -> list[tuple[list[str], list[float]]]:
         """The likeliest next tokens of each row as text, with their probabilities; those of the last rows are kept."""
         ids = [row.token_ids for row in rows]

@@ -28,6 +28,7 @@ A labeller that writes by a formula may also read what is written so, and check 
     def claims(self, text): ...    # -> list[Claim]
     def true(self, claim, row): ...  # -> bool
     def without(self, text, claim): ...  # -> str, the text without this claim (default: without its value)
+    def ready_for(self, rows): ...   # before many calls of `true`: computes together what they need
 """
 
 import dataclasses

@@ -28,7 +28,7 @@ def truth(context: Context) -> dict[str, np.ndarray]:
     labeller = context.labeller
     if not has_grammar(labeller):
         return {}
-    rows = label_rows(context.column)
+    rows = rows_for(context)
     rl, warm = (true_shares(labeller, context.texts(who), rows) for who in ("rl", "warm"))
     scores = {}
     for kind in sorted(rl.keys() | warm.keys()):
@@ -61,7 +61,7 @@ def ablation(context: Context) -> dict[str, np.ndarray]:
     0: it reads better without it. Where false claims are worth as much as true ones, the score does not need truth."""
     if not has_grammar(context.labeller):
         return {}
-    rows, vectors = label_rows(context.column), np.asarray(context.vectors)
+    rows, vectors = rows_for(context), np.asarray(context.vectors)
     taken = deletions(context.labeller, context.texts("rl"), rows)
     if not taken:
         return {}
@@ -99,6 +99,13 @@ def without(labeller, text: str, claim: Claim) -> str:
     if hasattr(labeller, "without"):
         return labeller.without(text, claim)
     return " ".join(text.replace(claim.value, " ", 1).split())
+
+
+def rows_for(context: Context) -> list[LabelRow]:
+    """The held-out rows as the labeller sees them; it has computed together what its claims about them need."""
+    rows = label_rows(context.column)
+    getattr(context.labeller, "ready_for", lambda rows: None)(rows)
+    return rows
 
 
 def has_grammar(labeller) -> bool:
