@@ -135,7 +135,7 @@ def test_what_made_the_figures_is_shown(html):
 def test_headline_and_interval_are_shown(html):
     text = text_of(html)
     assert "0.604" in text and "95 % interval 0.581 to 0.626" in text and "−0.722" in text
-    assert "normalised" in text and "about −0.5" in text  # what a score of 0 means
+    assert "normalised" in text and "constant reconstruction scores below 0" in text  # what a score of 0 means
 
 
 def test_rounding_does_not_flatter():

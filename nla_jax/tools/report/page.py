@@ -29,7 +29,7 @@ FVE_IN_WORDS = (
     "FVE, the fraction of variance explained, says how much of what distinguishes one activation from another can be "
     "rebuilt from its written explanation alone. 1 is a perfect reconstruction, 0 the error of the mean activation. No "
     "text scores 0 by saying nothing: a reconstruction is normalised to the length of an activation, and the mean is "
-    "shorter. The best constant reconstruction scores about −0.5, the text of another activation less."
+    "shorter. The best constant reconstruction scores below 0, the text of another activation far below."
 )
 PANELS = (  # title, unit and lines of metrics; any other metric has a panel of its own
     ("Reward", "", {"reward": "reward"}),
