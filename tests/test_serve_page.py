@@ -133,7 +133,8 @@ def test_a_port_that_is_taken_gets_one_sentence(place, capsys):
 def test_the_command_serves_until_it_is_stopped(place):
     """Elsewhere than on this machine alone: only who has the address with its token is answered. Ended amid work."""
     command = [sys.executable, "-m", "nla_jax.cli", "serve", *place, "--host", "0.0.0.0", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         address = re.search(r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)", server.stdout.readline())
         port, token = address.groups()
