@@ -217,8 +217,8 @@ def _continued(
 
 
 def _placed(
-    layer: Int[ArrayLike, ""],
-    column: Int[ArrayLike, ""],
+    layer: int | Int[Array, ""],
+    column: int | Int[Array, ""],
     states: Float[Array, "C D"],
     parts: list[Array],
     block: Int[Array, ""],
