@@ -17,6 +17,7 @@ from nla_jax.probes.baselines import (
     token_means,
     tokens,
 )
+from nla_jax.probes.linear import set_aside
 from nla_jax.probes.probe import Context
 
 RNG = np.random.default_rng(0)
@@ -99,6 +100,12 @@ def test_the_setting_is_the_one_that_is_best_on_other_documents():
     grid = [{"order": n, "penalty": p} for n in (1, 2, 8) for p in (1e-4, 100.0)]
     assert choose(regression, fit_of(ids, vectors), documents, grid) == {"order": 2, "penalty": 1e-4}
     assert choose(regression, fit_of(ids, vectors), ["one"] * 600, grid) == grid[0]
+
+
+def test_parts_of_a_document_are_set_aside_together():
+    ids = [f"{letter}{part}" for letter in "abcdefgh" for part in ("", "#2", "#10003")]
+    aside = set_aside(ids).reshape(8, 3)
+    assert (aside == aside[:, :1]).all() and aside[:, 0].sum() == 2
 
 
 def test_tokens_that_determine_the_activation_leave_nothing_beyond_them():

@@ -77,6 +77,13 @@ def test_the_linear_probe_reads_what_is_there_and_nothing_else():
     assert probed(context, "first letter") is None  # no training label claims one
 
 
+def test_of_one_document_the_linear_probe_takes_its_first_strength():
+    context = context_of()
+    column = context.training.column
+    context.training.column = lambda name: ["d"] * 900 if name == "doc_id" else column(name)
+    assert linear(context, "colour", rows(*context.texts("rl"))).mean() > 0.95
+
+
 def test_truth_stands_beside_the_warm_start_and_the_linear_probe():
     context = context_of()
     scores = truth(context)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from nla_jax.data.corpus import document_of
 from nla_jax.fve import mse, normalise, row_fve
 from nla_jax.probes.fidelity import after_rl
+from nla_jax.probes.linear import ridge, set_aside
 from nla_jax.probes.probe import Context, probe
 
 TOKENS = 8  # so many last tokens are looked at, at most
@@ -115,7 +115,7 @@ def of_tokens(context: Context) -> dict[str, Float[np.ndarray, "n D"]]:
     fit, ids = _fit(context), last_tokens(context.column("token_ids"))
     if fit.ids[:, -1].max() < 0 or ids[:, -1].min() < 0:
         return {}  # activations made elsewhere: their tokens are not known
-    documents = [document_of(id) for id in context.training.column("doc_id")]
+    documents = context.training.column("doc_id")
     grid = lambda name, values, orders: [{"order": n, name: value} for n in orders for value in values]
     tried = {
         "fve_token_ridge": (regression, grid("penalty", PENALTIES, (1, 2, 4, 8))),
@@ -125,6 +125,7 @@ def of_tokens(context: Context) -> dict[str, Float[np.ndarray, "n D"]]:
     return {name: predict(fit, ids, **choose(predict, fit, documents, grid)) for name, (predict, grid) in tried.items()}
 
 
+@functools.lru_cache(maxsize=1)  # likewise
 def _fit(context: Context) -> Fit:
     training = context.training
     vectors = normalise(np.asarray(training.vectors, np.float64))
@@ -138,9 +139,8 @@ def last_tokens(ids: Iterable[Sequence[int]]) -> Int[np.ndarray, "n W"]:
 
 def choose(predict: Predict, fit: Fit, documents: Sequence[str], settings: Sequence[dict]) -> dict[str, Any]:
     """The setting with the least error on a fifth of the documents, fitted to the others."""
-    _, member = np.unique(documents, return_inverse=True)
-    held = member % 5 == 0
-    if held.all() or not held.any():
+    held = set_aside(documents)
+    if held.all():  # of one document nothing can be set aside
         return settings[0]
     others = fit.at(~held)
     error = lambda setting: mse(predict(others, fit.ids[held], **setting), fit.vectors[held]).mean()
@@ -177,10 +177,4 @@ def regression(fit: Fit, ids: Int[np.ndarray, "m W"], order: int, penalty: float
         used = table[known] - table[known].mean(0)
         table = table @ np.linalg.eigh(used.T @ used)[1][:, -WIDTH:]
     inputs = lambda ids: table[ids[:, -order:]].reshape(len(ids), -1)
-    x, mean = inputs(fit.ids), fit.vectors.mean(0)
-    center = x.mean(0)
-    x = x - center
-    gram = x.T @ x
-    gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram) + 1e-12
-    weights = np.linalg.solve(gram, x.T @ (fit.vectors - mean))
-    return (inputs(ids) - center) @ weights + mean
+    return ridge(inputs(fit.ids), fit.vectors, inputs(ids), penalty)

@@ -4,15 +4,17 @@ No judge is asked: a labeller that writes by a formula can read what is written 
 text and the subject (`true`). Other labellers have no such grammar; there is then nothing to show.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from nla_jax.data.rows import LABEL
 from nla_jax.fve import mse, normalise
 from nla_jax.labels.labeller import Claim, LabelRow, label_rows
+from nla_jax.probes.linear import ridge, set_aside
 from nla_jax.probes.probe import Context, probe
 
 EXACT = 1e-9  # an mse up to this is that of a perfect reconstruction, which has no share
@@ -134,8 +136,8 @@ def _means(told: Sequence[Sequence[float]]) -> Float[np.ndarray, "n"]:
 def linear(context: Context, kind: str, rows: Sequence[LabelRow]) -> Float[np.ndarray, "n"] | None:
     """Whether the claim of a kind is true that a linear probe finds likeliest from each activation: ridge regression to
     the values that the training labels claim. None where no value is claimed `SEEN` times."""
-    training, labels = context.training, context.training.column(LABEL)
-    claims = [[c.value for c in context.labeller.claims(label or "") if c.kind == kind] for label in labels]
+    vectors, told, held = _training(context)
+    claims = [[claim.value for claim in of if claim.kind == kind] for of in told]
     values, counts = np.unique([value for of in claims for value in of], return_counts=True)
     number = {value: i for i, value in enumerate(values[counts >= SEEN])}
     if not number:
@@ -145,23 +147,22 @@ def linear(context: Context, kind: str, rows: Sequence[LabelRow]) -> Float[np.nd
         for value in of:
             if value in number:
                 row[number[value]] = 1
-    vectors = normalise(np.asarray(training.vectors, np.float64)).astype(np.float32)
-    documents = np.unique(training.column("doc_id"), return_inverse=True)[1]
-    held = documents % 5 == 0
     hits = lambda scores: targets[held][np.arange(held.sum()), scores.argmax(1)].mean()
-    tried = (
-        [(hits(ridge(vectors[~held], targets[~held], vectors[held], p)), p) for p in PENALTIES] if held.any() else []
-    )
-    penalty = max(tried, default=(0, PENALTIES[0]))[1]
+    tried = lambda penalty: hits(ridge(vectors[~held], targets[~held], vectors[held], penalty))
+    penalty = PENALTIES[0] if held.all() else max(PENALTIES, key=tried)  # of one document nothing can be set aside
     scores = ridge(vectors, targets, normalise(np.asarray(context.vectors, np.float64)).astype(np.float32), penalty)
     names = list(number)
-    told = [Claim(kind, names[i]) for i in scores.argmax(1)]
-    return np.array([context.labeller.true(claim, row) for claim, row in zip(told, rows)], float)
+    guesses = [Claim(kind, names[i]) for i in scores.argmax(1)]
+    return np.array([context.labeller.true(claim, row) for claim, row in zip(guesses, rows)], float)
 
 
-def ridge(x: np.ndarray, y: np.ndarray, at: np.ndarray, penalty: float) -> np.ndarray:
-    """Predictions at `at` [m, D] of a ridge regression of `y` [n, C] on `x` [n, D]."""
-    center, mean = x.mean(0), y.mean(0)
-    gram = (x - center).T @ (x - center)
-    gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram) + 1e-9
-    return (at - center) @ np.linalg.solve(gram, (x - center).T @ (y - mean)) + mean
+@functools.lru_cache(maxsize=1)  # each kind of claim reads it
+def _training(context: Context) -> tuple[Float[np.ndarray, "n D"], list[list[Claim]], Bool[np.ndarray, "n"]]:
+    """The training activations at one length, what their labels claim, and the rows that choose a probe's strength."""
+    rows = context.training
+    vectors = normalise(np.asarray(rows.vectors, np.float64)).astype(np.float32)
+    return (
+        vectors,
+        [context.labeller.claims(label or "") for label in rows.column(LABEL)],
+        set_aside(rows.column("doc_id")),
+    )
