@@ -19,8 +19,7 @@ from nla_jax.config import PROBES
 MODEL = "runs/smollm2/model"
 ADAMW = "nla_jax.objective:adamw"
 SMOLLM2 = {
-    # On a CPU bfloat16 is the faster one from jax 0.12 on, where the processor has units for it; else take float32.
-    "compute": {"dtype": "bfloat16"},
+    "compute": {"dtype": "auto"},
     # Half documents, half chats. Of each document with its chat 16 activations.
     "corpus": {"source": "runs/smollm2/corpus.jsonl", "min_chars": 0},
     "split": {"av_sft": 0.56, "ar_sft": 0.24, "rl": 0.12, "heldout": 0.08},

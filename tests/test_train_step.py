@@ -23,6 +23,7 @@ from nla_jax.joint_step import (
 from nla_jax.losses import TokenLoss
 from nla_jax.models.transformer import Transformer
 from nla_jax.objective import Scored, adamw, group_normalised, negative_log_mse, negative_mse
+from nla_jax.runtime import compiler
 from nla_jax.runtime.compiler import COMPILER_OPTIONS, UNOPTIMIZED, compilations, compiler_knows, jit_step, known
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout
@@ -378,6 +379,19 @@ def test_a_compiler_without_the_option_does_without_it():
     assert known(wanted | {"xla_cpu_no_such_option": "1"}, mesh) == known(wanted, mesh)
     assert not compiler_knows({"xla_cpu_no_such_option": "1"}, mesh)
     assert not compiler_knows(dict.fromkeys(COMPILER_OPTIONS["cpu"], "NO_SUCH_VALUE"), mesh)
+
+
+def test_a_step_on_cpus_is_compiled_once_and_begins_without_what_others_freed(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(compiler, "give_memory_back", lambda: given_back.append(None))
+    mesh = mesh_over(jax.devices()[:1], (1, 1, 1))
+    step = jit_step(lambda state, x: (state + x.sum(), 2 * x), mesh)
+    with compilations() as compiled:
+        state, _ = step(jnp.float32(0), np.ones(4, np.float32))
+        state, twice = step(state, np.full(4, 2, np.float32))
+    assert (float(state), twice.tolist()) == (12, [4] * 4)
+    assert len(compiled) <= 2, "of which one is the first number's"  # jnp.float32(0)
+    assert len(given_back) == 2
 
 
 def test_a_program_that_is_not_optimized_computes_the_same():

@@ -1,4 +1,4 @@
-"""The PyTorch side of the benchmark: one NLA RL step, or one step of AV SFT, with transformers models.
+"""The PyTorch side of the benchmark: one NLA RL step, one step of AV SFT, or extraction, with transformers models.
 
     python experiments/benchmark/pytorch_baseline.py rl --steps 5 --warmup 1
     python experiments/benchmark/pytorch_baseline.py sft_av --steps 5 --warmup 1
@@ -80,6 +80,9 @@ class Benchmark:
         place = {"device": self.device, "dtype": getattr(torch, args.dtype)}
         self.verbalizer = AutoModelForCausalLM.from_config(config).to(**place)
         self.verbalizer_opt = self.optimizer(self.verbalizer)
+        if args.mode == "extract":
+            self.subject = Reconstructor(self.verbalizer, args.ar_layers).backbone.to(**place)
+            del self.verbalizer, self.verbalizer_opt
         if args.mode == "rl":
             self.reference = copy.deepcopy(self.verbalizer).requires_grad_(False)
             self.reconstructor = Reconstructor(self.verbalizer, args.ar_layers).to(**place)
@@ -203,6 +206,16 @@ class Benchmark:
             norm = self.update(self.verbalizer, self.verbalizer_opt, loss)
         return {"loss": loss, "av_grad_norm": norm}
 
+    @torch.no_grad()
+    def extract_step(self) -> dict[str, Tensor]:
+        """Activations after the last block at `positions` of each document, evenly spread, in float32."""
+        a = self.args
+        chosen = torch.linspace(0, a.document - 1, min(a.positions, a.document)).long()
+        with self.phase("forward"):
+            states = self.subject(self.random_tokens(a.documents, a.document), use_cache=False).last_hidden_state
+            vectors = states[:, chosen].float().cpu()
+        return {"norm": vectors.norm(dim=-1).mean()}
+
     def peak_memory(self) -> int:
         """Bytes: the process's largest resident set, on a GPU the most that was allocated there."""
         if self.device.type == "cuda":
@@ -212,6 +225,8 @@ class Benchmark:
     def timed_step(self) -> dict:
         """Runs one step and describes it."""
         step, samples = self.sft_av_step, self.args.batch
+        if self.args.mode == "extract":
+            step, samples = self.extract_step, self.args.documents
         if self.args.mode == "rl":
             step, samples = self.rl_step, self.args.activations * self.args.group
         self.synchronise()
@@ -230,7 +245,7 @@ class Benchmark:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["rl", "sft_av"])
+    parser.add_argument("mode", choices=["rl", "sft_av", "extract"])
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=int, default=5, help="timed steps (ignored with --interactive)")
     run.add_argument("--warmup", type=int, default=1, help="steps before the timed ones")
@@ -254,6 +269,7 @@ def parse_arguments() -> argparse.Namespace:
         "prompt": {"prefix": 100, "suffix": 24, "ar_prefix": 8, "ar_suffix": 5, "injection_scale": 10.0},
         "rl": {"activations": 8, "group": 8, "response": 64, "kl_coefficient": 0.01, "clip_ratio": 0.2},
         "sft_av": {"batch": 64, "sft_response": 122},
+        "extract": {"documents": 16, "document": 512, "positions": 8},
         "optimizer": {"lr": 1.41e-5},
     }
     for title, defaults in settings.items():

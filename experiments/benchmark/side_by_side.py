@@ -2,7 +2,7 @@
 
     python experiments/benchmark/side_by_side.py --rounds 4
     python experiments/benchmark/side_by_side.py --rounds 4 --plain-malloc
-    python experiments/benchmark/side_by_side.py --config configs/benchmark.py:smollm2 --config.rl.activations=8
+    python experiments/benchmark/side_by_side.py --config configs/benchmark.py:smollm2 --torch-dtype bfloat16
 
 The shapes of both sides are those of the config; our side says them to the other one.
 Every side is a process of its own on the same `--threads` CPUs; ours samples in as many chunks. The sides start and
@@ -54,9 +54,11 @@ SHARED = (
     "response",
     "kl",
     "av_batch",
+    "document",
+    "positions",
 )
 OURS, TORCH, ON_POLICY = "nla_jax", "PyTorch", "PyTorch without old log-probs"
-COMPARISONS = {"rl": (OURS, TORCH, ON_POLICY), "sft_av": (OURS, TORCH)}
+COMPARISONS = {"rl": (OURS, TORCH, ON_POLICY), "sft_av": (OURS, TORCH), "extract": (OURS, TORCH)}
 LABELS = {"sft_av": ["--config.prompts.max_new_tokens=122"]}  # labels are longer than the responses of `rl`
 
 
@@ -117,7 +119,7 @@ def our_command(program: str, args: argparse.Namespace) -> list[str]:
 def torch_command(side: str, program: str, shapes: dict, args: argparse.Namespace) -> list[str]:
     """The PyTorch side, at the shapes that our side says it has."""
     command = [sys.executable, str(HERE / "pytorch_baseline.py"), program, f"--threads={args.threads}"]
-    command += [f"--warmup={args.warmup}", "--interactive"]
+    command += [f"--warmup={args.warmup}", "--interactive", f"--dtype={args.torch_dtype}"]
     command += ["--no-old-logprobs"] * (side == ON_POLICY) + ["--untied-head"] * shapes["untied_head"]
     # There the suffix does not count the marker, and labels have a length of their own.
     wanted = {TORCH_NAMES.get(name, name): shapes[name] for name in SHARED}
@@ -137,7 +139,7 @@ def compare(program: str, args: argparse.Namespace) -> dict:
     """Summaries of all sides of one comparison, after alternating turns."""
     workers = []
     try:
-        for side in COMPARISONS[program]:
+        for side in [side for side in COMPARISONS[program] if side != ON_POLICY or not args.without_on_policy]:
             print(f"{program}: {side} starts", file=sys.stderr)
             if side == OURS:  # the first one
                 command = our_command(program, args)
@@ -212,6 +214,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps of each side before them")
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison (default: all)")
+    parser.add_argument(
+        "--torch-dtype", choices=("float32", "bfloat16"), default="float32", help="of PyTorch's weights and compute"
+    )
+    parser.add_argument("--without-on-policy", action="store_true", help=f"leaves out {ON_POLICY!r}, to save memory")
     parser.add_argument("--plain-malloc", action="store_true", help="glibc as it is, on both sides")
     parser.add_argument("--out", default=str(HERE / "results" / "cpu"), help="OUT.json and OUT.md are written")
     parser.add_argument(
@@ -236,7 +242,7 @@ def main() -> None:
     comparisons = {program: compare(program, args) for program in programs}
 
     malloc = "glibc's malloc as it is" if args.plain_malloc else " ".join(f"{k}={v}" for k, v in MALLOC.items())
-    where = f"{about['processor']}, {args.threads} threads, jax {about['jax']}, torch {about['torch']}"
+    where = f"{about['processor']}, {args.threads} threads, jax {about['jax']}, torch {about['torch']} in {args.torch_dtype}"
     text = "\n".join(
         [f"`{command}`, {date}", "", f"{where}; {malloc}.", ""]
         + [table(program, sides) for program, sides in comparisons.items()]

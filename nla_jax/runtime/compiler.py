@@ -1,8 +1,11 @@
 """How programs are compiled: XLA's options for training steps, and the cache of compiled programs."""
 
 import contextlib
+import ctypes
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,7 +40,35 @@ def jit_step(step: Callable, mesh: Mesh, optimized: bool = True) -> Callable:
     options = None if platform == "cpu" and mesh.size > 1 else COMPILER_OPTIONS.get(platform)
     if not optimized:
         options = UNOPTIMIZED.get(platform)
-    return jax.jit(step, donate_argnums=0, compiler_options=known(options or {}, mesh) or None)
+    program = jax.jit(step, donate_argnums=0, compiler_options=known(options or {}, mesh) or None)
+    return OnCpu(program) if platform == "cpu" else program
+
+
+@dataclasses.dataclass
+class OnCpu:
+    """A jitted training step whose arrays lie in the memory of this process: it begins with what others no longer use.
+
+    C's allocator keeps what is freed: of a 135M model 0.7 GB after compiling the step, 0.5 GB after each rollout."""
+
+    program: Callable
+    compiled: bool = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.compiled:  # the call below finds the program compiled
+            self.program.lower(*arguments).compile()
+            self.compiled = True
+        give_memory_back()
+        return self.program(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
+
+def give_memory_back() -> None:
+    """Returns this process's free memory to the system, where its C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def known(options: dict, mesh: Mesh) -> dict:

@@ -34,9 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.study import Study
     from nla_jax.subject import subject_config
     from nla_jax.tools.benchmark.measure import Timing, run
+    from nla_jax.tools.precision import settled
 
     timing = Timing(arguments.steps, arguments.warmup, arguments.peak_tflops, arguments.bandwidth_gbs)
-    config = arguments.config
+    config = settled(arguments.config)
     mesh = make_mesh(*(getattr(config.mesh, axis) for axis in AXES))
     study = Study.of_shapes(config, mesh, subject_config(config, mesh))
     run(arguments.program, study, timing, arguments.interactive, arguments.command)

@@ -29,17 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a line for everything that was looked at. Raises `InputError` with the first thing that is wrong."""
+    from nla_jax.io.files import path_to
     from nla_jax.models.sharding import AXES
     from nla_jax.runtime.run import mesh_of
     from nla_jax.runtime.user_input import whole_number
     from nla_jax.stages.check import check_batches, check_documents, check_functions, check_prompts
     from nla_jax.study import Study
     from nla_jax.subject import subject_config
+    from nla_jax.tools.precision import in_dtype, settled
     from nla_jax.tools.topology import mesh_over, slice_named
 
     hide_library_warnings()
     whole_number("--labels", arguments.labels, 0)
-    config, stages, folder = arguments.config, stages_of("quickstart", arguments.config), workdir(arguments)
+    stages, folder = stages_of("quickstart", arguments.config), workdir(arguments)
+    config = arguments.config
+    config = in_dtype(config, "bfloat16") if arguments.topology else settled(config, path_to(folder))
     check_functions(config, stages)
     check_prompts(config, folder, stages)
     say("functions", f"those of {', '.join(stages)} were found and called once")

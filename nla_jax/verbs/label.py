@@ -18,10 +18,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         stages.run(arguments)
         return
+    from nla_jax.io.files import path_to
     from nla_jax.runtime.run import Run
     from nla_jax.stages.label_cost import cost
     from nla_jax.stages.table import STAGES
+    from nla_jax.tools.precision import settled
 
     folder = stages.workdir(arguments)
     stages.check_begun(arguments.config, folder, "label")
-    print(cost(Run(arguments.config, folder, STAGES, arguments.command)))
+    print(cost(Run(settled(arguments.config, path_to(folder)), folder, STAGES, arguments.command)))

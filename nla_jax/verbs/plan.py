@@ -35,10 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.io.files import stand_in
     from nla_jax.models.sharding import AXES, make_mesh
     from nla_jax.tools.plan import plan, table
+    from nla_jax.tools.precision import in_dtype, settled
     from nla_jax.tools.search import ranking, search
     from nla_jax.tools.topology import mesh_over, present, slice_named
 
-    config = arguments.config
+    # Chips that are named, not here, are accelerators.
+    config = in_dtype(arguments.config, "bfloat16") if arguments.topology else settled(arguments.config)
     place = slice_named(arguments.topology) if arguments.topology else present(config.compute.dtype)
     if arguments.search:
         result, words = search(config, place, stand_in(workdir(arguments)) / "plan.jsonl"), ranking

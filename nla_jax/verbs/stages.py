@@ -48,10 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.runtime.compiler import enable_compile_cache, optimize, take_gpus_whole
     from nla_jax.runtime.run import Run, mesh_of
     from nla_jax.stages.check import check_batches, check_documents, check_functions, check_prompts
+    from nla_jax.tools.precision import settled
 
     stages, folder = stages_of(arguments.verb, arguments.config), workdir(arguments)
     take_gpus_whole()
     distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_seconds)
+    arguments.config = settled(arguments.config, path_to(folder))
     check_functions(arguments.config, stages)
     check_batches(arguments.config, mesh_of(arguments.config), stages)
     check_begun(arguments.config, folder, stages[0])

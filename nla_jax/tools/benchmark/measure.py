@@ -178,6 +178,7 @@ def shapes(study: Study, timing: Timing) -> dict:
         "av_batch": c.sft.av.batch,
         "ar_batch": c.sft.ar.batch,
         "document": c.extract.max_tokens,
+        "positions": c.extract.positions,
         "av_lora": rank(av.lora),
         "ar_lora": rank(ar.lora),
         "dtype": c.compute.dtype,
