@@ -96,7 +96,6 @@ def get_config(variant: str = "") -> ConfigDict:
         c.plan.update(prefix=30, suffix=8)
         c.prompts.max_new_tokens = 48
         c.rl.update(activations=4, group=8)
-        c.compute.dtype = "auto"
         c.sft.av.batch, c.extract.max_tokens = 32, 256
     elif variant:
         raise ValueError(f"configs/benchmark.py has no variant {variant!r}; there are qwen2_5_7b and smollm2.")

@@ -274,9 +274,11 @@ def subject_config(config: Config, mesh: Mesh) -> TransformerConfig:
     They come from the folder that `subject.path` names, else from `subject.architecture`, else from the hub's
     `config.json`, the only file that is fetched. Without a path they are those of the model that `pretrain` would make.
 
-    Raises `InputError` where the hub does not give that file, for a layer that the model does not have, and for an
-    attention kernel that these devices or this model cannot use."""
+    Raises `InputError` where the hub does not give that file, for a layer that the model does not have, for an
+    attention kernel that these devices or this model cannot use, and where the dtype is still "auto"."""
     c, compute = config.subject, config.compute
+    if compute.dtype == "auto":
+        raise InputError("compute.dtype is auto; choose it for these devices by nla_jax.tools.precision.settled(config).")
     model = with_kernel(_shapes(config, jnp.dtype(compute.dtype)), compute.attention, mesh)
     if not 0 <= c.layer < model.layers:
         raise InputError(f"subject.layer {c.layer} does not exist: the subject has blocks 0 to {model.layers - 1}.")

@@ -2,7 +2,8 @@
 
     python experiments/benchmark/side_by_side.py --rounds 4
     python experiments/benchmark/side_by_side.py --rounds 4 --plain-malloc
-    python experiments/benchmark/side_by_side.py --config configs/benchmark.py:smollm2 --torch-dtype bfloat16
+    python experiments/benchmark/side_by_side.py --config configs/benchmark.py:smollm2 --torch-dtype bfloat16 \
+        --config.compute.dtype=auto --config.rl.activations=8
 
 The shapes of both sides are those of the config; our side says them to the other one.
 Every side is a process of its own on the same `--threads` CPUs; ours samples in as many chunks. The sides start and
