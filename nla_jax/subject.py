@@ -278,7 +278,9 @@ def subject_config(config: Config, mesh: Mesh) -> TransformerConfig:
     attention kernel that these devices or this model cannot use, and where the dtype is still "auto"."""
     c, compute = config.subject, config.compute
     if compute.dtype == "auto":
-        raise InputError("compute.dtype is auto; choose it for these devices by nla_jax.tools.precision.settled(config).")
+        raise InputError(
+            "compute.dtype is auto; choose it for these devices by nla_jax.tools.precision.settled(config)."
+        )
     model = with_kernel(_shapes(config, jnp.dtype(compute.dtype)), compute.attention, mesh)
     if not 0 <= c.layer < model.layers:
         raise InputError(f"subject.layer {c.layer} does not exist: the subject has blocks 0 to {model.layers - 1}.")

@@ -179,6 +179,19 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+MOST_MAPS = 15_000  # Linux allows a process 65,530
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets the compiled programs of earlier files where they have become many. Each takes some twenty memory maps of
+    the process, and XLA aborts where it gets no more."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer(SENTENCES * 3, TINY.vocab_size)
