@@ -33,7 +33,7 @@ STRENGTHS = (0.25, 0.5, 1.0)  # lengths of the step, in lengths of the activatio
 OTHER = "The train to the coast leaves at noon."  # the text whose explanation is the unrelated edit
 EDIT, NOTHING, UNRELATED, RANDOM = "edit", "no edit", "unrelated edit", "random direction"
 UNSTEERED = "unsteered"
-MULTIPLE = 16  # texts are padded to a multiple of it, so that few programs are compiled
+MULTIPLE = 64  # texts are padded to a multiple of it, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,15 @@ class Steered:
     direction: str
     strength: float  # length of the step, in lengths of the activation
     kl: float  # KL(unsteered || steered) of the token after the text, nats
+    logprobs: Float[np.ndarray, "V"]  # of the token after the text
+    continuation: str  # of the text, greedy
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What the subject says after a text when a given state stands in place of its activation at one token."""
+
+    kl: float  # KL(first state || this one) of the token after the text, nats
     logprobs: Float[np.ndarray, "V"]  # of the token after the text
     continuation: str  # of the text, greedy
 
@@ -143,22 +152,42 @@ def steer_along(
     moved along each direction `[D]` of `along` (of any length; zero moves nothing), by each of the `strengths`.
 
     Raises `InputError` for directions of another width or not finite, and for a subject on several devices."""
-    if subject.mesh is not None:
-        raise InputError("Steering runs on one device; load the subject without a mesh.")
     acts = extract(subject, [text], [token, -1])
-    h, ids, position = acts.vectors[0], acts.token_ids[1], int(acts.positions[0])
+    at, new_tokens = int(acts.positions[0]), whole_number("new_tokens", new_tokens, 1)
+    return steer_tokens(subject, acts.token_ids[1], at, acts.vectors[0], along, _strengths(strengths), new_tokens)
+
+
+def steer_tokens(
+    subject: Subject,
+    ids: Sequence[int],
+    position: int,
+    h: Float[np.ndarray, "D"],
+    along: Mapping[str, ArrayLike],
+    strengths: Sequence[float],
+    new_tokens: int,
+) -> list[Steered]:
+    """`steer_along` for a text of token ids, whose activation at `position` is `h`."""
     plan = {(UNSTEERED, 0.0): h}
     for name, given in along.items():
-        plan |= {(name, strength): moved(h, given, strength) for strength in _strengths(strengths)}
-    found = patch(subject, [ids], [position], {str(key): state[None] for key, state in plan.items()}, rescale=False)
-    logprobs = [of[0][-1] for of in found.values()]
-    continued = _continued(
-        subject, ids, position, np.stack(list(plan.values())), whole_number("new_tokens", new_tokens, 1)
-    )
-    return [
-        Steered(*key, _kl(logprobs[0], own), own, continuation)
-        for key, own, continuation in zip(plan, logprobs, continued)
-    ]
+        plan |= {(name, strength): moved(h, given, strength) for strength in strengths}
+    said = said_with(subject, ids, position, np.stack(list(plan.values())), new_tokens)
+    return [Steered(*key, of.kl, of.logprobs, of.continuation) for key, of in zip(plan, said)]
+
+
+def said_with(
+    subject: Subject, ids: Sequence[int], position: int, states: Float[np.ndarray, "C D"], new_tokens: int
+) -> list[Said]:
+    """What the subject says after a text of token ids with each of some states after block K at one `position`, in place
+    of its activation there. The first state is what the others are compared with.
+
+    Raises `InputError` for a subject on several devices."""
+    if subject.mesh is not None:
+        raise InputError("Steering runs on one device; load the subject without a mesh.")
+    patches = {str(i): state[None] for i, state in enumerate(states)}
+    found = patch(subject, [ids], [position], patches, rescale=False, batch=1)
+    logprobs = [rows[0][-1] for rows in found.values()]
+    continued = _continued(subject, ids, position, states, new_tokens)
+    return [Said(_kl(logprobs[0], own), own, text) for own, text in zip(logprobs, continued)]
 
 
 def moved(h: Float[np.ndarray, "D"], along: ArrayLike, strength: float) -> Float[np.ndarray, "D"]:

@@ -27,7 +27,7 @@ LAYERS = [  # lowest first; a name covers the modules beneath it
     ["labels", "steering", "study"],
     ["probes"],
     ["stages", "tools"],
-    ["serve.page", "serve.worker"],
+    ["serve.page", "serve.worker", "serve.claims", "serve.nearest"],
     ["serve.models"],
     ["serve"],
     ["verbs"],

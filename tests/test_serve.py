@@ -21,7 +21,8 @@ from nla_jax.quickstart.tokenizer import train_tokenizer
 from nla_jax.runtime.errors import InputError
 from nla_jax.serve import actions, models
 from nla_jax.serve.actions import Desk, Limits
-from nla_jax.serve.models import Served, claims_of, program_rows, read_document
+from nla_jax.serve.claims import claims_of
+from nla_jax.serve.models import Served, program_rows, read_document
 from nla_jax.serve.server import application, is_local, new_token
 from nla_jax.serve.worker import Worker
 from nla_jax.subject import extract

@@ -11,12 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import whole_number
-from nla_jax.serve.models import Document, Served, alternatives, explain, identity, read_document
+from nla_jax.runtime.user_input import text_list, whole_number
+from nla_jax.serve.interventions import is_whole, patched, steering
+from nla_jax.serve.models import (
+    Document,
+    Served,
+    ablations,
+    alternatives,
+    explain,
+    identity,
+    nearest,
+    read_document,
+)
 from nla_jax.serve.worker import Job, Worker
 
 KEPT = 16  # documents that are remembered; the page sends one again that is not
 MOST_ALTERNATIVES = 16
+MOST_STRENGTHS = 8  # that one request may ask for
+LONGEST_EDIT = 4000  # characters of an edited explanation
 Answer = Callable[[dict | None], None]
 
 
@@ -59,6 +71,12 @@ class Desk:
         if not isinstance(numbers, list):
             raise InputError(f"pairs is a list of numbers; found {numbers!r:.50}.")
         return [whole_number("A pair's number", number, 0, len(self.served) - 1) for number in numbers]
+
+    def place(self, fields: dict[str, Any]) -> tuple[Document, int, int]:
+        """The document, the token (`row`) and the pair that a request is about."""
+        document = self.document(fields)
+        row = whole_number("A token's number", fields.get("row"), 0, len(document.tokens) - 1)
+        return document, row, whole_number("A pair's number", fields.get("pair", 0), 0, len(self.served) - 1)
 
 
 class Unknown(InputError):
@@ -111,10 +129,73 @@ def best_of_some(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job
     return jobs
 
 
+def ablate(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
+    """`document, row[, pair]` -> `pair, row, ablations`: what each claim of the explanation is worth to the AR."""
+    document, row, number = desk.place(fields)
+    return once(
+        document, ("ablate", number, row), lambda: ablations(desk.served[number], number, document, row), answer
+    )
+
+
+def find_nearest(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
+    """`document, row[, pair]` -> `pair, row, nearest, among`: training activations nearest to the reconstruction."""
+    document, row, number = desk.place(fields)
+    if (one := desk.served[number]).training is None:
+        raise InputError("The training activations are not here; start `nla serve` with --workdir, the run's folder.")
+    return once(document, ("nearest", number, row), lambda: nearest(one, number, [(document, row)])[0], answer)
+
+
+def patch(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
+    """`document, row[, pair]` -> `pair, row, patched`: what the subject says with the reconstruction. First
+    `{"loading": true}`, where the subject has to be loaded whole."""
+    document, row, number = desk.place(fields)
+    jobs = once(document, ("patch", number, row), lambda: patched(desk.served[number], number, document, row), answer)
+    if jobs and not is_whole(desk.served[number].subject):
+        answer({"loading": True})
+    return jobs
+
+
+def steer(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
+    """`document, row, edited, strengths[, pair]` -> for each strength `pair, row, edit, strength, steered`, the first
+    one as soon as can be. First `{"loading": true}`, where the subject has to be loaded whole."""
+    document, row, number = desk.place(fields)
+    edited, strengths = fields.get("edited"), fields.get("strengths")
+    if not isinstance(edited, str) or not edited.strip() or len(edited) > LONGEST_EDIT:
+        raise InputError(f"An edited explanation has 1 to {LONGEST_EDIT:,} characters; write something into it.")
+    text_list("steer takes", [edited])
+    usable = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x <= 100
+    if not isinstance(strengths, list) or not all(map(usable, strengths)) or not 0 < len(strengths) <= MOST_STRENGTHS:
+        raise InputError(f"strengths is a list of up to {MOST_STRENGTHS} numbers above 0, up to 100.")
+    one, jobs = desk.served[number], []
+    ready = functools.cache(lambda: steering(one, number, document, row, edited))  # by the worker, for all strengths
+    for strength in map(float, dict.fromkeys(strengths)):
+        at = lambda strength=strength: ready()(strength)
+        patient = strength != strengths[0]
+        jobs += once(document, ("steer", number, row, edited, strength), at, answer, patient)
+    if jobs and not is_whole(one.subject):
+        answer({"loading": True})
+    return jobs
+
+
+def once(
+    document: Document, key: tuple, compute: Callable[[], dict], answer: Answer, patient: bool = False
+) -> list[Job]:
+    """The job that computes an answer about a document, which is kept under `key`. A known one is given at once."""
+    if key in document.kept:
+        answer(document.kept[key])
+        return []
+    keep = lambda _: [document.kept.setdefault(key, compute())]
+    return [Job(object(), collections.deque([None]), keep, answer, patient)]
+
+
 ACTIONS: dict[str, Callable[[Desk, dict[str, Any], Answer], list[Job]]] = {
     "read": read,
     "explain": explain_tokens,
     "alternatives": best_of_some,
+    "ablate": ablate,
+    "nearest": find_nearest,
+    "patch": patch,
+    "steer": steer,
 }
 
 

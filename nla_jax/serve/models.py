@@ -1,6 +1,7 @@
 """The pairs that are served: texts and chats in, tokens out; tokens in, explanations out."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -11,24 +12,20 @@ from jaxtyping import Float
 
 from nla_jax.data.chats import Messages, chat_tokens, checked
 from nla_jax.io.pairs import place_of
-from nla_jax.labels.behaviour import Behaviour
-from nla_jax.labels.extractive import LAST, TAGS, WINDOW, Extractive, last_words
-from nla_jax.labels.labeller import LabelRow
+from nla_jax.labels.extractive import WINDOW
 from nla_jax.pair import Pair, load_pair
+from nla_jax.probes.claims import growth
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_input import text_list
-from nla_jax.subject import SINK, Subject, check_ids, residual_rows, text_rows
+from nla_jax.serve.claims import claims_of, without_each
+from nla_jax.serve.nearest import Training, training_of
+from nla_jax.steering import OTHER
+from nla_jax.subject import SINK, Subject, check_ids, extract, residual_rows, text_rows
 from nla_jax.tools.explain import subject_of, training_variance
 
 LONGEST = 200  # tokens of an explanation, where the pair's sidecar does not say how long it may be
-READ = (
-    64,
-    256,
-    1024,
-)  # a text is padded to one of these lengths, or to a multiple of the last, so that programs are few
-EXPECTING = Behaviour(
-    ""
-)  # reads claims; whether the subject expects a token is not checked here, which would need its head
+READ = (64, 256, 1024)  # a text is padded to one of these lengths, or to a multiple of the last: programs are then few
+NEAREST = 5  # training activations that are shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +36,12 @@ class Served:
     pair: Pair
     subject: Subject
     max_new_tokens: int
+    training: Training | None = None  # what the pair was trained on, where its run's folder is given
+
+    @functools.cached_property
+    def unrelated(self) -> str:
+        """What the pair says of a fixed sentence: the control of whatever is done with another explanation."""
+        return self.pair.explain(extract(self.subject, [OTHER]), self.max_new_tokens, 0.0)[0].text or OTHER
 
     @property
     def about(self) -> dict[str, Any]:
@@ -47,7 +50,8 @@ class Served:
         subject = "/".join(sidecar.base_checkpoint.rstrip("/").split("/")[-2:])  # a hub id, or the end of a path
         facts = {"name": self.name, "subject": subject, "layer": sidecar.layer}
         chat = self.subject.tokenizer.chat_template is not None
-        return facts | {"fve": training_variance(self.pair) is not None, "chat": chat, "limit": self.max_new_tokens}
+        can = {"fve": training_variance(self.pair) is not None, "chat": chat, "nearest": self.training is not None}
+        return facts | can | {"limit": self.max_new_tokens}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,15 +63,14 @@ class Document:
     roles: list[str]  # who speaks there, in a chat; "" elsewhere
     vectors: list[Float[np.ndarray, "n D"]]  # of each pair
     norms: list[list[float]]  # of each pair, as multiples of the usual norm
-    ids: list[int]  # of the whole text, with special tokens
-    places: list[int]  # of each row in `ids`
+    upto: Callable[[int], list[int]]  # the ids of the text's tokens up to and with that of a row, special ones too
     decode: Callable[..., str]
-    answers: dict[tuple[int, int], dict]  # greedy answers that were given, by pair and row
+    answers: dict[tuple[int, int], dict] = dataclasses.field(default_factory=dict)  # greedy ones, by pair and row
+    kept: dict[tuple, dict] = dataclasses.field(default_factory=dict)  # other answers, by what was asked
 
     def context(self, row: int) -> str:
         """The end of the text up to and with a token: as much as claims are checked against."""
-        place = self.places[row]
-        return self.decode(self.ids[max(0, place - WINDOW) : place + 1], skip_special_tokens=True)[-WINDOW - 1 :]
+        return self.decode(self.upto(row)[-WINDOW - 1 :], skip_special_tokens=True)[-WINDOW - 1 :]
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -76,19 +79,27 @@ class Document:
         return {"id": self.id, "tokens": self.tokens, "roles": self.roles, "norms": self.norms, "sinks": sinks}
 
 
-def load(names: Sequence[str], subject: str | None, dtype: str | None, conventions: Any) -> list[Served]:
+def load(
+    names: Sequence[str], subject: str | None, dtype: str | None, conventions: Any, workdir: str | None = None
+) -> list[Served]:
     """The pairs of these names, each with its subject; pairs of the same subject and layer share it in memory.
+    `workdir`: of the run that trained them.
 
-    Raises `InputError` where a pair or its subject cannot be read."""
+    Raises `InputError` where a pair, its subject or the run's activations cannot be read, or do not belong together."""
     served: list[Served] = []
     for name, short in zip(names, short_names(names)):
         pair = load_pair(name, dtype=dtype, base=subject, conventions=conventions)
         found = subject_of(pair, place_of(name), subject, dtype)
         same = [s.subject for s in served if (s.subject.folder, s.subject.layer) == (found.folder, found.layer)]
-        limit = pair.sidecar.provenance.get("max_new_tokens")
-        limit = limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else LONGEST
-        served.append(Served(short, pair, same[0] if same else found, limit))
+        training = None if workdir is None else training_of(workdir, pair, short)
+        served.append(Served(short, pair, same[0] if same else found, limit_of(pair), training))
     return served
+
+
+def limit_of(pair: Pair) -> int:
+    """How many tokens an explanation may have: as many as in training, where the sidecar says that."""
+    limit = pair.sidecar.provenance.get("max_new_tokens")
+    return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else LONGEST
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -124,12 +135,18 @@ def read_document(served: Sequence[Served], content: str | Messages, most: int) 
             raise InputError(f"{one.name} cuts this text into other tokens than {served[0].name}; serve them apart.")
         shared = [j for j in range(i) if served[j].subject is one.subject]
         vectors.append(vectors[shared[0]] if shared else activations(one.subject, ids, rows))
-        lengths = np.linalg.norm(vectors[-1].astype(np.float64), axis=1)
-        usual = one.pair.sidecar.provenance.get("activation_norm")
-        usual = usual if isinstance(usual, (int, float)) and usual > 0 else float(np.median(lengths))
-        norms.append((lengths / usual).tolist())
+        norms.append(norms_of(vectors[-1], one.pair))
     spoken = [roles[i] for i in rows]
-    return Document(identity(content), tokens, spoken, vectors, norms, ids, rows, decode, {})
+    return Document(identity(content), tokens, spoken, vectors, norms, lambda row: ids[: rows[row] + 1], decode)
+
+
+def norms_of(vectors: Float[np.ndarray, "n D"], pair: Pair | None) -> list[float]:
+    """The lengths of activations, as multiples of the median one: of the pair's training, where its sidecar says that,
+    else of these."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    usual = pair and pair.sidecar.provenance.get("activation_norm")
+    usual = usual if isinstance(usual, (int, float)) and usual > 0 else float(np.median(lengths))
+    return (lengths / usual).tolist()
 
 
 def tokenized(subject: Subject, content: str | Messages) -> tuple[list[int], list[str], list[int]]:
@@ -183,6 +200,37 @@ def alternatives(served: Served, number: int, document: Document, row: int, coun
     return {"pair": number, "row": row, "seed": seed, "alternatives": best}
 
 
+def explanation_of(served: Served, number: int, document: Document, row: int) -> str:
+    """The greedy explanation of a token. Raises `InputError` where the pair says nothing of it."""
+    known = document.answers.get((number, row)) or explain(served, number, [(document, row)], 1)[0]
+    if not known["explanation"]:
+        raise InputError("The pair says nothing of this token, so there is no explanation to work with.")
+    return known["explanation"]
+
+
+def ablations(served: Served, number: int, document: Document, row: int) -> dict:
+    """What each claim of a token's explanation is worth to the AR: how `fve` and `mse` (the latter in % of what it was)
+    change where the claim is taken out, as `text` shows. None where that is not known."""
+    explanation = explanation_of(served, number, document, row)
+    texts = without_each(explanation)
+    vectors = np.repeat(document.vectors[number][row][None], 1 + len(texts), 0)
+    before, after = np.split(served.pair.score([explanation, *texts], vectors)["mse"], [1])
+    before, variance = np.repeat(before, len(texts)), training_variance(served.pair)
+    percent = growth(before, after)
+    fve = (before - after) / variance if variance else np.full(len(texts), np.nan)
+    known = lambda value: float(value) if np.isfinite(value) else None
+    found = [{"text": text, "fve": known(f), "mse": known(m)} for text, f, m in zip(texts, fve, percent)]
+    return {"pair": number, "row": row, "ablations": found}
+
+
+def nearest(served: Served, number: int, wanted: Sequence[tuple[Document, int]]) -> list[dict]:
+    """For some tokens the training activations nearest to what the AR makes of their explanations."""
+    texts = [explanation_of(served, number, document, row) for document, row in wanted]
+    found = served.training.nearest(served.pair.reconstruct(texts), NEAREST)
+    among = len(served.training)
+    return [{"pair": number, "row": row, "nearest": of, "among": among} for (_, row), of in zip(wanted, found)]
+
+
 def score(served: Served, texts: list[str], vectors: Float[np.ndarray, "n D"]) -> list[dict]:
     """`cosine` and `fve` of each text; None where there is no text, and for `fve` where no variance is known."""
     measured, variance = served.pair.score(texts, vectors), training_variance(served.pair)
@@ -197,17 +245,3 @@ def program_rows(n: int, batch: int) -> int:
     while size < n:
         size *= 4
     return min(size, batch)
-
-
-def claims_of(explanation: str, context: str) -> list[dict]:
-    """The claims of an explanation that one of the formulaic labellers can read: `kind, value, true`.
-
-    `true` is None where it is not checked: what the subject expects next."""
-    expecting = EXPECTING.claims(explanation)
-    if any(claim.kind in ("certainty", "next") for claim in expecting):
-        ends = last_words(TAGS.sub(" ", context[-WINDOW:]), EXPECTING.words, EXPECTING.characters)
-        holds = lambda claim: f" {ends}".endswith(f" {claim.value}") if claim.kind in LAST else None
-        return [{"kind": c.kind, "value": c.value, "true": holds(c)} for c in expecting]
-    labeller, row = Extractive(), LabelRow(context, "", 0, "", "")
-    claims = labeller.claims(explanation)
-    return [{"kind": c.kind, "value": c.value, "true": bool(labeller.true(c, row))} for c in claims]

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 BROWSER = Path(__file__).parent / "browser"
-PANELS = (
-    "explanation",
-    "alternatives",
-    "neighbours",
-)  # in this order; another panel is another file in browser/panels/
+# In this order; another panel is another file in browser/panels/.
+PANELS = ("explanation", "alternatives", "patch", "steer", "nearest", "neighbours")
 PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -32,6 +29,7 @@ _FILES = (
     "ask.js",
     "strip.js",
     "reading.js",
+    "demand.js",
     *(f"panels/{name}.js" for name in PANELS),
     "keep.js",
     "start.js",

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with av/ and ar/, a run's working folder, a hub id, or quickstart; several stand side by side",
     )
     parser.add_argument("--subject", help="the subject's folder or hub id (default: what the pairs' sidecars name)")
+    parser.add_argument(
+        "--workdir", help="working folder of the run that trained the pairs: shows the nearest training activations"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8765, help="default 8765; 0: any that is free")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -53,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     limit = limits(arguments.max_tokens, arguments.queue, arguments.seconds)
     enable_compile_cache()
     listening = None if out else listen(arguments.host, port)  # before minutes go by until the pairs are loaded
-    served = load(arguments.pair, arguments.subject, arguments.dtype, given_conventions(arguments))
+    conventions = given_conventions(arguments)
+    served = load(arguments.pair, arguments.subject, arguments.dtype, conventions, arguments.workdir)
     if listening is None:
         export(served, content, limit.tokens, batch, out)
     else:

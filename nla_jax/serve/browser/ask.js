@@ -31,8 +31,9 @@ async function ask(fields, take, signal) {
 }
 
 // Asks until it is answered: a server that went away is asked again, and one that has forgotten the text reads it
-// again. `fields` gives what is still wanted; null ends it. Says why where it is refused. True: everything came.
-async function persist(fields, take, signal) {
+// again. `fields` gives what is still wanted; null ends it. `refused` is told why something is refused. True: everything
+// came.
+async function persist(fields, take, signal, refused = notice) {
   let away = false;
   for (let wanted = fields(); wanted; wanted = fields()) {
     try {
@@ -46,9 +47,9 @@ async function persist(fields, take, signal) {
         notice("The server does not answer. What is here stays; this page goes on as soon as the server runs again.");
         await new Promise((done) => setTimeout(done, AGAIN));
       } else if (error instanceof Refused && error.unknown && wanted.do !== "read") {
-        if (!(await persist(() => ({ do: "read", ...state.content }), () => {}, signal))) return false;
+        if (!(await persist(() => ({ do: "read", ...state.content }), () => {}, signal, refused))) return false;
       } else if (error instanceof Refused) {
-        notice(error.message);
+        refused(error.message);
         return false;
       } else throw error;
       if (signal?.aborted) return false;

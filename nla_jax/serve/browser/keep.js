@@ -24,9 +24,9 @@ function remembered() {
 }
 
 function everything() {
-  const { pairs, content, document, answers, alternatives, row } = state;
+  const { pairs, content, document, row } = state, computed = Object.keys(COMPUTED).map((name) => [name, state[name]]);
   const saved = state.saved ?? new Date().toISOString().slice(0, 16).replace("T", " ");
-  return { pairs, tokens: held.tokens, content, document, answers, alternatives, row, saved };
+  return { pairs, tokens: held.tokens, content, document, ...Object.fromEntries(computed), row, saved };
 }
 
 function savedPage() {

@@ -14,8 +14,8 @@ async function read(content, row = 0) {
   if (now !== mine) return; // another text was read meanwhile
   byId("reading").hidden = true;
   if (!came) return;
-  state.answers = state.pairs.map(() => ({}));
-  state.alternatives = state.pairs.map(() => ({}));
+  for (const name of Object.keys(COMPUTED)) state[name] = nothing();
+  standing.clear();
   show(row);
   explainAll();
 }
@@ -85,8 +85,15 @@ function drawPanels(answer = null) {
     panel.place ??= byId("panels").appendChild(element("section", { class: "panel", "aria-label": panel.title }));
     const inside = panel.draw(state.row);
     panel.place.hidden = !inside.length;
-    panel.place.replaceChildren(...inside);
+    refill(panel.place, inside);
   });
+}
+
+// Puts other elements into a place. What had the focus there keeps it, where it has a key.
+function refill(place, inside) {
+  const key = place.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+  place.replaceChildren(...inside);
+  if (key) [...place.querySelectorAll("[data-key]")].find((one) => one.dataset.key === key)?.focus({ preventScroll: true });
 }
 
 function search() {
@@ -101,12 +108,10 @@ function search() {
   const listed = found.slice(0, SHOWN);
   byId("hits").textContent = wanted
     ? `${count(found.length)} found${found.length > SHOWN ? `, the first ${SHOWN} are listed` : ""}` : "";
-  const focused = document.activeElement?.closest("#found button")?.dataset.key; // stays where it was
-  byId("found").replaceChildren(...listed.map(({ pair, row, explanation, fve }) => element("li", {},
+  refill(byId("found"), listed.map(({ pair, row, explanation, fve }) => element("li", {},
     element("button", { type: "button", "data-key": `${pair} ${row}`, click: () => choose(row) },
       tokenName(row), element("span", { class: "number" }, figure(fve)),
       element("span", {}, `${named() ? `${state.pairs[pair].name}: ` : ""}${explanation || "(no explanation)"}`)))));
-  if (focused) [...byId("found").querySelectorAll("button")].find((one) => one.dataset.key === focused)?.focus();
 }
 
 function startReading() {

@@ -1,15 +1,23 @@
 // What the page holds. Everything else draws it, or asks the server for more of it.
 //
-// `held`, the content of #data: pairs; tokens, the longest text; and of a saved page content, document, answers,
-// alternatives, row, saved (when). A saved page is this file with these inside, and asks no server.
+// `held`, the content of #data: pairs; tokens, the longest text; and of a saved page content, document, row, saved (when) and
+// what was COMPUTED. A saved page is this file with these inside, and asks no server.
 const PRISTINE = document.documentElement.cloneNode(true); // before anything is drawn: what "Save page" writes
 const held = JSON.parse(document.getElementById("data").textContent);
+const COMPUTED = { // of each pair, by row
+  answers: "explanation, cut, claims, cosine, fve",
+  alternatives: "seed and alternatives",
+  ablations: "of each claim: text without it, and by how much fve and mse (in %) change then",
+  nearest: "the nearest training activations, and among how many",
+  patched: "what the subject says with each of some vectors in place of the activation",
+  steered: "edit, and by strength what the subject says along each direction",
+};
+const nothing = () => held.pairs.map(() => ({}));
 const state = {
-  pairs: held.pairs, // name, subject, layer, fve (is it known?), chat (does the subject read one?), limit
+  pairs: held.pairs, // name, subject, layer, fve (is it known?), chat (does the subject read one?), nearest (are there any?), limit
   content: held.content ?? null, // {text} or {messages}
   document: held.document ?? null, // id; tokens, roles, and for each pair norms and sinks, by row
-  answers: held.answers ?? held.pairs.map(() => ({})), // of each pair, by row: explanation, cut, claims, cosine, fve
-  alternatives: held.alternatives ?? held.pairs.map(() => ({})), // of each pair, by row: seed and alternatives
+  ...Object.fromEntries(Object.keys(COMPUTED).map((name) => [name, held[name] ?? nothing()])),
   row: held.row ?? 0, // the chosen token
   colour: "fve",
   pair: 0, // whose values colour the strip

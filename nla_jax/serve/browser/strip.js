@@ -104,5 +104,10 @@ function startStrip() {
   state.pairs.forEach(({ name }, i) => byId("pair").append(element("option", { value: i }, name)));
   byId("of").hidden = !named();
   byId("colour").addEventListener("change", () => { state.colour = byId("colour").value; drawColours(); remember(); });
-  byId("pair").addEventListener("change", () => { state.pair = Number(byId("pair").value); drawColours(); remember(); });
+  byId("pair").addEventListener("change", () => {
+    state.pair = Number(byId("pair").value);
+    drawColours();
+    drawPanels();
+    remember();
+  });
 }

@@ -11,10 +11,32 @@ const gauge = (name, value) => [
   element("span", { class: "number" }, figure(value)),
 ];
 
-function claimLine({ kind, value, true: holds }) {
+const LINGER = 150; // milliseconds over a claim before its worth is asked for
+let lingering = 0;
+
+// What the claims of an explanation are worth to the reconstructor; asked for once a claim has the pointer, or the focus.
+function weigh(pair, row) {
+  if (state.saved || state.ablations[pair][row]) return;
+  demand(`ablate ${pair} ${row}`, { do: "ablate", row, pair }, ({ ablations }) => {
+    state.ablations[pair][row] = ablations;
+  }, () => drawPanels({ ablations: true, row }));
+}
+
+function worth(pair, row, index) {
+  const found = state.ablations[pair][row]?.[index], more = (value) => (value < 0 ? "" : "+");
+  if (!found) return standing.get(`ablate ${pair} ${row}`)?.sentence ?? "";
+  const parts = [["FVE ", found.fve, 2, ""], ["error ", found.mse, 0, " %"]].filter(([, value]) => Number.isFinite(value));
+  return `without it: ${parts.map(([name, value, digits, unit]) => `${name}${more(value)}${figure(value, digits)}${unit}`).join(", ")}`;
+}
+
+function claimLine({ kind, value, true: holds }, pair, row, index) {
   const [mark, css, said] = { true: ["✓", "yes", "true"], false: ["✗", "no", "false"], null: ["·", "", "not checked"] }[holds];
-  return element("li", {}, element("span", { class: css, role: "img", "aria-label": said, title: said }, mark),
-    element("span", { class: "kind" }, kind), element("span", {}, value));
+  const linger = () => { clearTimeout(lingering); lingering = setTimeout(() => weigh(pair, row), LINGER); };
+  const line = { tabindex: 0, "data-key": `claim ${pair} ${index}`, title: state.ablations[pair][row]?.[index].text,
+    mouseenter: linger, focus: linger, mouseleave: () => clearTimeout(lingering) };
+  return element("li", line, element("span", { class: css, role: "img", "aria-label": said, title: said }, mark),
+    element("span", { class: "kind" }, kind),
+    element("span", {}, value, element("span", { class: "worth meta" }, worth(pair, row, index))));
 }
 
 function doubts({ explanation, cut, fve, claims }) {
@@ -33,7 +55,7 @@ function saidOf(pair, row) {
   if (!answer) return element("div", { class: "said" }, name, element("p", { class: "meta" }, state.saved ? "Not computed." : "Waiting …"));
   return element("div", { class: "said" }, name,
     element("p", { class: "text" }, answer.explanation || "–", answer.cut && answer.explanation ? " …" : ""), ...doubts(answer),
-    answer.claims.length ? element("ul", { class: "claims", "aria-label": "Claims" }, ...answer.claims.map(claimLine)) : null,
+    answer.claims.length ? element("ul", { class: "claims", "aria-label": "Claims" }, ...answer.claims.map((claim, i) => claimLine(claim, pair, row, i))) : null,
     element("div", { class: "measures" }, ...(state.pairs[pair].fve ? gauge("FVE", answer.fve) : []), ...gauge("cosine", answer.cosine)));
 }
 

@@ -3,7 +3,7 @@ const AROUND = 3;
 
 PANELS.push({
   title: "Around it",
-  shows: (answer) => !answer.alternatives && Math.abs(answer.row - state.row) <= AROUND && answer.pair === state.pair,
+  shows: (answer) => "explanation" in answer && Math.abs(answer.row - state.row) <= AROUND && answer.pair === state.pair,
   draw(row) {
     const of = state.answers[state.pair], lines = [];
     for (let at = Math.max(0, row - AROUND); at <= Math.min(spans.length - 1, row + AROUND); at++) {
