@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class Pair:
     """A verbalizer and a reconstructor with their parameters, prompts and sidecar.
 
     Where one of them is a LoRA adapter, its parameters are the adapter's, and `base` holds the frozen model that both
-    share, read from the folder `base_at`. `mesh`: the devices over which the parameters are cut (None: one device)."""
+    share, read from the folder `base_at`. `mesh`: the devices over which the parameters are cut (None: one device).
+    `folder`: where it was read from."""
 
     sidecar: Sidecar
     prompts: Prompts
@@ -80,6 +82,7 @@ class Pair:
     base: dict | None = None
     mesh: Mesh | None = None
     base_at: Path | None = None
+    folder: Path | None = None
 
     def __repr__(self) -> str:
         of = lambda model: (
@@ -214,6 +217,17 @@ class Pair:
             raise InputError(f"There are {len(texts)} texts for {len(vectors)} vectors; give one for each.")
         recon, vectors = (np.asarray(x, np.float64) for x in (self.reconstruct(texts), vectors))
         return {"mse": mse(recon, vectors), "cosine": cosine(recon, vectors)}
+
+    def show(
+        self, text: str | list[dict[str, str]], subject: Any = None, *, max_tokens: int = 2048, batch: int = 64
+    ) -> Any:
+        """The page of `nla serve` for a text, or a chat's messages, every token explained: a notebook displays it,
+        and `.save("page.html")` writes it. `subject`: a `Subject`, its folder or hub id (None: what the sidecar names).
+
+        Raises `InputError` where the subject is not found, and for a text of more than `max_tokens` tokens."""
+        max_tokens, batch = whole_number("max_tokens", max_tokens, 1), whole_number("batch", batch, 1)
+        notebook = importlib.import_module("nla_jax.serve.notebook")  # by name: it is made of what stands above a pair
+        return notebook.of_text(self, text, subject, max_tokens, batch)
 
     def merged(self) -> "Pair":
         """The pair with its adapters merged into plain parameters: what `transformers` and servers load without
@@ -399,4 +413,5 @@ def _read(av: str | Path, ar: str | Path | None, base: str | Path | None, said: 
     av_params = av_params or how.params(av, config)
     backbone = backbone or how.params(ar, truncated, truncated=True)
     ar_params = {"backbone": backbone, "head": head}
-    return Pair(sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, how.mesh, base_at)
+    made = (sidecar, prompts, verbalizer, reconstructor, av_params, ar_params, frozen, how.mesh, base_at)
+    return Pair(*made, folder=av.parent)

@@ -1,5 +1,6 @@
 """The page of `nla serve` as a file: what stands in it, `--export`, and the flags of the verb."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -10,12 +11,14 @@ import urllib.error
 import urllib.request
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import one_line
 from test_serve import CHAT, TEXT
 
 from nla_jax.cli import main
 from nla_jax.pair import load_pair
+from nla_jax.runtime.errors import InputError
 from nla_jax.serve.models import short_names
 from nla_jax.serve.page import POLICY, SCRIPT, STYLE, page
 from nla_jax.subject import extract, load_subject
@@ -79,6 +82,40 @@ def test_export_writes_every_explanation(place, pair, tmp_path, capsys):
     assert [data["answers"][0][str(row)]["explanation"] for row in range(len(expected))] == expected and any(expected)
     assert data["answers"][0]["0"]["fve"] is None and data["pairs"][0]["fve"] is False  # no variance is recorded
     assert main(command) == 1 and "exists" in one_line(capsys)
+
+
+def test_a_notebook_shows_the_page_in_a_frame_that_reaches_nothing(place, tmp_path):
+    pair, subject = load_pair(place[1]), load_subject(place[3], 1)
+    shown = pair.show(TEXT, subject)
+    (tag, attributes), *more = Page(shown._repr_html_()).tags
+    assert tag == "iframe" and not more and attributes["srcdoc"] == shown.html
+    assert set(attributes["sandbox"].split()) == {"allow-scripts", "allow-downloads"}
+    data = json.loads(Page(shown.html).scripts[0])
+    acts = extract(subject, [TEXT], "all")
+    assert data["document"]["tokens"] == acts.tokens and data["pairs"][0]["name"] == "pair"
+    assert json.loads(Page(pair.show(TEXT, place[3]).html).scripts[0])["answers"] == data["answers"]
+    shown.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == shown.html
+    with pytest.raises(InputError, match="exists"):
+        shown.save(tmp_path / "page.html")
+    with pytest.raises(InputError, match="is not here"):  # "tiny", which the sidecar names
+        pair.show(TEXT)
+    explained = json.loads(Page(acts[:9].show(pair).html).scripts[0])
+    one = lambda answers, row: answers[0][str(row)]["explanation"]
+    assert [one(explained["answers"], row) for row in range(9)] == [one(data["answers"], row) for row in range(9)]
+    with pytest.raises(InputError, match="activations of layer 0, the pair reads layer 1"):
+        dataclasses.replace(acts, layer=0).show(pair)
+
+
+def test_activations_alone_are_shown_by_their_norms(place):
+    acts = extract(load_subject(place[3], 1), [TEXT, "Another text."], "all")
+    data = json.loads(Page(acts.show().html).scripts[0])
+    assert data["document"]["tokens"] == acts.tokens and data["pairs"][0]["silent"]
+    assert set(data["document"]["roles"]) == {"document 0", "document 1"}
+    lengths = np.linalg.norm(acts.vectors, axis=1)
+    np.testing.assert_allclose(data["document"]["norms"][0], lengths / np.median(lengths), rtol=1e-4)
+    with pytest.raises(InputError, match="no activations to show"):
+        acts[:0].show()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Activations at token positions, with all that it takes to look at a row and to run it again."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ class Activations:
                 IDS: pa.array(self.token_ids, pa.list_(pa.int32())),
             }
         )
+
+    def show(self, pair: Any = None, *, batch: int = 64) -> Any:
+        """The tokens as the page of `nla serve` shows them, coloured by norm; with a `Pair`, each explained. A notebook
+        displays it, and `.save("page.html")` writes it.
+
+        Raises `InputError` where there are no rows, and for a pair of another layer."""
+        notebook = importlib.import_module("nla_jax.serve.notebook")  # by name: it is made of what stands above
+        return notebook.of_activations(self, pair, batch)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes the rows as a Parquet file, which `Activations.load` reads. Raises `InputError` where the file is

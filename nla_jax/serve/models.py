@@ -34,7 +34,7 @@ class Served:
 
     name: str
     pair: Pair
-    subject: Subject
+    subject: Subject | None  # None: its activations are given
     max_new_tokens: int
     training: Training | None = None  # what the pair was trained on, where its run's folder is given
 
@@ -49,7 +49,7 @@ class Served:
         sidecar = self.pair.sidecar
         subject = "/".join(sidecar.base_checkpoint.rstrip("/").split("/")[-2:])  # a hub id, or the end of a path
         facts = {"name": self.name, "subject": subject, "layer": sidecar.layer}
-        chat = self.subject.tokenizer.chat_template is not None
+        chat = self.subject is not None and self.subject.tokenizer.chat_template is not None
         can = {"fve": training_variance(self.pair) is not None, "chat": chat, "nearest": self.training is not None}
         return facts | can | {"limit": self.max_new_tokens}
 
@@ -64,7 +64,7 @@ class Document:
     vectors: list[Float[np.ndarray, "n D"]]  # of each pair
     norms: list[list[float]]  # of each pair, as multiples of the usual norm
     upto: Callable[[int], list[int]]  # the ids of the text's tokens up to and with that of a row, special ones too
-    decode: Callable[..., str]
+    decode: Callable[..., str] | None  # None: nobody explains it
     answers: dict[tuple[int, int], dict] = dataclasses.field(default_factory=dict)  # greedy ones, by pair and row
     kept: dict[tuple, dict] = dataclasses.field(default_factory=dict)  # other answers, by what was asked
 

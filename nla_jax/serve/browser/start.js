@@ -66,7 +66,8 @@ function fromAddress() {
 }
 
 function start() {
-  byId("pairs").textContent = state.pairs.map(({ name, subject, layer }) => `${name}: ${subject} after block ${layer}`).join(" · ");
+  const after = (layer) => (Number.isInteger(layer) ? ` after block ${layer}` : "");
+  byId("pairs").textContent = state.pairs.map(({ name, subject, layer }) => `${name}${subject && `: ${subject}`}${after(layer)}`).join(" · ");
   startStrip();
   startReading();
   startKeep();
@@ -77,7 +78,8 @@ function start() {
   }
   byId("pairs").textContent += ` · saved ${state.saved}`;
   byId("kept").textContent = "This is a saved page: it holds what was computed, and asks nobody for more.";
-  byId("work").hidden = !missing().length;
+  byId("work").hidden = SILENT || !missing().length;
+  byId("about").hidden = byId("search").hidden = SILENT;
   show(state.row);
 }
 

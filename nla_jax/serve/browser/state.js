@@ -12,14 +12,15 @@ const COMPUTED = { // of each pair, by row
   patched: "what the subject says with each of some vectors in place of the activation",
   steered: "edit, and by strength what the subject says along each direction",
 };
+const SILENT = held.pairs.every(({ silent }) => silent); // activations alone, which nobody explains
 const nothing = () => held.pairs.map(() => ({}));
 const state = {
-  pairs: held.pairs, // name, subject, layer, fve (is it known?), chat (does the subject read one?), nearest (are there any?), limit
+  pairs: held.pairs, // name, subject, layer, limit; fve (is it known?), chat (does the subject read one?), nearest, silent
   content: held.content ?? null, // {text} or {messages}
   document: held.document ?? null, // id; tokens, roles, and for each pair norms and sinks, by row
   ...Object.fromEntries(Object.keys(COMPUTED).map((name) => [name, held[name] ?? nothing()])),
   row: held.row ?? 0, // the chosen token
-  colour: "fve",
+  colour: SILENT ? "norm" : "fve",
   pair: 0, // whose values colour the strip
   saved: held.saved ?? null,
 };

@@ -100,7 +100,8 @@ function startStrip() {
     choose(to(), true);
   });
   for (const [value, { name }] of Object.entries(COLOURS))
-    if (value !== "gain" || named()) byId("colour").append(element("option", { value }, name));
+    if ((value !== "gain" || named()) && (value !== "fve" || !SILENT)) byId("colour").append(element("option", { value }, name));
+  byId("colour").value = state.colour;
   state.pairs.forEach(({ name }, i) => byId("pair").append(element("option", { value: i }, name)));
   byId("of").hidden = !named();
   byId("colour").addEventListener("change", () => { state.colour = byId("colour").value; drawColours(); remember(); });

@@ -70,7 +70,7 @@ PANELS.push({
       element("h2", {}, tokenName(row), ` token ${count(row + 1)} of ${count(tokens.length)}${roles[row] ? `, ${roles[row]}` : ""}`),
       element("p", { class: "meta" }, `Norm: ${same ? all[0] : all.join(", ")} the usual. `,
         sink ? element("span", { class: "badge doubt" }, "attention sink: an explanation says little of it") : null),
-      element("div", { class: "columns" }, ...state.pairs.map((_, pair) => saidOf(pair, row))),
+      SILENT ? "" : element("div", { class: "columns" }, ...state.pairs.map((_, pair) => saidOf(pair, row))),
     ];
   },
 });

@@ -74,7 +74,7 @@ PANELS.push({
       element("p", { class: "meta" }, "Edit the explanation. The activation is moved along Δ, the difference that the edit makes to the ",
         "reconstruction, and the subject goes on from there. An edit steers only where the controls of the same strength do not."),
       ...(state.saved ? [] : editor(row)),
-      element("p", { class: "bar" }, element("label", {}, "Strength ", slider), element("output", { id: "strength-said", class: "meta", for: "strength" })),
+      element("p", { class: "bar" }, element("label", {}, "Strength ", slider), element("span", { id: "strength-said", class: "meta" })),
       element("div", { id: "steered" }),
     ];
   },
