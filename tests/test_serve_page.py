@@ -17,6 +17,7 @@ from conftest import one_line
 from test_serve import CHAT, TEXT
 
 from nla_jax.cli import main
+from nla_jax.io.parquet import write_table
 from nla_jax.pair import load_pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.serve.models import short_names
@@ -132,6 +133,19 @@ def test_a_saved_page_does_not_say_where_pairs_lie(names, short):
     assert short_names(names) == short
 
 
+def test_export_holds_the_nearest_training_activations(place, tmp_path):
+    (tmp_path / "text.txt").write_text("The river.", encoding="utf-8")
+    trained = extract(load_subject(place[3], 1), [TEXT], "all")
+    write_table(trained.table(), tmp_path / "run/activations/rl-00000-of-00001.parquet")
+    flags = ["--workdir", str(tmp_path / "run"), "--export", str(tmp_path / "text.txt")]
+    assert main(["serve", *place, *flags, "--out", str(tmp_path / "page.html")]) == 0
+    data = json.loads(Page((tmp_path / "page.html").read_text(encoding="utf-8")).scripts[0])
+    said = {row for row, answer in data["answers"][0].items() if answer["explanation"]}
+    assert data["pairs"][0]["nearest"] and data["nearest"][0].keys() == said and said
+    for of in data["nearest"][0].values():
+        assert of["among"] == len(trained) and all(found["text"] in trained.texts for found in of["nearest"])
+
+
 def test_export_of_a_chat(place, tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps(CHAT), encoding="utf-8")
     assert main(["serve", *place, "--export", str(tmp_path / "chat.json"), "--out", str(tmp_path / "c.html")]) == 0
@@ -152,6 +166,7 @@ def test_export_of_a_chat(place, tmp_path):
         (["--queue", "0"], "--queue"),
         (["--seconds", "0"], "--seconds"),
         (["--pair", "nowhere"], "nowhere"),
+        (["--workdir", "nowhere"], "holds no training activations"),
         (["--host", "256.0.0.1"], "cannot listen"),
     ],
     ids=str,

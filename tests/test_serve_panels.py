@@ -196,6 +196,7 @@ def test_a_notebook_shows_the_strip(opened, served):
     expect(alone.locator("#panels h2")).to_contain_text(f"token 4 of {len(acts)}, document 0")
     assert alone.get_by_label("Colour").input_value() == "norm" and alone.locator("#words").is_hidden()
     assert "".join(alone.locator(".token").all_text_contents()[:9]) == "".join(acts.tokens[:9])
+    explained.locator(".token").nth(2).click()
     explained.locator(".token").nth(2).press("ArrowRight")
     expect(explained.locator("#panels h2").first).to_contain_text("token 4 of 6")
     expect(explained.locator(".said .text")).to_have_count(1)
