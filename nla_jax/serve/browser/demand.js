@@ -38,6 +38,6 @@ function conditions(caption, columns, rows) {
     element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body));
 }
 
-const continuation = (text) => element("span", { class: "continued" }, text ? `…${text}` : "(it ends here)");
+const continuation = (text) => element("span", { class: "continued" }, text ? `…${text.replaceAll(/\n+/g, " ↵ ")}` : "(it ends here)");
 const explained = (row) => Boolean(state.answers[state.pair][row]?.explanation);
 const ofPair = (title) => (named() ? `${title}, ${state.pairs[state.pair].name}` : title);
