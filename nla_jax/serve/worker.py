@@ -4,14 +4,11 @@ import collections
 import dataclasses
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from nla_jax.runtime.errors import InputError, first_line
-
-GATHER = 0.01  # seconds in which those who were just answered together may ask again: they make one batch, not two
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,8 +66,6 @@ class Worker:
     def _work(self) -> None:
         while (batch := self._next()) is not None:
             self._compute(batch)
-            if len({job for job, _ in batch}) > 1:
-                time.sleep(GATHER)
 
     def _next(self) -> list[tuple[Job, Any]] | None:
         """The rows of the next batch with their jobs; None at the end."""
