@@ -11,7 +11,9 @@ from conftest import copy_before, nla_main, one_line
 
 from nla_jax.cli import main
 
-HOLDER = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); input()"
+HOLDER = (
+    "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); input()"
+)
 
 
 @pytest.fixture
@@ -47,7 +49,9 @@ def test_every_document_that_is_shown_was_evaluated(finished):
     scores = {(row["rl"], row["fve_rl"]) for document in evaluated["documents"] for row in document["rows"]}
     for row in evaluated["examples"]:
         shown = next((d for d in evaluated["documents"] if d["document"] == row["document"]), None)
-        assert shown is None or ((row["rl"], row["fve_rl"]) in scores and row["context"] + row["token"] in shown["text"])
+        assert shown is None or (
+            (row["rl"], row["fve_rl"]) in scores and row["context"] + row["token"] in shown["text"]
+        )
 
 
 def test_amid_training_another_process_holds_the_folder(finished, tmp_path, capsys):

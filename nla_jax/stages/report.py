@@ -27,7 +27,7 @@ def report(run: Run) -> None:
     with run.stage("report") as result:
         if result is None:
             return
-        evaluated = [run.require(stage) for stage in ("rl", "sft", "evaluate")][-1]
+        _, _, evaluated = map(run.require, OF_EVALUATION)
         scores, page = evaluated["summary"], gather(run, measured(run, evaluated.get("hash")))
         write_atomically(run.workdir / "report.html", render(page))
         summary = scores | page.figures | {"seconds_by_stage": page.seconds}
@@ -57,9 +57,7 @@ def gather(run: Run, evaluated: dict, state: str = "") -> Report:
     that has none."""
     begun = {stage: made for stage in run.stages if stage != "report" and (made := run.begun(stage))}
     result = lambda stage: run.result(stage) or {}
-    made = {
-        name: value for name, value in list(begun.values())[-1].items() if name not in ("command", "date", "seconds")
-    }
+    newest = list(begun.values())[-1]
     scores = result("evaluate").get("summary", {})
     return Report(
         title=run.config.report.title,
@@ -67,7 +65,7 @@ def gather(run: Run, evaluated: dict, state: str = "") -> Report:
         layer=run.config.subject.layer,
         created=f"drawn {datetime.datetime.now():%Y-%m-%d %H:%M} with nla_jax {VERSION}",
         state=state,
-        run={"seed": run.config.seed} | made,
+        run={"seed": run.config.seed} | {k: v for k, v in newest.items() if k not in ("command", "date", "seconds")},
         sizes=sizes(run),
         config=json.dumps(run.config.to_dict(), indent=1),
         figures={name: scores.get(name) for name in ("heldout_documents", "heldout_rows")}

@@ -33,8 +33,8 @@ def documents(report: Report) -> str:
     maps = "".join(heat_map(i, document) for i, document in enumerate(report.documents))
     return (
         "<p>Documents of the examples, chosen without a look at any score. Blue: the explanation rebuilds the "
-        "activation there, as deep as it does so well. White: no better than the mean activation. Red: worse. Point at "
-        "a coloured token, or move with the arrow keys, to read its explanation.</p>"
+        "activation of that token, the deeper the better. No colour: as far off as the mean activation. Red: further "
+        "off. Point at a token, click it, or move with the arrow keys to read its explanation.</p>"
         f'<form class="maps" hidden>{choice("Document", names)}{choice("Colour", colours) if colours else ""}'
         '<span class="scale" aria-hidden="true">−1 <span class="ramp fve"></span> 1</span></form>'
         f"{maps}"
@@ -84,14 +84,14 @@ def tint(score: float) -> str:
 
 
 def said(row: Mapping) -> str:
-    """The explanation of a row: after RL, else before."""
-    return row.get("rl") or row.get("warm") or ""
+    """The explanation of a row: after RL, or before it where there is no other."""
+    return row["rl"] if "rl" in row else row.get("warm", "")
 
 
 def reading(name: str, text: str, row: Mapping) -> str:
     """What was said of a token, how good it is, and what else could be said."""
     place = f'<span class="note">token {written(row["place"])}</span>' if row.get("place") else ""
-    others = {key: value for key, value in row.items() if key != "rl"} if row.get("rl") else row
+    others = {key: value for key, value in row.items() if key != "rl"}
     return (
         f'<div class="reading"><p><mark>{escape(in_a_line(text))}</mark> {place}</p>'
         f'<p class="said" id="said-{name}">{escape(said(row)) or MISSING}</p>{tags(row)}{texts(others)}</div>'

@@ -23,16 +23,10 @@ def header(report: Report) -> str:
     lead = next((name for name in (*HEADLINES, *scores) if name in scores), "")
     state = f'<p class="state">{escape(report.state)}</p>' if report.state else ""
     words = fve_in_words(report) if lead in HEADLINES else ""
-    bars = scale(report)
-    bars = (
-        f'<figure class="scale"><h3>Beside baselines and controls (higher is better)</h3>{bars}</figure>'
-        if bars
-        else ""
-    )
     return (
         f'<header><h1>{escape(report.title)}</h1><p class="meta">Subject {breakable(report.subject)} · residual stream '
         f"after block {report.layer} · {escape(report.created)}</p>{state}{alert(report)}"
-        f'<div class="columns lead"><div>{headline(report, lead)}{words}</div>{bars}</div></header>'
+        f'<div class="columns lead"><div>{headline(report, lead)}{words}</div>{scale(report)}</div></header>'
     )
 
 
@@ -65,7 +59,10 @@ def scale(report: Report) -> str:
         said = f"{written(score['mean'])} ({interval(score['ci95'])})"
         bars.append((before + label, css, score["mean"], score["ci95"], said))
     reach = [end for score in scores.values() for end in (score["mean"], *score["ci95"]) if known(end)]
-    return bar_chart("FVE of the headline and its baselines", bars, axis("FVE", [0.0, 1.0, *reach])) if bars else ""
+    if not bars:
+        return ""
+    chart = bar_chart("FVE of the headline and its baselines", bars, axis("FVE", [0.0, 1.0, *reach]))
+    return f"<figure><h3>Beside baselines and controls (higher is better)</h3>{chart}</figure>"
 
 
 def fve_in_words(report: Report) -> str:
