@@ -203,7 +203,7 @@ def test_documents_are_heat_maps(html):
             hue, share = re.fullmatch(r"--hue:var\(--(\w+)\);--share:(\d+)%", attrs["style"]).groups()
             assert hue == ("alert" if row["fve_rl"] < 0 else "rl")
             assert int(share) == pytest.approx(60 * abs(row["fve_rl"]), abs=0.51)
-            assert f"{row['fve_rl']:.2f}".replace("-", "−") in attrs["aria-label"] and attrs["title"] == row["rl"]
+            assert f"{row['fve_rl']:.3f}".replace("-", "−") in attrs["aria-label"] and attrs["title"] == row["rl"]
             assert f'<p class="said" id="{name}">{row["rl"]}</p>' in html
             assert all(row[key] in html for key in ("labels", "warm"))
         assert f"{len(rows)} of the first {document['tokens']} tokens were evaluated" in text_of(html)
