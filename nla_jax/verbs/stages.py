@@ -93,13 +93,14 @@ def draw(arguments: argparse.Namespace) -> None:
 
     from nla_jax.runtime.run import Run
     from nla_jax.stages.report import redraw
+    from nla_jax.tools.precision import settled
 
     folder = workdir(arguments)
     check_begun(arguments.config, folder, "report")
     if arguments.process_id:
         return
     jax.config.update("jax_platforms", "cpu")
-    run = Run(arguments.config, folder, STAGES, arguments.command)
+    run = Run(settled(arguments.config, path_to(folder)), folder, STAGES, arguments.command)
     arguments.stage = "report"
     warnings = redraw(run)
     if run.result("report"):
