@@ -111,7 +111,7 @@ def test_a_document_is_read_by_pointer_and_keys(opened):
         "document.getElementById(document.activeElement.getAttribute('aria-describedby')).textContent"
     )
     assert described == shown(tab)
-    tab.get_by_label("Document").select_option(label="2. json/dumps#2")
+    tab.locator("form.maps").get_by_label("Document").select_option(label="2. json/dumps#2")
     assert (
         tab.locator(".token:visible").count() == len(documents[1]["rows"]) and shown(tab) == "after 0 of json/dumps#2"
     )

@@ -33,7 +33,12 @@ def test_a_finished_run_is_drawn_again(workdir, corpus, capsys):
     assert "<h1>Under another name</h1>" in page
     assert "Held-out FVE" in capsys.readouterr().out
     assert json.loads((workdir / "summary.json").read_text()) == kept
-    assert page.count('role="option"') > 8 and f"nla serve --pair '{workdir}/pair' --open" in page
+    rows = [
+        row
+        for document in json.loads((workdir / "evaluation.json").read_text())["documents"]
+        for row in document["rows"]
+    ]
+    assert page.count('role="option"') == len(rows) > 0 and f"nla serve --pair '{workdir}/pair' --open" in page
     assert f"nla serve --pair '{workdir}/pair_warm' --pair '{workdir}/pair' --open" in page
     assert draw(workdir).count("Under another name") == 2 + 1  # title, headline, settings: recorded as the run's
     (workdir / "report.html").write_text("damaged")
