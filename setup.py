@@ -16,7 +16,13 @@ setup(
     packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.configs"],
     package_dir={"nla_jax.configs": "configs"},  # so that commands find configs/NAME.py outside a checkout too
     package_data={
-        "nla_jax": ["quickstart/subject/*", "quickstart/pair/*/*", "serve/browser/*", "serve/browser/panels/*"]
+        "nla_jax": [
+            "quickstart/subject/*",
+            "quickstart/pair/*/*",
+            "serve/browser/*",
+            "serve/browser/panels/*",
+            "tools/report/browser/*",
+        ]
     },
     # The lower bounds are those that `make test-oldest` installs and tests.
     install_requires=[

@@ -5,6 +5,7 @@ import ast
 import contextlib
 import functools
 import importlib
+import json
 import os
 import re
 import runpy
@@ -193,7 +194,8 @@ def parse(argv: list[str], arguments: argparse.Namespace) -> None:
         )
         if name == verb:
             if name in CONFIGURED:
-                sub.add_argument("--config", default=DEFAULT_CONFIG, help="config file, optionally file.py:variant")
+                default, more = (None, " (default: that of the run)") if name == "report" else (DEFAULT_CONFIG, "")
+                sub.add_argument("--config", default=default, help=f"config file, optionally file.py:variant{more}")
             importlib.import_module(module).add_arguments(sub)
     _, overrides = parser.parse_known_args(argv, arguments)
     allowed = "--config." if arguments.verb in CONFIGURED else ()
@@ -203,8 +205,9 @@ def parse(argv: list[str], arguments: argparse.Namespace) -> None:
         raise InputError(f"{without[0]} has no value; write {without[0]}=VALUE.")
     arguments.command = shlex.join(["nla", *argv])
     if arguments.verb in CONFIGURED:
-        arguments.config_file = arguments.config
-        arguments.config = load_config(arguments.config, overrides)
+        arguments.config_file = arguments.config or DEFAULT_CONFIG
+        recorded = None if arguments.config else config_of_run(arguments.workdir)
+        arguments.config = load_config(recorded or arguments.config_file, overrides)
 
 
 def hint(unknown: str, overrides: list[str]) -> str:
@@ -224,26 +227,21 @@ class Version(argparse.Action):
         parser.exit()
 
 
+def config_of_run(workdir: str | None) -> str | None:
+    """The config that a run has recorded in its working folder; None where there is none, or the folder is on a
+    bucket."""
+    file = Path(workdir or "runs/quickstart") / "config.json"
+    return str(file) if file.is_file() else None
+
+
 def load_config(file: str, overrides: list[str]) -> Config:
-    """The config that `file.py[:variant]` gives, changed by `--config.field=value` overrides.
+    """The config that `file.py[:variant]`, or `file.json`, gives, changed by `--config.field=value` overrides.
 
     Raises `InputError` where there is no such file, it fails, or a value is wrong."""
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    path, colon, variant = file.partition(":")
-    if not Path(path).is_file():  # configs lie beside the package in a checkout, and inside it where it is installed
-        shipped = [found for found in (PACKAGE.parent / path, PACKAGE / path) if found.is_file()]
-        if not shipped:
-            raise InputError(f"There is no config file {path}.")
-        path = str(shipped[0])
-    try:
-        if (get_config := runpy.run_path(path).get("get_config")) is None:
-            raise ValueError("it has no function get_config, which returns a ConfigDict")
-        given = get_config(variant) if colon else get_config()
-        given = given.to_dict() if isinstance(given, ConfigDict) else dict(given)
-    except Exception as error:  # of the user's file
-        raise InputError(f"The config {file} cannot be read: {type(error).__name__}: {first_line(error)}.") from error
+    given = given_by(file)
     whole = ConfigDict(open_ended(read(given, f"The config {file}").to_dict(), overrides), type_safe=False)
     values, command = flags.FlagValues(), ["nla", *overrides]
     with contextlib.redirect_stderr(None):
@@ -253,6 +251,27 @@ def load_config(file: str, overrides: list[str]) -> Config:
         except Exception as error:
             raise InputError(f"The config {file} with {' '.join(overrides)} is not valid: {invalid(error)}.") from None
     return read(whole.to_dict(), f"The config {file}" + (f" with {' '.join(overrides)}" if overrides else ""))
+
+
+def given_by(file: str) -> dict:
+    """What `file.py[:variant]`, or `file.json`, says. Raises `InputError` where there is no such file, or it fails."""
+    from ml_collections import ConfigDict
+
+    path, colon, variant = (file, "", "") if file.endswith(".json") else file.partition(":")
+    if not Path(path).is_file():  # configs lie beside the package in a checkout, and inside it where it is installed
+        shipped = [found for found in (PACKAGE.parent / path, PACKAGE / path) if found.is_file()]
+        if not shipped:
+            raise InputError(f"There is no config file {path}.")
+        path = str(shipped[0])
+    try:
+        if path.endswith(".json"):
+            return json.loads(Path(path).read_bytes())
+        if (get_config := runpy.run_path(path).get("get_config")) is None:
+            raise ValueError("it has no function get_config, which returns a ConfigDict")
+        given = get_config(variant) if colon else get_config()
+        return given.to_dict() if isinstance(given, ConfigDict) else dict(given)
+    except Exception as error:  # of the user's file
+        raise InputError(f"The config {file} cannot be read: {type(error).__name__}: {first_line(error)}.") from error
 
 
 def open_ended(values: dict, overrides: list[str]) -> dict:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import numpy as np
 
@@ -131,9 +132,50 @@ def fake_examples(rng: random.Random) -> list[dict]:
             "fve_warm": rng.gauss(0.34, 0.2),
             "fve_rl": rng.gauss(0.6, 0.15),
             "cos_rl": rng.gauss(0.85, 0.04),
+            "kinds": [("within a word", "punctuation or blank", "a word begins")[i % 3], "spoken by the user"][
+                : 1 + i % 2
+            ],
         }
         for i in range(30)
     ]
+
+
+def fake_documents(rng: random.Random) -> list[dict]:
+    """Two documents of which some tokens were evaluated; the last of each is a line's end, of FVE below 0."""
+    found = []
+    for name, text in (
+        ("news/17", "Rain fell on the harbour.\nBoats stayed in."),
+        ("json/dumps#2", "Returns a string.\n"),
+    ):
+        rows = []
+        for at, token in enumerate(re.findall(r"\s?\w+|[^\w ]", text), 3):
+            start = rows[-1]["end"] if rows else 0
+            rows.append({"start": text.index(token, start), "end": text.index(token, start) + len(token), "place": at})
+        rows = [row for i, row in enumerate(rows) if i % 3 == 1 or i == len(rows) - 1]
+        for i, row in enumerate(rows):
+            last = i == len(rows) - 1
+            texts = {"labels": f"label {i} of {name}", "warm": f"before {i} of {name}", "rl": f"after {i} of {name}"}
+            row |= texts | {
+                "fve_warm": 0.25 * i,
+                "fve_rl": -0.5 if last else rng.random(),
+                "cos_rl": 0.9,
+                "kinds": ["number"],
+            }
+        found.append({"document": name, "text": text + " And more.", "tokens": rows[-1]["place"], "rows": rows})
+    return found
+
+
+def fake_stages(steps: int) -> dict[str, dict]:
+    """How the stages were made: the last one with another commit."""
+    command = f"nla quickstart --config configs/quickstart.yaml --set rl.steps={steps} --set out=runs/quickstart"
+    made = {
+        "command": command,
+        "date": "2026-11-22 15:00",
+        "commit": "0123456789ab",
+        "devices": "2 × cpu",
+        "jax": "0.10.2",
+    }
+    return dict.fromkeys(("pretrain", "extract", "sft", "rl"), made) | {"evaluate": made | {"commit": "ba9876543210"}}
 
 
 def fake_data(steps: int = 300, seed: int = 0) -> dict:
@@ -143,10 +185,13 @@ def fake_data(steps: int = 300, seed: int = 0) -> dict:
         "title": "quickstart",
         "subject": "byte-docs-6l",
         "layer": 3,
-        "created": "2026-11-22 16:00",
-        "command": "nla quickstart --config configs/quickstart.yaml --set rl.steps=300 --set out=runs/quickstart",
+        "created": "drawn 2026-11-22 16:00 with nla_jax 0.2.0",
+        "state": "",
         "run": {"seed": 3, "nla_jax": "0.2.0", "jax": "0.10.2", "commit": None, "devices": "2 × cpu"},
+        "sizes": {"rows of heldout": "2048 from 212 texts", "RL": f"{steps} steps of 8 activations, 8 texts each"},
         "config": '{"seed": 3}',
+        "stages": fake_stages(steps),
+        "open_with": {"The page": "nla serve --pair runs/quickstart/pair --open"},
         "figures": {
             "heldout_documents": 212,
             "heldout_rows": 2048,
@@ -160,4 +205,6 @@ def fake_data(steps: int = 300, seed: int = 0) -> dict:
         "history": fake_history(steps, rng),
         "probes": fake_probes(rng),
         "examples": fake_examples(rng),
+        "documents": fake_documents(rng),
+        "losses": {"AV, warm start": [{"step": 20 * i, "loss": 2 / i, "seconds": 1.0} for i in range(1, 6)]},
     }

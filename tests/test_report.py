@@ -17,7 +17,9 @@ from nla_jax.probes import probe as probes
 from nla_jax.probes.probe import figures, load_probes, probe, run_probe
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.report.charts import Line, axis, short, with_running_mean
-from nla_jax.tools.report.page import MISSING, Report, interval, render, warnings, written
+from nla_jax.tools.report.page import render
+from nla_jax.tools.report.pieces import MISSING, interval, written
+from nla_jax.tools.report.report import Report, warnings
 from nla_jax.tools.report.style import SCRIPT
 from nla_jax.verbs.stages import print_headline
 
@@ -79,7 +81,7 @@ def broken(value, leaf, key=None):
 
 def with_numbers(data: dict, change) -> dict:
     """`data` with every number changed that may be None or not finite: all but steps and the scores of single rows."""
-    fixed = ("step", "rows", "layer", *data["seconds"])
+    fixed = ("step", "rows", "layer", "start", "end", *data["seconds"])
     numbers = lambda leaf, key: isinstance(leaf, (int, float)) and key not in fixed
     return broken(data, lambda leaf, key: change(leaf) if numbers(leaf, key) else leaf)
 
@@ -102,7 +104,7 @@ def html() -> str:
 def test_page_is_balanced_and_finite(html):
     page = Page(html)
     assert_finite(page)
-    assert len(page.named("h2")) == len(page.named("section")) == 5
+    assert len(page.named("h2")) == len(page.named("section")) == 7
     charts = [svg for svg in page.named("svg") if "preserveaspectratio" not in svg]  # not their inner drawings
     assert len(charts) > 25
     # A bar is passed over by a screen reader: its row has the numbers as text.
@@ -117,6 +119,100 @@ def test_page_is_self_contained(html):
     policy = next(meta["content"] for meta in Page(html).named("meta") if "http-equiv" in meta)
     allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+
+
+def test_the_headline_has_its_baselines_beside_it():
+    data = fake_data(steps=5)
+    tokens = [fake_score("fve_token_ridge", "Regression on the last tokens", 0.3975, 0.38, 0.41)]
+    tokens += [fake_score("fve_constant", "The best constant", -0.1546, -0.17, -0.14)]
+    data["probes"].append(fake_probe("tokens", tokens, title="Tokens"))
+    top = re.search("<header>.*?</header>", page_of(data), re.S)[0]
+    rows = re.findall(
+        r"<p><span>(.*?)</span> <b>(.*?) \(.*?</p><svg[^>]*>.*?<rect class=\"bar\" x=\"(.*?)%\".*? width=\"(.*?)%", top
+    )
+    assert [row[:2] for row in rows] == [
+        ("AV after RL", "0.604"),
+        ("AV warm start", "0.339"),
+        ("Gold label text", "0.413"),
+        ("No text: regression on the last tokens", "0.398"),
+        ("No text: the best constant", "−0.155"),
+        ("Control: no injection", "−0.587"),
+        ("Control: empty text", "−0.631"),
+        ("Control: shuffled pairs", "−0.722"),
+    ]
+    for _, value, x, width in rows:  # of an axis from the lowest end, −0.75, to 1
+        value = float(value.replace("−", "-"))
+        assert float(width) == pytest.approx(100 * abs(value) / 1.75, abs=0.1)
+        assert float(x) == pytest.approx(100 * (min(value, 0) + 0.75) / 1.75, abs=0.1)
+    words = text_of(top)
+    assert "0 the error of always guessing the mean activation" in words
+    assert "scores below 0 (here −0.155), the text of another activation far below (here −0.722)" in words
+
+
+def test_each_stage_is_shown_with_what_it_was_made_with(html):
+    run = html[html.index("The run</h2>") :]
+    rows = re.findall(r'<tr><th scope="row">(\w+)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', run)
+    assert ("rl", "633", "2026-11-22 15:00", "0123456789ab") in rows
+    assert ("evaluate", "41.9", "2026-11-22 15:00", "ba9876543210") in rows
+    assert run.count("nla quickstart") == 1  # one command ran them all
+    assert "2048 from 212 texts" in run and "300 steps of 8 activations" in run
+    pair = html[html.index("Open the pair</h2>") : html.index("The run</h2>")]
+    assert "<pre>nla serve --pair runs/quickstart/pair --open</pre>" in pair
+    assert "There is no pair yet" in page_of(fake_data(steps=1) | {"open_with": {}})
+
+
+class HeatMap(HTMLParser):
+    """The strips of a page: of each document its pieces (text, attributes of a token or None), in order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.strips, self.depth, self.token = [], 0, None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get("class") == "strip":
+            self.strips.append([])
+            self.depth = 1
+        elif self.depth and tag not in VOID:
+            self.depth += 1
+            self.token = attrs if attrs.get("role") == "option" else self.token
+
+    def handle_endtag(self, tag):
+        if self.depth:
+            self.depth -= 1
+            self.token = self.token if self.depth > 1 else None
+
+    def handle_data(self, text):
+        if self.depth and text != "↵":
+            self.strips[-1].append((text, self.token))
+
+
+def test_documents_are_heat_maps(html):
+    documents, strips = fake_data()["documents"], HeatMap(html).strips
+    assert len(strips) == len(documents) == 2
+    for document, strip in zip(documents, strips):
+        assert "".join(text for text, _ in strip) == document["text"]
+        tokens = [(text, attrs) for text, attrs in strip if attrs]
+        by_name = {}
+        for text, attrs in tokens:  # a token with a line's end comes in two pieces
+            by_name.setdefault(attrs["aria-describedby"], ["", attrs])[0] += text
+        rows = document["rows"]
+        assert [text for text, _ in by_name.values()] == [document["text"][r["start"] : r["end"]] for r in rows]
+        for row, (name, (_, attrs)) in zip(rows, by_name.items(), strict=True):
+            hue, share = re.fullmatch(r"--hue:var\(--(\w+)\);--share:(\d+)%", attrs["style"]).groups()
+            assert hue == ("alert" if row["fve_rl"] < 0 else "rl")
+            assert int(share) == pytest.approx(60 * abs(row["fve_rl"]), abs=0.51)
+            assert f"{row['fve_rl']:.3f}".replace("-", "−") in attrs["aria-label"] and attrs["title"] == row["rl"]
+            assert f'<p class="said" id="{name}">{row["rl"]}</p>' in html
+            assert all(row[key] in html for key in ("labels", "warm"))
+        assert f"{len(rows)} of the first {document['tokens']} tokens were evaluated" in text_of(html)
+    assert html.count('<div class="map" data-map="0"><') == html.count('<div class="map" data-map="1" hidden>') == 1
+
+
+def test_an_evaluation_without_documents_says_so():
+    assert "before documents were kept" in text_of(page_of(fake_data(steps=2) | {"documents": None}))
+    assert "No document was evaluated" in text_of(page_of(fake_data(steps=2) | {"documents": []}))
 
 
 def test_contents_lead_to_every_section(html):
@@ -338,7 +434,20 @@ def test_a_run_that_means_little_says_so_at_its_top(html):
         score_of(data, name)["mean"] = 0.601
     assert "No control scores lower than the headline" in warned(data)
     score_of(data, "fve_empty")["mean"] = 0.5
+    assert "No control" not in warned(data)
+    assert (
+        warned(data).startswith("<p>The text of another activation scores as high") and warned(data).count("<p>") == 1
+    )
+    score_of(data, "fve_shuffled")["mean"] = 0.5
     assert 'role="alert"' not in page_of(data)
+
+    data = fake_data(steps=30)
+    score_of(data, "fve_warm")["mean"] = 0.62
+    assert warned(data) == "<p>RL made the explanations worse: 0.620 before, 0.604 after.</p>"
+
+    data = fake_data(steps=30)
+    score_of(data, "fve_rl")["mean"], score_of(data, "fve_warm")["mean"] = -0.1, -0.2
+    assert warned(data).startswith("<p>The headline is −0.100: always guessing the mean activation would be closer.")
 
     data = fake_data(steps=30)
     for i in range(3):
@@ -357,6 +466,16 @@ def test_a_run_that_means_little_says_so_at_its_top(html):
     data = fake_data(steps=30)
     data["figures"]["labels_too_long"] = 0.25
     assert "25.0 % of the labels are longer than prompts.max_new_tokens" in warned(data)
+
+
+def test_before_the_evaluation_the_metrics_of_training_warn():
+    data = fake_data(steps=30) | {"probes": [], "examples": [], "documents": [], "state": "This run is not finished."}
+    page = page_of(data)
+    assert 'role="alert"' not in page and "This run is not finished." in text_of(page)
+    assert "Nothing was measured yet" in text_of(page) and "Reward" in page
+    for row in data["history"][-20:]:
+        row["extraction_rate"] = 0.2
+    assert warnings(Report(**data)) == ["Only 20.0 % of the responses hold an explanation; others are scored as empty."]
 
 
 def test_the_terminal_says_what_the_page_says(tmp_path, capsys):

@@ -20,6 +20,7 @@ from nla_jax.probes.probe import Context, probe
 TOKENS = 8  # so many last tokens are looked at, at most
 WIDTH = 512  # principal directions of an embedding that a regression reads, at most
 STRENGTHS = (0.5, 2.0, 8.0)  # of the pull of a token's mean towards that of fewer tokens, in rows
+KINDS = ("a word begins", "within a word", "number", "punctuation or blank")  # of tokens
 PENALTIES = (3e-3, 3e-2, 3e-1)  # of a regression, as shares of the mean variance of its inputs, times rows
 
 Predict = Callable[..., Float[np.ndarray, "m D"]]  # (fit, ids, **setting) -> reconstructions of the rows with these ids
@@ -81,22 +82,32 @@ def by_place(context: Context) -> dict[str, np.ndarray]:
     and by who speaks."""
     score = after_rl(context)["fve_rl"]
     token, role = context.column("token"), context.column("role")
-    words = [text.strip() for text in token]
+    kinds = [kind_of(text) for text in token]
     seen = dict(zip(*np.unique(context.training.column("token"), return_counts=True)))
     often = np.array([seen.get(text, 0) for text in token])
     place = np.array(context.column("n_raw_tokens"))
-    groups = {
-        "a word begins": [t[:1].isspace() and w[:1].isalpha() for t, w in zip(token, words)],
-        "within a word": [not t[:1].isspace() and w[:1].isalpha() for t, w in zip(token, words)],
-        "number": [w[:1].isdigit() for w in words],
-        "punctuation or blank": [not w[:1].isalnum() for w in words],
-        "token never seen in training": often == 0,
-        "seen up to 10 times": (often > 0) & (often <= 10),
-        "seen more often": often > 10,
-        "first half of the places": place <= np.median(place),
-        "second half of the places": place > np.median(place),
-    } | {f"spoken by the {name}": [r == name for r in role] for name in sorted(set(role) - {""})}
+    groups = (
+        {name: [kind == name for kind in kinds] for name in KINDS}
+        | {
+            "token never seen in training": often == 0,
+            "seen up to 10 times": (often > 0) & (often <= 10),
+            "seen more often": often > 10,
+            "first half of the places": place <= np.median(place),
+            "second half of the places": place > np.median(place),
+        }
+        | {f"spoken by the {name}": [r == name for r in role] for name in sorted(set(role) - {""})}
+    )
     return {name: np.where(rows, score, np.nan) for name, rows in groups.items() if np.any(rows)}
+
+
+def kind_of(token: str) -> str:
+    """The kind of a token, one of `KINDS`; "" for the rest, such as a fraction's sign."""
+    word = token.strip()
+    if word[:1].isalpha():
+        return "a word begins" if token[:1].isspace() else "within a word"
+    if word[:1].isdigit():
+        return "number"
+    return "" if word[:1].isalnum() else "punctuation or blank"
 
 
 def reconstructions(context: Context) -> dict[str, Float[np.ndarray, "n D"]]:

@@ -120,6 +120,21 @@ class Run:
         record = self._record(stage)
         return record["result"] | {"seconds": record["seconds"]} if record and "result" in record else None
 
+    def begun(self, stage: str) -> dict | None:
+        """How a stage was made, finished or not: `made`, and its `seconds` so far; None before it has begun.
+
+        Raises `InputError` where it was begun with other settings."""
+        if (record := self._record(stage)) is None:
+            return None
+        self._check(stage, free_until_finished)
+        return record.get("made", {}) | {"seconds": record["seconds"]}
+
+    def forget(self, stage: str) -> None:
+        """Removes the record of a stage, which then runs again."""
+        if is_writer():
+            self._file(stage).unlink(missing_ok=True)
+        barrier(f"the record of {stage}")
+
     def require(self, stage: str) -> dict:
         """`result`. Raises `InputError` where the stage has not finished, or was made with other settings."""
         if (result := self.result(stage)) is None:

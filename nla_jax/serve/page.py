@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nla_jax.tools.report.style import LOOK
+
 BROWSER = Path(__file__).parent / "browser"
 # In this order; another panel is another file in browser/panels/.
 PANELS = ("explanation", "alternatives", "patch", "steer", "nearest", "neighbours")
@@ -23,7 +25,7 @@ def _digest(content: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-STYLE = _text("page.css")
+STYLE = LOOK + _text("page.css")
 _FILES = (
     "state.js",
     "ask.js",

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from nla_jax.data.activations import TEXT
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows, load_rows, spread
 from nla_jax.fve import row_fve
@@ -25,6 +24,7 @@ from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.run import Run
 from nla_jax.stages.sft import load
+from nla_jax.stages.shown import DOCUMENTS, Shown
 from nla_jax.subject import Subject, load_subject
 
 
@@ -54,7 +54,8 @@ def evaluate(run: Run) -> None:
             "heldout_documents": len(set(context.documents)),
             "heldout_rows": len(context.vectors),
         }
-        page = {"probes": drawn, "examples": examples(context, scores, run.config.evaluate.examples)}
+        shown, count = Shown(context, scores), run.config.evaluate.examples
+        page = {"probes": drawn, "examples": shown.examples(count), "documents": shown.documents(min(count, DOCUMENTS))}
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -176,17 +177,3 @@ def summary(probes: list[dict]) -> dict:
         if score["name"] == "fve_rl":
             found["fve_rl_median"] = score["median"]
     return found
-
-
-def examples(context: RunContext, scores: dict[str, np.ndarray], count: int) -> list[dict]:
-    """Rows to show: one of each document, documents evenly spaced, chosen without a look at any score."""
-    first = sorted({id: i for i, id in reversed(list(enumerate(context.documents)))}.values())
-    picked = [first[i] for i in np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
-    text, token, following, ids = map(context.column, (TEXT, "token", "following", "doc_id"))
-    shown = {name: context.texts(name) for name in ("labels", "warm", "rl")}
-    return [
-        {"document": ids[i], "context": text[i].removesuffix(token[i]), "token": token[i], "after": following[i]}
-        | {name: texts[i] for name, texts in shown.items()}
-        | {name: float(scores[name][i]) for name in ("fve_warm", "fve_rl", "cos_rl") if name in scores}
-        for i in picked
-    ]

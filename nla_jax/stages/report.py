@@ -1,15 +1,25 @@
-"""The `report` stage: all figures of a run in `summary.json`, and the page in `report.html`."""
+"""The `report` stage: all figures of a run in `summary.json`, and the page in `report.html`.
+
+The page can be drawn at any time, also amid training: it then shows what there is by now."""
 
 import datetime
 import hashlib
 import json
+import shlex
 
+from nla_jax.config import Config
+from nla_jax.io.files import is_folder, path_to
+from nla_jax.io.folders import read_config
+from nla_jax.runtime.environment import VERSION
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import read_metrics, write_atomically
 from nla_jax.runtime.run import Run
-from nla_jax.tools.report.page import Report, render, warnings
+from nla_jax.tools.report.page import render
+from nla_jax.tools.report.report import Report, warnings
 
 LOSSES = ("subject_loss", "bigram_loss", "unigram_loss")
+BEFORE_RL = {"pretrain": "The subject", "sft_av": "AV, warm start", "sft_ar": "AR, warm start"}  # training loops
+OF_EVALUATION = ("sft", "rl", "evaluate")  # the stages that have finished where the page is complete
 
 
 def report(run: Run) -> None:
@@ -17,40 +27,124 @@ def report(run: Run) -> None:
     with run.stage("report") as result:
         if result is None:
             return
-        rl, sft, pretrained = run.require("rl"), run.require("sft"), run.result("pretrain") or {}
-        evaluated = run.require("evaluate")
-        scores, stages = evaluated["summary"], [name for name in run.stages if name != "report"]
-        figures = {name: scores[name] for name in ("heldout_documents", "heldout_rows")} | {
-            "logprob_gap_max": rl["logprob_gap_max"],
-            "skipped_steps": rl["skipped"],
-            **{name: pretrained.get(name) for name in LOSSES},
-            "injection_scale": sft["injection_scale"],
-            "labels_too_long": sft["labels_too_long"],
-        }
-        seconds = {name: run.result(name)["seconds"] for name in stages if run.result(name)}
-        page = Report(
-            title=run.config.report.title,
-            subject=str(run.subject_folder),
-            layer=run.config.subject.layer,
-            created=datetime.datetime.now().isoformat(" ", "minutes"),
-            command=run.command,
-            run={"seed": run.config.seed} | {k: v for k, v in run.made().items() if k not in ("command", "date")},
-            config=json.dumps(run.config.to_dict(), indent=1),
-            figures=figures,
-            seconds=seconds,
-            **measured(run, evaluated.get("hash")),
-            history=read_metrics(run.workdir / "train/rl/metrics.jsonl"),
-        )
+        _, _, evaluated = map(run.require, OF_EVALUATION)
+        scores, page = evaluated["summary"], gather(run, measured(run, evaluated.get("hash")))
         write_atomically(run.workdir / "report.html", render(page))
-        summary = scores | figures | {"seconds_by_stage": seconds}
+        summary = scores | page.figures | {"seconds_by_stage": page.seconds}
         write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
         result["page"], result["warnings"] = "report.html", warnings(page)
 
 
+def redraw(run: Run) -> list[str]:
+    """Draws the page again, whatever it shows by now; returns its warnings. Before the evaluation has finished there is
+    no `summary.json`, and the page says how far the run is.
+
+    Neither needs the devices of the run, nor that no other process works on it. Raises `InputError` where the run was
+    begun with other settings."""
+    run.forget("report")
+    if all(run.result(stage) for stage in OF_EVALUATION):
+        report(run)
+        return run.result("report")["warnings"]
+    if not any(run.begun(stage) for stage in run.stages):
+        raise InputError(f"{run.workdir} holds no run; name the working folder of one with --workdir.")
+    page = gather(run, {"probes": [], "examples": [], "documents": []}, state(run))
+    write_atomically(run.workdir / "report.html", render(page))
+    return warnings(page)
+
+
+def gather(run: Run, evaluated: dict, state: str = "") -> Report:
+    """All that the page shows. `evaluated`: probes, examples and documents of the evaluation; `state`: how far a run is
+    that has none."""
+    begun = {stage: made for stage in run.stages if stage != "report" and (made := run.begun(stage))}
+    result = lambda stage: run.result(stage) or {}
+    newest = list(begun.values())[-1]
+    scores = result("evaluate").get("summary", {})
+    return Report(
+        title=run.config.report.title,
+        subject=str(run.subject_folder),
+        layer=run.config.subject.layer,
+        created=f"drawn {datetime.datetime.now():%Y-%m-%d %H:%M} with nla_jax {VERSION}",
+        state=state,
+        run={"seed": run.config.seed} | {k: v for k, v in newest.items() if k not in ("command", "date", "seconds")},
+        sizes=sizes(run),
+        config=json.dumps(run.config.to_dict(), indent=1),
+        figures={name: scores.get(name) for name in ("heldout_documents", "heldout_rows")}
+        | {
+            "logprob_gap_max": result("rl").get("logprob_gap_max"),
+            "skipped_steps": result("rl").get("skipped"),
+            **{name: result("pretrain").get(name) for name in LOSSES},
+            "injection_scale": result("sft").get("injection_scale"),
+            "labels_too_long": result("sft").get("labels_too_long"),
+        },
+        seconds={stage: made["seconds"] for stage, made in begun.items()},
+        stages=begun,
+        open_with=commands(run),
+        **evaluated,
+        history=read_metrics(run.workdir / "train/rl/metrics.jsonl"),
+        losses={title: read_metrics(run.workdir / f"train/{name}/metrics.jsonl") for name, title in BEFORE_RL.items()},
+    )
+
+
 def measured(run: Run, hash: str | None) -> dict:
-    """The probes and examples that `evaluate` wrote. Raises `InputError` where the file is another one by now."""
+    """The probes, examples and documents that `evaluate` wrote. Raises `InputError` where the file is another one by
+    now."""
     file = run.workdir / "evaluation.json"
     content = file.read_bytes() if file.exists() else b""
     if hashlib.blake2b(content, digest_size=8).hexdigest() != hash:
         raise InputError(f"{file} is not what `nla evaluate` wrote; delete it, and run `nla evaluate` again.")
-    return json.loads(content)
+    return {"documents": None} | json.loads(content)
+
+
+def state(run: Run) -> str:
+    """How far a run is that has not been evaluated."""
+    steps = len(read_metrics(run.workdir / "train/rl/metrics.jsonl"))
+    stages = [name for name in run.stages if name != "pretrain" or not run.config.subject.path]
+    stage = next(name for name in stages if run.result(name) is None)
+    done = f", of which {steps} of {run.config.rl.steps} steps are recorded" if stage == "rl" else ""
+    verb = "has begun" if run.begun(stage) else "comes next"
+    return (
+        f"This run is not finished: the stage {stage} {verb}{done}. The page shows what there is by now; `nla report` draws "
+        f"it again."
+    )
+
+
+def sizes(run: Run) -> dict[str, int | str]:
+    """How large the models, the data and the training are, as far as that is known by now."""
+    c, extracted = run.config, run.result("extract") or {}
+    rows, documents = extracted.get("rows", {}), extracted.get("documents", {})
+    data = {f"rows of {split}": f"{n} from {documents.get(split, '?')} texts" for split, n in rows.items()}
+    return model_sizes(run) | data | training_sizes(c)
+
+
+def model_sizes(run: Run) -> dict[str, int]:
+    """The subject's shape, from its folder; nothing where it is not there, or comes from the hub."""
+    folder = path_to(run.subject_folder)
+    if not is_folder(folder) or not (folder / "config.json").exists():
+        return {}
+    model = read_config(folder)
+    return {"layers of the subject": model.layers, "width": model.width, "vocabulary": model.vocab_size}
+
+
+def training_sizes(c: Config) -> dict[str, int | str]:
+    """How much the two models are trained."""
+    return {
+        "warm start of the AV": f"{c.sft.av.steps} steps of {c.sft.av.batch}",
+        "warm start of the AR": f"{c.sft.ar.steps} steps of {c.sft.ar.batch}",
+        "RL": f"{c.rl.steps} steps of {c.rl.activations} activations, {c.rl.group} texts each",
+        "tokens of an explanation, at most": c.prompts.max_new_tokens,
+    }
+
+
+def commands(run: Run) -> dict[str, str]:
+    """The commands that open the newest pair there is, by what they show."""
+    there = [name for name in ("pair", "pair_warm") if run.result({"pair": "rl", "pair_warm": "sft"}[name])]
+    if not there:
+        return {}
+    name = lambda pair: f"--pair {shlex.quote(str(run.workdir / pair))}"
+    found = {"The page": f"nla serve {name(there[0])} --open"}
+    if len(there) > 1:
+        found["Before and after RL, side by side"] = f"nla serve {name('pair_warm')} {name('pair')} --open"
+    found["One text as a page that opens without a server"] = (
+        f"nla serve {name(there[0])} --export text.txt --out text.html"
+    )
+    return found

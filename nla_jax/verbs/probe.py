@@ -166,7 +166,7 @@ def show(found: Iterable, lacking: dict[str, str], out: AnyPath | None) -> None:
 
 def lines(figures: dict) -> Iterator[str]:
     """The table of one probe: score, mean, 95 % interval."""
-    from nla_jax.tools.report.page import interval, written
+    from nla_jax.tools.report.pieces import interval, written
 
     if not figures["scores"]:
         return

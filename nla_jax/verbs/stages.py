@@ -42,6 +42,9 @@ def workdir(arguments: argparse.Namespace) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the stages that the verb names."""
+    if arguments.verb == "report":
+        draw(arguments)
+        return
     from nla_jax.io.hub import locate
     from nla_jax.runtime import distributed
     from nla_jax.runtime.checkpoint import flat
@@ -83,6 +86,30 @@ def run(arguments: argparse.Namespace) -> None:
     distributed.leave()
 
 
+def draw(arguments: argparse.Namespace) -> None:
+    """`nla report`: draws the page of a run as it is now. Another process may be at work on it: so the verb takes neither
+    the folder for itself nor the devices. Of several hosts the first one draws."""
+    import jax
+
+    from nla_jax.runtime.run import Run
+    from nla_jax.stages.report import redraw
+    from nla_jax.tools.precision import settled
+
+    folder = workdir(arguments)
+    check_begun(arguments.config, folder, "report")
+    if arguments.process_id:
+        return
+    jax.config.update("jax_platforms", "cpu")
+    run = Run(settled(arguments.config, path_to(folder)), folder, STAGES, arguments.command)
+    arguments.stage = "report"
+    warnings = redraw(run)
+    if run.result("report"):
+        print_headline(run.workdir, warnings)
+    else:
+        print_warnings(warnings)
+        print(f"The run is not evaluated yet. Report: {run.workdir / 'report.html'}")
+
+
 def hide_library_warnings() -> None:
     """TFDS warns of routine steps; Orbax prints errors that reach us as exceptions."""
     from absl import logging
@@ -117,11 +144,10 @@ def reads_corpus(run, stages: list[str]) -> bool:
 def print_headline(folder: AnyPath, warnings: list[str]) -> None:
     """The figures that everybody looks for first, below what makes them worth little."""
     from nla_jax.runtime.run import read_json
-    from nla_jax.tools.report.page import interval
+    from nla_jax.tools.report.pieces import interval
 
     s = read_json(folder / "summary.json", {}, "delete it, and the same command writes it again")
-    for sentence in warnings:
-        print(f"WARNING: {sentence}")
+    print_warnings(warnings)
     controls = {"shuffled": "fve_shuffled", "no injection": "fve_no_injection", "empty": "fve_empty"}
     measured = [f"{name} {s[key]:.3f}" for name, key in controls.items() if key in s]
     if "fve_rl" in s:
@@ -129,3 +155,9 @@ def print_headline(folder: AnyPath, warnings: list[str]) -> None:
         ends = interval(s["fve_rl_ci95"])
         print(f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {ends}) after RL{before}; {', '.join(measured)}.")
     print(f"Report: {folder / 'report.html'}   Pair: {folder / 'pair'}")
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """What makes the figures of a run worth little, a sentence a line."""
+    for sentence in warnings:
+        print(f"WARNING: {sentence}")
