@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nla_jax.data.activations import Activations, median_norm_and_variance
-from nla_jax.data.chats import Messages, chat_tokens
+from nla_jax.data.chats import Messages, chat_tokens, spoken_positions
 from nla_jax.io.files import AnyName, AnyPath
 from nla_jax.io.folders import dtypes_of, load_tokenizer, read_config
 from nla_jax.io.hub import locate
@@ -90,13 +90,7 @@ def of_chats(
         ids, roles = chat_tokens(subject.tokenizer, messages)
         if len(ids) > max_tokens:
             raise InputError(f"The chat {id} has {len(ids)} tokens, more than max_tokens = {max_tokens}; raise it.")
-        spoken = [i for i, role in enumerate(roles) if role]
-        if isinstance(tokens, str):
-            chosen = spoken if tokens == "all" else spoken[-1:]
-        else:
-            chosen = [i + len(ids) if i < 0 else i for i in tokens]
-            if silent := [i for i, at in zip(tokens, chosen) if at not in spoken]:
-                raise InputError(f"Position {silent[0]} of the chat {id} is none at which somebody speaks.")
+        chosen = spoken_positions(roles, tokens, f"the chat {id}")
         found = activations_at(subject, [ids], [chosen], [id])
         yield dataclasses.replace(found, roles=[roles[i] for i in chosen])
 
