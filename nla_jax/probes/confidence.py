@@ -108,7 +108,9 @@ class Judged:
         """The row of each claim."""
         return np.array([one.row for one in self.found])
 
-    def auroc(self, scores: Float[np.ndarray, "c"], of: Bool[np.ndarray, "c"] | None = None):
+    def auroc(
+        self, scores: Float[np.ndarray, "c"], of: Bool[np.ndarray, "c"] | None = None
+    ) -> Float[np.ndarray, "n"] | None:
         """A value for each row whose mean is the AUROC of the claims `of` (default: all); None where all of these are
         true, or all false."""
         of = np.ones(len(self.true), bool) if of is None else of
@@ -120,9 +122,9 @@ class Judged:
         # Each half of the pairs is centred, so that the mean over rows is exact, and redrawing rows redraws both.
         return self.mean(right.mean(where=true) + (right - right.mean(where=true)) / share, of)
 
-    def mean(self, values: Float[np.ndarray, "c"], of: Bool[np.ndarray, "c"] | None = None) -> Float[np.ndarray, "n"]:
-        """A value for each tested row whose mean over these rows is that of `values` over the claims `of` (default:
-        all). NaN elsewhere.
+    def mean(self, values: Float[np.ndarray, "m"], of: Bool[np.ndarray, "c"] | None = None) -> Float[np.ndarray, "n"]:
+        """A value for each tested row whose mean over these rows is that of `values`, of the claims `of` (default: all).
+        NaN elsewhere.
 
         It is that mean, and the row's deviations from it: a mean of claims has an uncertain number of claims too."""
         rows, mean = self.rows if of is None else self.rows[of], values.mean()

@@ -166,7 +166,8 @@ class Confidence:
     def of(self, found: Sequence[Evidence]) -> Float[np.ndarray, "c"]:
         """The confidence of each claim, from 0 to 1."""
         shift = np.array([self.kinds.get(one.claim.kind, 0.0) for one in found])
-        z = self.intercept + shift + standard(table(found), self.center, self.spread) @ np.asarray(self.weights)
+        center, spread, weights = (np.asarray(of, np.float64) for of in (self.center, self.spread, self.weights))
+        z = self.intercept + shift + standard(table(found), center, spread) @ weights
         return 1 / (1 + np.exp(-z))
 
     def write(self, file: AnyPath) -> None:
@@ -207,10 +208,10 @@ def fit(
 
 
 def standard(
-    features: Float[np.ndarray, "c f"], center: Sequence[float], spread: Sequence[float]
+    features: Float[np.ndarray, "c f"], center: Float[np.ndarray, "f"], spread: Float[np.ndarray, "f"]
 ) -> Float[np.ndarray, "c f"]:
     """Features in units of their spread around their center; 0 where one is not known."""
-    return np.nan_to_num((features - np.asarray(center)) / np.asarray(spread))
+    return np.nan_to_num((features - center) / spread)
 
 
 def mark_of(pair: Pair) -> str:
