@@ -9,8 +9,6 @@ import numpy as np
 from nla_jax.data.activations import Activations
 from nla_jax.io.files import AnyName, AnyPath
 from nla_jax.io.pairs import pair_folders, place_of
-from nla_jax.labels.behaviour import Behaviour
-from nla_jax.labels.extractive import Extractive
 from nla_jax.pair import Explanation, Pair
 from nla_jax.probes.evidence import FILE, Confidence, Sentences, evidence, explained_before, mark_of, sampled
 from nla_jax.runtime.errors import InputError
@@ -20,7 +18,7 @@ from nla_jax.subject import Subject
 
 # Labellers of this package whose labels can be read back. The file beside a pair may name another: that is somebody's
 # code, and only who explains can ask for it (--labeller).
-GRAMMARS = {f"{one.__module__}:{one.__qualname__}": one for one in (Extractive, Behaviour)}
+GRAMMARS = ("nla_jax.labels.extractive:Extractive", "nla_jax.labels.behaviour:Behaviour")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ def claim_reader(
             raise InputError(f"--labeller {labeller} cannot read claims: it has no method `claims(text)`.")
         learned = learned if learned and learned.labeller == labeller else None
     elif learned and learned.labeller in GRAMMARS:
-        grammar = GRAMMARS[learned.labeller](**learned.settings)
+        grammar = resolve(learned.labeller, f"labeller in {FILE}")(**learned.settings)
     elif learned:
         note(f"The claims of this pair are read by {learned.labeller}; name it with --labeller to use its confidence.")
         learned = None

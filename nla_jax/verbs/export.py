@@ -65,11 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
 def copy_subject(sidecar, folder, to: Path) -> None:
     """Copies the subject of the pair in `folder` to where `nla explain` finds it."""
     from nla_jax.io.files import local
-    from nla_jax.io.hub import PATTERNS
+    from nla_jax.io.hub import WEIGHTS_TOO
     from nla_jax.io.pairs import find_base
 
     subject = local(find_base(sidecar.base_checkpoint, folder, sidecar.provenance.get("base_hash")))
-    files = [file for pattern in PATTERNS for file in subject.glob(pattern)]
+    files = [file for pattern in WEIGHTS_TOO for file in subject.glob(pattern)]
     to.mkdir()
     for file in files:
         shutil.copyfile(file, to / file.name)
