@@ -31,7 +31,7 @@ def test_bits_are_torchs(subject_folder):
     ends = [SENTENCES[0] * 3, " and", ""]  # more tokens together than are scored at a time; and a text that is empty
     found = bits(subject, "goes on there", said, ends)
     for text, end, value in zip(said[:2], ends, found):
-        prompt = tokenizer(f"A note about a place in a text: {text}\n\nThe text goes on there: ").input_ids
+        prompt = tokenizer(f"A note about a place in a text: {text}\n\nThe text goes on there:\n").input_ids
         ids = prompt + (own := tokenizer(end, add_special_tokens=False).input_ids)
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -117,29 +117,23 @@ def explained_before(
     and each token is explained once. `options`: more of `Pair.verbalize`."""
     special = set(subject.tokenizer.all_special_ids)
     order = sorted(range(len(token_rows)), key=lambda i: list(token_rows[i]), reverse=True)
-    wholes: list[list[int]] = []  # each begins with the rows that are read in it
-    places: list[dict[int, int]] = []  # of each the positions that are explained, with their numbers among all
+    wholes: list[list[int]] = []  # rows that begin with all others: these come right behind them in this order
+    places: list[set[int]] = []  # of each the positions that are explained
     wanted: list[list[tuple[int, int]]] = [[] for _ in token_rows]
     for i in order:
         row = list(token_rows[i])
-        if (
-            not wholes or wholes[-1][: len(row)] != row
-        ):  # in this order a row comes right behind one that begins with it
+        if not wholes or wholes[-1][: len(row)] != row:
             wholes.append(row)
-            places.append({})
+            places.append(set())
         near = [at for at in range(max(1, len(row) - 1 - count), len(row) - 1) if row[at] not in special]
-        places[-1] |= dict.fromkeys(near, 0)
+        places[-1] |= set(near)
         wanted[i] = [(len(wholes) - 1, at) for at in near]
-    chosen = [sorted(of) for of in places]
-    if not any(chosen):
+    if not any(places):
         return [[] for _ in token_rows]
+    chosen = [sorted(of) for of in places]
     found = activations_at(subject, wholes, chosen, [""] * len(wholes))
-    said = dict(
-        zip(
-            [(number, at) for number, of in enumerate(chosen) for at in of],
-            pair.verbalize(found.vectors, temperature=0.0, **options),
-        )
-    )
+    texts = pair.verbalize(found.vectors, temperature=0.0, **options)
+    said = dict(zip([(number, at) for number, of in enumerate(chosen) for at in of], texts))
     return [[said[place] for place in of] for of in wanted]
 
 

@@ -20,7 +20,7 @@ from nla_jax.subject import Subject, on_mesh, residual_rows
 LOOKED_AT = 256  # rows, spread evenly, at most
 OTHERS = 3  # explanations of other documents that are tried beside the own one
 TAIL = 300  # characters up to the activation's token, by which its text is known again
-PROMPT = "A note about a place in a text: {explanation}\n\nThe text {where}: "
+PROMPT = "A note about a place in a text: {explanation}\n\nThe text {where}:\n"
 AFTER, BEFORE = "goes on there", "up to there"
 MULTIPLE = 256  # tokens that are scored together are padded to a multiple of it, so that few programs are compiled
 TIED = 1e-6  # bits a token by which two scores may differ, and count as equal
@@ -81,8 +81,9 @@ def source_match(context: Context) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=2)  # two probes read one side
 def _graded(context: Context, where: str) -> Float[np.ndarray, "c m"]:
-    """Of each row that is looked at, minus the bits a token that its true text costs the subject: with no explanation, with
-    its own one, with those of `OTHERS` other documents. NaN where there is no such text."""
+    """The mean log2-probability, a token, of the true text of each row that is looked at: with no explanation, with its
+    own one, with those of other documents (`OTHERS` of them where the text before is graded). NaN where there is no such
+    text."""
     at, texts = _chosen(len(context.vectors)), context.texts("rl")
     column = context.column("following" if where == AFTER else TEXT)
     ends = [column[i] if where == AFTER else column[i][-TAIL:] for i in at]
@@ -138,10 +139,9 @@ def logprobs(
     for start in range(0, len(tokens), MULTIPLE):
         part, of = hidden[start : start + MULTIPLE], tokens[start : start + MULTIPLE]
         padding = MULTIPLE - len(of)
+        part, padded = np.pad(part, [(0, padding), (0, 0)]), np.pad(of, (0, padding))
         with on_mesh(whole):
-            given = _of_tokens(
-                whole.model, whole.params, np.pad(part, [(0, padding), (0, 0)]), np.pad(of, (0, padding))
-            )
+            given = _of_tokens(whole.model, whole.params, part, padded)
         found.append(np.asarray(given)[: len(of)])
     return np.split(np.concatenate(found), np.cumsum([len(end) for end in ends])[:-1]) if found else []
 
