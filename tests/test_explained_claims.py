@@ -12,6 +12,7 @@ from nla_jax.cli import main
 from nla_jax.labels.labeller import Claim
 from nla_jax.pair import load_pair
 from nla_jax.probes.evidence import FILE, Confidence, Sentences, evidence, explained_before, mark_of
+from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import resolve
 from nla_jax.subject import extract, load_subject
 from nla_jax.tools.claims import GRAMMARS, claim_reader
@@ -45,6 +46,8 @@ def material(place, subject_folder):
 
 @pytest.fixture
 def explain(place, capsys):
+    note.cache_clear()  # each is said once a process
+
     def run(*flags, status=0):
         command = ["explain", "--pair", str(place), "--text", TEXT, "--tokens", "all", "--max-new-tokens", str(LIMIT)]
         assert main([*command, *map(str, flags)]) == status

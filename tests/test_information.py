@@ -28,7 +28,7 @@ def test_bits_are_torchs(subject_folder):
     tokenizer = subject.tokenizer
     model = AutoModelForCausalLM.from_pretrained(subject_folder, attn_implementation="eager").eval()
     said = ["", "A river.", SENTENCES[2]]
-    ends = [SENTENCES[0] * 3, " and", ""]  # more tokens together than are scored at a time; and a text that is empty
+    ends = [SENTENCES[0] * 6, " and", ""]  # more tokens together than are scored at a time; and a text that is empty
     found = bits(subject, "goes on there", said, ends)
     for text, end, value in zip(said[:2], ends, found):
         prompt = tokenizer(f"A note about a place in a text: {text}\n\nThe text goes on there:\n").input_ids
