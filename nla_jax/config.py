@@ -62,6 +62,7 @@ PROBES = (
     *(f"nla_jax.probes.claims:{name}" for name in ("truth", "claimed")),
     *(f"nla_jax.probes.hidden_codes:{name}" for name in HIDDEN_CODES),
     *(f"nla_jax.probes.retrieval:{name}" for name in ("hits", "reciprocal_rank", "position_match")),
+    "nla_jax.probes.classification:next_kind",
 )
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}

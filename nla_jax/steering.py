@@ -5,12 +5,13 @@
         print(row.direction, row.strength, row.kl, found.probability("mouse", row), row.continuation)
 
 h' = h + strength · ‖h‖ · Δ / ‖Δ‖ at one token after block K. Beside the edit stand controls of the same size: an edit that
-changes nothing (Δ = 0), an unrelated one, and a random direction. A claim about the edit needs all three.
+changes nothing (Δ = 0), a paraphrase, an unrelated edit, and a random direction. A claim about the edit needs all four.
 """
 
 import dataclasses
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,16 +23,18 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
+from nla_jax.data.chats import Messages, answer_tokens, chat_tokens, checked, spoken_positions
 from nla_jax.pair import Pair
 from nla_jax.patching import patch
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import whole_number
+from nla_jax.runtime.user_input import text_list, whole_number
 from nla_jax.sampling import respond_edited
-from nla_jax.subject import Subject, extract
+from nla_jax.subject import Subject, activations_at, extract
 
 STRENGTHS = (0.25, 0.5, 1.0)  # lengths of the step, in lengths of the activation
 OTHER = "The train to the coast leaves at noon."  # the text whose explanation is the unrelated edit
-EDIT, NOTHING, UNRELATED, RANDOM = "edit", "no edit", "unrelated edit", "random direction"
+EDIT, NOTHING, PARAPHRASE = "edit", "no edit", "paraphrase"
+UNRELATED, RANDOM = "unrelated edit", "random direction"
 UNSTEERED = "unsteered"
 MULTIPLE = 64  # texts are padded to a multiple of it, so that few programs are compiled
 
@@ -64,6 +67,7 @@ class Steering:
     token: str
     explanation: str
     edited: str
+    paraphrase: str
     unrelated: str
     rows: list[Steered]
     tokenizer: PreTrainedTokenizerBase = dataclasses.field(repr=False)
@@ -76,44 +80,57 @@ class Steering:
 def steer(
     subject: Subject,
     pair: Pair,
-    text: str,
+    text: str | Messages,
     edit: Sequence[str],
     *,
-    token: int = -1,
+    token: int | None = None,
     explanation: str | None = None,
-    strengths: Sequence[float] = STRENGTHS,
-    new_tokens: int = 20,
+    paraphrase: str | None = None,
+    **options,
 ) -> Steering:
     """Edits the explanation of one activation, and steers the subject by the difference that the AR makes of it.
 
+    `text`: a text, or a conversation (messages with role and content), which the assistant answers or goes on with.
     `edit` (old, new): every `old` in the explanation becomes `new`. `token`: the index of the activation's token in the
-    text, negative from the end. `explanation`: of your own; None asks the AV, greedily. The whole text is read whatever
-    the `token`; KL, probabilities and the greedy continuation (`new_tokens` at most) are of what follows it.
+    text, negative from the end (default: the last one, in a conversation the last that somebody says). `explanation`: of
+    your own; None asks the AV, greedily. The whole text is read whatever the `token`; KL, probabilities and the greedy
+    continuation are of what follows it. `options`: `strengths` and `new_tokens` of `steer_along`.
 
-    The controls: "no edit" (AR(original) - AR(original) = 0, which changes nothing), "unrelated edit" (the AR's reading of
-    the pair's explanation of `OTHER`, minus that of the original) and "random direction". All steps of a strength have
-    one length. For directions of your own see `steer_along`.
+    The controls: "no edit" (AR(original) - AR(original) = 0, which changes nothing), "paraphrase" (the AR's reading of
+    the original in other words, `paraphrase`, minus that of the original; by default it is in lower case and without
+    punctuation), "unrelated edit" (likewise with the pair's explanation of `OTHER`) and "random direction". All steps of
+    a strength have one length. For directions of your own see `steer_along`.
 
     Raises `InputError` where the explanation does not contain `old`, the AV says nothing, the text has no such token, and
     for a pair of another layer."""
     if subject.layer != pair.sidecar.layer:
         raise InputError(f"The pair reads layer {pair.sidecar.layer}, not {subject.layer}: load_subject(…, layer).")
-    token, strengths = whole_number("token", token, -(1 << 31)), _strengths(strengths)
-    new_tokens, acts = whole_number("new_tokens", new_tokens, 1), extract(subject, [text], token)
+    ids, position = read(subject, text, token)
+    acts = activations_at(subject, [ids], [[position]], ["0"])
     if explanation is None and not (explanation := pair.explain(acts, temperature=0.0)[0].text):
         raise InputError(f"The pair says nothing of the token {acts.tokens[0]!r}; give an explanation of your own.")
     edited = edited_text(explanation, edit)
+    paraphrase = normalised(explanation) if paraphrase is None else text_list("a paraphrase is one of", [paraphrase])[0]
     unrelated = pair.explain(extract(subject, [OTHER]), temperature=0.0)[0].text or OTHER
-    rows = steer_along(
-        subject,
-        text,
-        directions(pair, explanation, edited, unrelated),
-        token=token,
-        strengths=strengths,
-        new_tokens=new_tokens,
-    )
-    position = int(acts.positions[0])
-    return Steering(position, acts.tokens[0], explanation, edited, unrelated, rows, subject.tokenizer)
+    along = directions(pair, explanation, edited, paraphrase, unrelated)
+    rows = steer_along(subject, text, along, token=token, **options)
+    return Steering(position, acts.tokens[0], explanation, edited, paraphrase, unrelated, rows, subject.tokenizer)
+
+
+def read(subject: Subject, text: str | Messages, token: int | None) -> tuple[list[int], int]:
+    """The token ids of a text or conversation, and the index (from 0) of the `token` that is steered.
+
+    Raises `InputError` for an empty text, an index that it does not have, and in a conversation one at which nobody
+    speaks."""
+    if token is not None:
+        token = whole_number("token", token, -(1 << 31))
+    if isinstance(text, str):
+        acts = extract(subject, [text], -1 if token is None else [token, -1])
+        return acts.token_ids[-1], int(acts.positions[0])
+    messages = checked(text, "The conversation")
+    ids, roles = chat_tokens(subject.tokenizer, messages)
+    position = spoken_positions(roles, "last" if token is None else [token], "the conversation")[0]
+    return [*ids, *answer_tokens(subject.tokenizer, messages)], position
 
 
 def edited_text(explanation: str, edit: Sequence[str]) -> str:
@@ -128,33 +145,45 @@ def edited_text(explanation: str, edit: Sequence[str]) -> str:
     return explanation.replace(old, new)
 
 
-def directions(pair: Pair, original: str, edited: str, unrelated: str, seed: int = 0) -> dict[str, np.ndarray]:
+def normalised(text: str) -> str:
+    """Letters and digits of the text in lower case, with a blank in place of all else."""
+    return " ".join(re.sub(r"[\W_]+", " ", text.lower()).split())
+
+
+def directions(
+    pair: Pair, original: str, edited: str, paraphrase: str, unrelated: str, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Δ [D] of an edited explanation and of its controls; the random one depends on `seed`."""
-    of = pair.reconstruct([original, edited, unrelated])
+    of = pair.reconstruct([original, edited, paraphrase, unrelated])
     return {
         EDIT: of[1] - of[0],
         NOTHING: of[0] - of[0],
-        UNRELATED: of[2] - of[0],
+        PARAPHRASE: of[2] - of[0],
+        UNRELATED: of[3] - of[0],
         RANDOM: np.random.default_rng(seed).normal(size=of.shape[1]).astype(np.float32),
     }
 
 
 def steer_along(
     subject: Subject,
-    text: str,
+    text: str | Messages,
     along: Mapping[str, ArrayLike],
     *,
-    token: int = -1,
+    token: int | None = None,
     strengths: Sequence[float] = STRENGTHS,
     new_tokens: int = 20,
 ) -> list[Steered]:
-    """The subject's expectation after `text` and its greedy continuation, unsteered and with the activation at `token`
-    moved along each direction `[D]` of `along` (of any length; zero moves nothing), by each of the `strengths`.
+    """The subject's expectation after `text` (or a conversation) and its greedy continuation of at most `new_tokens`,
+    unsteered and with the activation at `token` moved along each direction `[D]` of `along` (of any length; zero moves
+    nothing), by each of the `strengths`, in lengths of the activation.
 
     Raises `InputError` for directions of another width or not finite, and for a subject on several devices."""
-    acts = extract(subject, [text], [token, -1])
-    at, new_tokens = int(acts.positions[0]), whole_number("new_tokens", new_tokens, 1)
-    return steer_tokens(subject, acts.token_ids[1], at, acts.vectors[0], along, _strengths(strengths), new_tokens)
+    ids, position = read(subject, text, token)
+    h, new_tokens = (
+        activations_at(subject, [ids], [[position]], ["0"]).vectors[0],
+        whole_number("new_tokens", new_tokens, 1),
+    )
+    return steer_tokens(subject, ids, position, h, along, _strengths(strengths), new_tokens)
 
 
 def steer_tokens(

@@ -143,10 +143,12 @@ def test_a_finished_run_is_probed_without_its_evaluation(finished, corpus, tmp_p
     shutil.copytree(finished, workdir)
     evaluated = (workdir / "evaluation.json").read_bytes()
     names = [f"{FIDELITY}after_rl", "nla_jax.probes.retrieval:hits", "nla_jax.probes.claims:ablation"]
-    names += ["nla_jax.probes.hidden_codes:surface_form"]
+    names += ["nla_jax.probes.hidden_codes:surface_form", "nla_jax.probes.classification:next_kind"]
+    names += [f"nla_jax.probes.confidence:{name}" for name in ("confidence", "reliability")]
+    names += [f"nla_jax.probes.information:{name}" for name in ("suffix_prediction", "source_match")]
     assert main(["probe", "--workdir", str(workdir), *probes(*names)]) == 0
     said = capsys.readouterr().out
-    for name in ("after_rl", "hits", "surface_form"):
+    for name in ("after_rl", "hits", "surface_form", "suffix_prediction", "source_match"):
         table = pq.read_table(workdir / f"probes/{name}.parquet")
         assert len(table) == 16 and f"{name}: " in said
     same = pq.read_table(workdir / "evaluation/probes/after_rl.parquet").column("fve_rl").to_pylist()
@@ -212,7 +214,9 @@ def test_the_documentation_lists_every_probe():
     rows = (folder.parent.parent / "docs/probes.md").read_text(encoding="utf-8").splitlines()
     assert {match[1] for row in rows if (match := re.match(r"\| ?\w* \| `(\w+)`", row))} == found
     assert {path.rpartition(":")[2] for path in Evaluate().probes} == found - {
-        *("ablation", "recovery", "divergence", "loss")
+        *("ablation", "recovery", "divergence", "loss"),
+        *("confidence", "calibration", "reliability"),
+        *("suffix_prediction", "source_gain", "source_match"),
     }
 
 
@@ -223,4 +227,5 @@ def test_rewrites_and_retrieval_are_measured_by_default():
         "claims",
         "hidden_codes",
         "retrieval",
+        "classification",
     }

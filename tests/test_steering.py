@@ -10,9 +10,22 @@ from conftest import SENTENCES, one_line, one_sentence
 
 import nla_jax as nla
 from nla_jax.cli import main
+from nla_jax.data.chats import chat_tokens
 from nla_jax.io.hub import fingerprint
 from nla_jax.sidecar import FILE
-from nla_jax.steering import EDIT, NOTHING, RANDOM, UNRELATED, UNSTEERED, first_tokens, moved, steer_along
+from nla_jax.steering import (
+    EDIT,
+    NOTHING,
+    PARAPHRASE,
+    RANDOM,
+    UNRELATED,
+    UNSTEERED,
+    first_tokens,
+    moved,
+    normalised,
+    read,
+    steer_along,
+)
 from nla_jax.subject import extract, load_subject
 
 TEXT, SAID = SENTENCES[0][:48], "The river and the mill."
@@ -33,7 +46,7 @@ def test_no_edit_changes_nothing_and_every_direction_steps_as_far(steered):
     unsteered, *rows = steered.rows
     assert (unsteered.direction, unsteered.strength, unsteered.kl) == (UNSTEERED, 0, 0)
     assert [(row.direction, row.strength) for row in rows] == [
-        (name, strength) for name in (EDIT, NOTHING, UNRELATED, RANDOM) for strength in (0.5, 1, 2)
+        (name, strength) for name in (EDIT, NOTHING, PARAPHRASE, UNRELATED, RANDOM) for strength in (0.5, 1, 2)
     ]
     for row in rows:
         if row.direction == NOTHING:
@@ -45,11 +58,13 @@ def test_no_edit_changes_nothing_and_every_direction_steps_as_far(steered):
 
 
 def test_the_step_is_along_the_difference_that_the_ar_makes(steered, subject, pair):
-    recon = pair.reconstruct([SAID, SAID.replace(*EDITING), steered.unrelated])
+    assert steered.paraphrase == normalised(SAID) == "the river and the mill"
+    recon = pair.reconstruct([SAID, SAID.replace(*EDITING), steered.unrelated, steered.paraphrase])
     h = extract(subject, [TEXT], 4).vectors[0]
     unit = lambda x: x / np.linalg.norm(x)
     ids = extract(subject, [TEXT]).token_ids
-    for name, delta in ((EDIT, recon[1] - recon[0]), (UNRELATED, recon[2] - recon[0])):
+    differences = {EDIT: recon[1] - recon[0], UNRELATED: recon[2] - recon[0], PARAPHRASE: recon[3] - recon[0]}
+    for name, delta in differences.items():
         for row in (row for row in steered.rows if row.direction == name):
             state = h + row.strength * np.linalg.norm(h) * unit(delta)
             (expected,) = nla.patch(subject, ids, [4], state[None], rescale=False)
@@ -156,7 +171,7 @@ def command(place):
         chosen = flags | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
         return [
             "steer",
-            text,
+            *([] if text is None else [text]),
             *where,
             *[part for flag in chosen.items() if flag[1] is not None for part in flag],
             *more,
@@ -169,7 +184,7 @@ def test_the_verb_prints_what_the_function_finds(command, capsys, subject, pair)
     assert main(command("--json", token="2", words="mill, sea")) == 0
     printed = json.loads(capsys.readouterr().out)
     expected = nla.steer(subject, pair, TEXT, EDITING, token=2, explanation=SAID, strengths=(0.5, 1), new_tokens=4)
-    for name in ("position", "token", "explanation", "edited", "unrelated"):
+    for name in ("position", "token", "explanation", "edited", "paraphrase", "unrelated"):
         assert printed[name] == getattr(expected, name)
     for row, own in zip(printed["rows"], expected.rows, strict=True):
         assert (row["direction"], row["strength"], row["continuation"]) == (
@@ -188,7 +203,65 @@ def test_the_table_shows_the_edit_beside_its_controls(command, capsys):
     assert f"explanation: {SAID}" in out and "edited:      The market and the mill." in out
     assert "p(market)" in out and "p(river)" in out
     starts = [line.split("  ")[0] for line in out.splitlines()]
-    assert [starts.count(name) for name in (UNSTEERED, EDIT, NOTHING, UNRELATED, RANDOM)] == [1, 2, 2, 2, 2]
+    assert [starts.count(n) for n in (UNSTEERED, EDIT, NOTHING, PARAPHRASE, UNRELATED, RANDOM)] == [1, 2, 2, 2, 2, 2]
+
+
+def test_a_paraphrase_of_ones_own_is_the_control(command, capsys, subject, pair):
+    other = "A mill, a stream."
+    assert main(command("--json", paraphrase=other)) == 0
+    printed = json.loads(capsys.readouterr().out)
+    recon = pair.reconstruct([SAID, other])
+    expected = steer_along(subject, TEXT, {PARAPHRASE: recon[1] - recon[0]}, strengths=(0.5, 1), new_tokens=4)
+    rows = [row for row in printed["rows"] if row["direction"] == PARAPHRASE]
+    assert printed["paraphrase"] == other and len(rows) == 2
+    assert [row["kl"] for row in rows] == pytest.approx([row.kl for row in expected[1:]], rel=1e-3)
+    assert [row["continuation"] for row in rows] == [row.continuation for row in expected[1:]]
+
+
+CHAT = [
+    {"role": "user", "content": "Where is the old mill?"},
+    {"role": "assistant", "content": "It is at the river."},
+    {"role": "user", "content": "And the market?"},
+]
+
+
+def test_in_a_chat_the_answer_is_steered_by_what_was_said(command, capsys, tmp_path, subject, tokenizer):
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps({"messages": CHAT}))
+    assert main(command("--chat", str(file), "--json", text=None)) == 0
+    printed = json.loads(capsys.readouterr().out)
+    ids, roles = chat_tokens(tokenizer, CHAT)
+    last = max(i for i, role in enumerate(roles) if role)
+    assert printed["position"] == last and printed["token"] == tokenizer.decode([ids[last]]) == "?"
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert len(whole) > len(ids) and read(subject, CHAT, None) == (whole, last)
+    (clean,) = nla.patch(subject, [whole], [last], {"clean": None}).values()
+    rows = steer_along(subject, CHAT, {"mine": np.ones(32)}, new_tokens=3, strengths=[1])
+    np.testing.assert_allclose(rows[0].logprobs, clean[0][-1], atol=1e-5)
+    said = roles.index("assistant")
+    assert main(command("--chat", str(file), "--json", text=None, token=str(said))) == 0
+    assert json.loads(capsys.readouterr().out)["position"] == said
+    assert read(subject, CHAT[:2], None)[0] == chat_tokens(tokenizer, CHAT[:2])[0]  # the assistant goes on
+
+
+@pytest.mark.parametrize(
+    "content, flags, said",
+    [
+        ([CHAT, CHAT], {}, "holds 2 conversations; one is steered at a time"),
+        ([CHAT], {"token": "0"}, "Position 0 of the conversation is none at which somebody speaks"),
+        ([CHAT], {"text": TEXT}, "Give a text to steer or --chat FILE, one of them"),
+        ([[{"role": "user", "content": ""}]], {}, "In the conversation nobody says anything"),
+    ],
+)
+def test_a_chat_that_cannot_be_steered_is_refused(command, capsys, tmp_path, content, flags, said):
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in content))
+    assert main(command("--chat", str(tmp_path / "chat.jsonl"), **{"text": None} | flags)) == 1
+    assert said in one_line(capsys)
+
+
+def test_without_text_or_chat_there_is_nothing_to_steer(command, capsys):
+    assert main(command(text=None)) == 1
+    assert "Give a text to steer or --chat FILE" in one_line(capsys)
 
 
 def test_the_verb_asks_the_pair_for_an_explanation(command, capsys, subject, pair):

@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,28 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
                 roles[i] = message["role"]
         start += len(said)
     return list(encoded.input_ids), roles
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """The tokens with which the chat template begins the assistant's answer; none where the assistant spoke last, or the
+    template knows no such beginning."""
+    if messages[-1]["role"] == "assistant":
+        return []
+    rendered = lambda begin: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
+    said, begun = rendered(False), rendered(True)
+    more = begun.removeprefix(said) if begun.startswith(said) else ""
+    return list(tokenizer(more, add_special_tokens=False).input_ids) if more else []
+
+
+def spoken_positions(roles: Sequence[str], tokens: str | Sequence[int], place: str) -> list[int]:
+    """Of the tokens of a conversation those at which somebody speaks: "last", "all", or the indices given (negative from
+    its end). Raises `InputError`, naming the `place`, where nobody does."""
+    spoken = [i for i, role in enumerate(roles) if role]
+    if not spoken:
+        raise InputError(f"In {place} nobody says anything.")
+    if isinstance(tokens, str):
+        return spoken if tokens == "all" else spoken[-1:]
+    chosen = [i + len(roles) if i < 0 else i for i in tokens]
+    if silent := [i for i, at in zip(tokens, chosen) if at not in spoken]:
+        raise InputError(f"Position {silent[0]} of {place} is none at which somebody speaks.")
+    return chosen

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from nla_jax.pair import Pair
 from nla_jax.probes.fidelity import derangement
 from nla_jax.probes.probe import Context, probe
+from nla_jax.steering import normalised
 
 QUOTE = re.compile(r'"[^"\n]+"|“[^”\n]+”|(?<!\S)…\s[^\n]*\S(?=\s*\Z)')
 STATEMENT = re.compile(r"(?<=[.!?;])\s+|\n+")  # what lies between two statements
@@ -141,11 +142,6 @@ def strip_quotes(text: str) -> str:
 def only_quotes(text: str) -> str:
     """The quotes of the text with their marks, and nothing else; "" where it has none."""
     return " ".join(QUOTE.findall(text))
-
-
-def normalised(text: str) -> str:
-    """Letters and digits of the text in lower case, with a blank in place of all else."""
-    return " ".join(re.sub(r"[\W_]+", " ", text.lower()).split())
 
 
 def swap_quotes(texts: Sequence[str], documents: Sequence[str], seed: int) -> list[str]:

@@ -12,7 +12,7 @@ charts are made from them. `probe(...)` says more about one. A probe that cannot
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -57,6 +57,9 @@ class Context(Protocol):
 
     def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> Float[np.ndarray, "n"]:
         """The score of each row when the AR (default: the pair's after RL) reads these texts: 1 - mse / variance."""
+
+    def keep(self, name: str, learned: Any) -> None:
+        """Writes what a probe has learned of the pair (`learned.write(file)`) to a file of this name beside it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -167,6 +168,10 @@ class RunContext:
     @functools.cache  # noqa: B019
     def _row_fve(self, texts: tuple[str, ...], pair: Pair) -> np.ndarray:
         return row_fve(pair.reconstruct(texts, batch=self.run.config.evaluate.batch), self.vectors)
+
+    def keep(self, name: str, learned: Any) -> None:
+        """Writes what a probe has learned of the pair to a file in the pair's folder."""
+        learned.write(self.run.workdir / "pair" / name)
 
 
 def summary(probes: list[dict]) -> dict:

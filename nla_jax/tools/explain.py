@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nla_jax.data.activations import Activations, median_norm_and_variance
-from nla_jax.data.chats import Messages, chat_tokens
+from nla_jax.data.chats import Messages, chat_tokens, spoken_positions
 from nla_jax.io.files import AnyName, AnyPath
 from nla_jax.io.folders import dtypes_of, load_tokenizer, read_config
 from nla_jax.io.hub import locate
@@ -21,6 +21,7 @@ from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
 from nla_jax.subject import ROWS, SINK, Subject, activations_at, attention_sinks, extract, load_subject
+from nla_jax.tools.claims import ClaimReader
 
 RELEASED = {  # of the subjects of released pairs, whose sidecars do not say it: as the reference's examples print it
     ("qwen2.5-7b-instruct", 20): 0.7335,
@@ -89,13 +90,7 @@ def of_chats(
         ids, roles = chat_tokens(subject.tokenizer, messages)
         if len(ids) > max_tokens:
             raise InputError(f"The chat {id} has {len(ids)} tokens, more than max_tokens = {max_tokens}; raise it.")
-        spoken = [i for i, role in enumerate(roles) if role]
-        if isinstance(tokens, str):
-            chosen = spoken if tokens == "all" else spoken[-1:]
-        else:
-            chosen = [i + len(ids) if i < 0 else i for i in tokens]
-            if silent := [i for i, at in zip(tokens, chosen) if at not in spoken]:
-                raise InputError(f"Position {silent[0]} of the chat {id} is none at which somebody speaks.")
+        chosen = spoken_positions(roles, tokens, f"the chat {id}")
         found = activations_at(subject, [ids], [chosen], [id])
         yield dataclasses.replace(found, roles=[roles[i] for i in chosen])
 
@@ -156,8 +151,11 @@ def calibrated(pair: Pair, subject: Subject, documents: Sequence[tuple[str, str]
     return dataclasses.replace(pair, sidecar=sidecar)
 
 
-def explain_rows(pair: Pair, found: Iterable[Activations], sampling: Sampling) -> Iterator[list[dict]]:
-    """For each batch of activations its rows: `document, position, token, role, explanation, cut, cosine, fve`.
+def explain_rows(
+    pair: Pair, found: Iterable[Activations], sampling: Sampling, claims: ClaimReader | None = None
+) -> Iterator[list[dict]]:
+    """For each batch of activations its rows: `document, position, token, role, explanation, cut, cosine, fve`, and
+    `claims` where they are asked for (`tools.claims`).
 
     `cut`: the text had not ended at the limit. fve = 1 - mse / variance, with the variance of the pair's training
     activations (None where its sidecar records none). Where there is no text there is no score."""
@@ -173,6 +171,8 @@ def explain_rows(pair: Pair, found: Iterable[Activations], sampling: Sampling) -
             written = [i for i, explanation in enumerate(said) if explanation.text]
             scores = pair.score([said[i].text for i in written], vectors[written]) if written else {}
             of = {i: {name: float(values[j]) for name, values in scores.items()} for j, i in enumerate(written)}
+            more = {"max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, **options}
+            made = claims.read(pair, activations[rows.start : rows.stop], said, **more) if claims else []
             yield [
                 {
                     "document": activations.doc_ids[row],
@@ -184,6 +184,7 @@ def explain_rows(pair: Pair, found: Iterable[Activations], sampling: Sampling) -
                     "cosine": of[i]["cosine"] if i in of else None,
                     "fve": 1 - of[i]["mse"] / variance if i in of and variance else None,
                 }
+                | ({"claims": made[i]} if claims else {})
                 for i, row in enumerate(rows)
             ]
 

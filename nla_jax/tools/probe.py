@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +102,9 @@ class PairContext(Context):
     @functools.cache  # noqa: B019
     def _row_fve(self, texts: tuple[str, ...], pair: Pair) -> Float[np.ndarray, "n"]:
         return row_fve(pair.reconstruct(texts, batch=self.sampling.batch), self.vectors)
+
+    def keep(self, name: str, learned: Any) -> None:
+        """Nothing: a pair without its run has no folder to write to, as it may be a download."""
 
 
 def probe(

@@ -26,6 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling (default 0: greedy)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    parser.add_argument(
+        "--confidence",
+        type=int,
+        metavar="N",
+        help="also the claims of each explanation, with a confidence from N more, sampled ones (default: none)",
+    )
+    parser.add_argument(
+        "--labeller", help="with --confidence: import path of the labeller in whose words claims are read"
+    )
     add_output(parser)
     add_conventions(parser)
 
@@ -59,13 +68,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints or writes, for each row, the explanation and how much of the activation it carries."""
     out, tokens = new_file(arguments.out), chosen_tokens(arguments.tokens)
     check_numbers(arguments)
-    if not arguments.injection:  # which may be a function of the user's
+    if not (arguments.injection or arguments.labeller):  # which may be functions of the user's
         import_transformers_alone()
     material = None if arguments.vectors else read_material(arguments)
     texts = read_files(arguments.calibrate or [])
+    if arguments.labeller and arguments.confidence is None:
+        raise InputError("--labeller reads claims, which --confidence N asks for; give both.")
     from nla_jax.io.pairs import place_of
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
+    from nla_jax.tools.claims import claim_reader
     from nla_jax.tools.explain import (
         Sampling,
         calibrated,
@@ -83,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, arguments.batch)
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
+    subject = None
     if texts or material:
         subject = subject_of(pair, place_of(arguments.pair), arguments.subject, arguments.dtype)
         pair = calibrated(pair, subject, texts, arguments.max_tokens) if texts else pair
@@ -93,7 +106,10 @@ def run(arguments: argparse.Namespace) -> None:
         read = of_chats if arguments.chat else of_texts
         found = read(subject, material, tokens, arguments.max_tokens)
         total = expected_rows(subject, material, tokens)
-    batches = counted(explain_rows(pair, found, sampling), total, arguments.max_new_tokens)
+    claims = None
+    if arguments.confidence is not None:
+        claims = claim_reader(pair, arguments.pair, arguments.confidence, arguments.labeller, subject)
+    batches = counted(explain_rows(pair, found, sampling, claims), total, arguments.max_new_tokens)
     write(batches, out, arguments.json, spelt)
 
 
@@ -138,10 +154,11 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         ("max_tokens", 1, None),
         ("max_new_tokens", 1, None),
         ("batch", 1, None),
+        ("confidence", 1, None),
         ("top", 1, None),  # of `nla diff`
         ("seed", 0, (1 << 32) - 1),
     ):
-        if name in given:
+        if given.get(name) is not None:
             whole_number(f"--{name.replace('_', '-')}", given[name], least, most)
     if "temperature" in given:
         sampling_temperature(given["temperature"])
@@ -232,7 +249,8 @@ def spelt(row: dict) -> str:
     place = f"[{row['position']}] {row['token']!r}" if row["token"] else f"{row['document']}[{row['position']}]"
     text = row["explanation"] or "(no explanation)"
     role = f" ({row['role']})" if row["role"] else ""
-    return f"{place}{role}{score}\n    {text}{' …  (cut)' if row['cut'] and row['explanation'] else ''}\n"
+    claims = "".join(f"      {c['confidence']:.2f}  {c['kind']}: {c['text']}\n" for c in row.get("claims", []))
+    return f"{place}{role}{score}\n    {text}{' …  (cut)' if row['cut'] and row['explanation'] else ''}\n{claims}"
 
 
 def write_lines(batches: Iterator[list[dict]], out: Path) -> None:
@@ -250,7 +268,9 @@ def write_parquet(batches: Iterator[list[dict]], out: Path) -> None:
 
     from nla_jax.io.parquet import write_tables
 
-    kinds = {"position": pa.int32(), "cut": pa.bool_()} | dict.fromkeys(("cosine", "fve", "norm_ratio"), pa.float64())
+    claim = pa.struct([("text", pa.string()), ("kind", pa.string()), ("confidence", pa.float64())])
+    kinds = {"position": pa.int32(), "cut": pa.bool_(), "claims": pa.list_(claim)}
+    kinds |= dict.fromkeys(("cosine", "fve", "norm_ratio"), pa.float64())
     first = next(batches)
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in first[0]])
     batches = itertools.chain([first], batches)

@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.io.safetensors import check_bytes
     from nla_jax.pair import open_pair
     from nla_jax.runtime.errors import InputError
+    from nla_jax.tools.claims import file_beside
     from nla_jax.tools.model_card import model_card
 
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
         if workdir:
             export_datasets(workdir, scratch / "datasets", pair.sidecar)
         (pair if arguments.adapters else pair.merged()).save(scratch, arguments.dtype)
+        if learned := file_beside(folder):  # how sure one may be of its claims
+            (scratch / learned.name).write_text(learned.read_text(encoding="utf-8"), encoding="utf-8")
         if arguments.with_subject:
             copy_subject(pair.sidecar, folder, scratch / "subject")
         (scratch / "README.md").write_text(card, encoding="utf-8")
@@ -62,11 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
 def copy_subject(sidecar, folder, to: Path) -> None:
     """Copies the subject of the pair in `folder` to where `nla explain` finds it."""
     from nla_jax.io.files import local
-    from nla_jax.io.hub import PATTERNS
+    from nla_jax.io.hub import WEIGHTS_TOO
     from nla_jax.io.pairs import find_base
 
     subject = local(find_base(sidecar.base_checkpoint, folder, sidecar.provenance.get("base_hash")))
-    files = [file for pattern in PATTERNS for file in subject.glob(pattern)]
+    files = [file for pattern in WEIGHTS_TOO for file in subject.glob(pattern)]
     to.mkdir()
     for file in files:
         shutil.copyfile(file, to / file.name)
