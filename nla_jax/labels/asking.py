@@ -38,11 +38,13 @@ TYPES = {"object": Mapping, "array": list, "string": str, "boolean": bool, "inte
 
 class Tool(NamedTuple):
     """What a model has to call instead of writing a text. `schema`: the JSON schema of its arguments, of which
-    `read_call` checks type, enum, minimum, maximum, minItems, maxItems, items, properties and required."""
+    `read_call` checks type, enum, minimum, maximum, minItems, maxItems, items, properties and required. `example`: such
+    arguments, which stand in for an answer while a dry run counts what would be asked."""
 
     name: str
     description: str
     schema: dict
+    example: dict
 
 
 class Question(NamedTuple):
