@@ -114,10 +114,11 @@ class Provider:
 
     def _counted(self, what: str, answers: list) -> list:
         why = collections.Counter(answer.why for answer in answers if isinstance(answer, NoLabel))
-        if answers:
-            lacks = f" ({', '.join(f'{count} {reason}' for reason, count in sorted(why.items()))})" if why else ""
-            self._told.append(f"{what}: {len(answers) - why.total()} of {len(answers)} questions answered{lacks}.")
-            note(self._told[-1])
+        lacks = f" ({', '.join(f'{count} {reason}' for reason, count in sorted(why.items()))})" if why else ""
+        said = f"{what}: {len(answers) - why.total()} of {len(answers)} questions answered{lacks}."
+        if why:
+            note(said)
+        self._told += [said] * bool(answers)
         return answers
 
     def _ask(self, what: str, questions: Sequence[Question]) -> list[Label]:
