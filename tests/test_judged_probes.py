@@ -83,7 +83,8 @@ def test_a_reader_is_found_out_by_the_paraphrases_that_take_what_it_reads(name, 
 def test_a_paraphrase_is_scored_as_its_text(server, tmp_path):
     server.writes = reword
     reader, texts = READERS["the quote"], explanations(90)
-    context = asking(server, tmp_path, reader, texts, warm=READERS["the first claim"])
+    half = Reader(reader.things, lambda text: reader.read(text)[:1])
+    context = asking(server, tmp_path, reader, texts, warm=half)
     found = paraphrases(context)
     at = np.flatnonzero(~np.isnan(found["fve_heavy"]))
     assert at.tolist() == np.unique(np.linspace(0, 89, 60).astype(int)).tolist()
@@ -158,8 +159,8 @@ def honest(document, claim):
     return "true" if claim in document else "false_but_related"
 
 
-def described(server, tmp_path, texts, documents, rows=90, **facts):
-    columns = {"detokenized_text_truncated": documents}
+def described(server, tmp_path, texts, shown, rows=90, **facts):
+    columns = {"detokenized_text_truncated": shown}
     return asking(server, tmp_path, READERS["the first claim"], texts, rows, column=columns.__getitem__, **facts)
 
 
@@ -270,8 +271,8 @@ def picks(prompt):
 
 def told_apart(count=90):
     """Explanations that quote the end of their documents, which differ."""
-    texts = [f"The colour is red. It ends: … {i} w{i % 20}" for i in range(count)]
-    return texts, [f"{'word ' * 200}… {i} w{i % 20}" for i in range(count)]
+    texts = [f"The colour is {COLOURS[i % 4]}. It ends: … {i:02d} w{i % 20}" for i in range(count)]
+    return texts, [f"{'word ' * 200}… {i:02d} w{i % 20}" for i in range(count)]
 
 
 @pytest.mark.parametrize("one, what, chance", [(judged_source, "source", 1 / 4), (judged_position, "place", 1 / 3)])
@@ -297,7 +298,7 @@ def test_a_judge_that_always_names_the_first_is_right_by_chance(one, what, chanc
 def test_what_cannot_be_matched_is_left_out(server, tmp_path):
     """Documents with one row have no other place; equal ends are no choice; an empty text guesses; a number that is no
     passage is no answer."""
-    server.calls = lambda tool, prompt: {"passage": 9} if "… 3 " in prompt else picks(prompt)
+    server.calls = lambda tool, prompt: {"passage": 9} if "… 03 " in TEXT.search(prompt)[1] else picks(prompt)
     texts, documents = told_apart(12)
     texts[5] = ""
     names = ["a", "a", "b", "c", "c", "c", "d", "d", "d", "d", "d", "d"]
@@ -305,8 +306,9 @@ def test_what_cannot_be_matched_is_left_out(server, tmp_path):
     context = described(server, tmp_path, texts, documents, vectors=np.ones((12, 5)))
     context.documents = names
     found = judged_position(context)["place_rl"]
-    assert np.isnan(found[[0, 1, 2, 3, 4]]).all() and found[5] == pytest.approx(1 / 3)  # of row 3 nobody reads the 9
+    assert np.isnan(found[:4]).all() and found[4] == 1 and found[5] == pytest.approx(1 / 3)
     assert (found[6:] == 1).all()
+    assert "7 of 8 questions answered (1 malformed)" in context.provider.told()[0]
     assert judged_position(described(server, tmp_path, texts, [""] * 12)) == {}
 
 

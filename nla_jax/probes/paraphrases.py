@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-from nla_jax.fve import mse, variance
+from nla_jax.fve import row_fve
 from nla_jax.labels.asking import Question
 from nla_jax.labels.labeller import Label, NoLabel
 from nla_jax.pair import Pair
@@ -127,10 +127,11 @@ def original(context: Context, pair: Pair) -> Float[np.ndarray, "n"]:
 @functools.lru_cache(maxsize=4 * len(TASKS))  # several probes read the same
 def _read(context: Context, at: tuple[int, ...], texts: tuple[str, ...], pair: Pair) -> Float[np.ndarray, "n"]:
     """1 - mse / variance of the rows `at`, the variance that of all rows; NaN elsewhere."""
-    found = np.full(len(context.vectors), np.nan)
-    if at:
-        vectors = np.asarray(context.vectors)
-        found[list(at)] = 1 - mse(np.asarray(pair.reconstruct(texts)), vectors[list(at)]) / variance(vectors)
+    found, rows = np.full(len(context.vectors), np.nan), list(at)
+    if rows:
+        recon = np.array(context.vectors, np.float32)
+        recon[rows] = pair.reconstruct(texts)
+        found[rows] = row_fve(recon, context.vectors)[rows]
     return found
 
 

@@ -43,7 +43,7 @@ class Context(Protocol):
     embedding: Float[np.ndarray, "V E"]  # of the subject's tokens
     labeller: Labeller  # of the run
     subject: Subject  # its blocks 0..K; `subject.whole` is all of it
-    provider: Provider  # a language model that writes and judges
+    provider: Provider | None  # a language model that writes and judges
     seed: int
     max_new_tokens: int
 

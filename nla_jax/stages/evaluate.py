@@ -21,7 +21,7 @@ from nla_jax.labels.labeller import Labeller, make_labeller
 from nla_jax.models.sharding import host_mesh
 from nla_jax.pair import Pair
 from nla_jax.probes.probe import ASKS, NEEDS, asks, by_needs, figures, left_out, load_probes, run_probe, told
-from nla_jax.probes.provider import Provider, provider_of
+from nla_jax.probes.provider import Provider, chosen_probes, provider_of
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
@@ -40,7 +40,7 @@ def evaluate(run: Run) -> None:
             return
         run.require("rl")
         context = RunContext(run)
-        probes, lacking = by_needs(load_probes(chosen_probes(run.config)), there(run.config))
+        probes, lacking = by_needs(load_probes(chosen_probes(run.config.evaluate)), there(run.config))
         if lacking:
             note(left_out(lacking))
         if any(asks(probe) for _, probe in probes):
@@ -64,12 +64,6 @@ def evaluate(run: Run) -> None:
         page = {"probes": drawn, "examples": examples(context, scores, run.config.evaluate.examples)}
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def chosen_probes(config: Config) -> tuple[str, ...]:
-    """What a config measures: with a provider more than without one."""
-    c = config.evaluate
-    return tuple(dict.fromkeys(c.probes + (c.provider.probes if c.provider.kind else ())))
 
 
 def there(config: Config) -> tuple[str, ...]:
@@ -128,9 +122,10 @@ class RunContext:
         return make_labeller(c.labeller, c.settings, c.connection).labeller
 
     @functools.cached_property
-    def provider(self) -> Provider:
-        """The model that writes and judges; its answers are kept in `evaluation/answers`."""
-        return provider_of(self.run.config.evaluate.provider, self.run.workdir / "evaluation" / "answers")
+    def provider(self) -> Provider | None:
+        """The model that writes and judges, if the config names one; its answers are kept in `evaluation/answers`."""
+        c = self.run.config.evaluate.provider
+        return provider_of(c, self.run.workdir / "evaluation" / "answers") if c.kind else None
 
     @functools.cache  # noqa: B019 (one context a process)
     def column(self, name: str) -> list:
