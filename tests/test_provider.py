@@ -165,6 +165,16 @@ def test_a_writer_may_be_turned_down(server, tmp_path):
     assert writer.told() == ["x: 1 of 3 questions answered (1 refused, 1 too short)."]
 
 
+def test_half_a_character_is_no_answer(server, tmp_path):
+    """No tokenizer reads it, and no server takes it."""
+    server.writes = lambda prompt, text: "half \ud83d" if text == "one" else text
+    server.calls = lambda tool, prompt: {"rating": 3, "why": "\ud83d"}
+    writer = provider("openai", server, tmp_path)
+    found = writer.write("x", [question("one", None), question("two", None)])
+    assert found == [NoLabel("malformed", "half of a character"), "two"]
+    assert writer.judge("x", [question("one")]) == [NoLabel("malformed", "half of a character")]
+
+
 def test_a_batch_answers_by_tool_calls(server, tmp_path):
     server.results |= {"two": ["expired", "ok"], "six": ["refused"]}
     judge = provider("anthropic_batch", server, tmp_path, connection={"poll": 0.01})

@@ -28,7 +28,7 @@ from nla_jax.runtime.distributed import from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.notes import note
-from nla_jax.runtime.user_input import whole_number
+from nla_jax.runtime.user_input import is_whole, whole_number
 
 KINDS = {
     "openai": "nla_jax.labels.openai:OpenAI",
@@ -92,7 +92,7 @@ class Provider:
         """The text that the model writes for each question; `NoLabel` where it writes none.
 
         `what` names the kind of questions in messages. `accept(i, text)` may turn an answer down."""
-        answers = self._ask(what, questions)
+        answers = [_read(*pair) for pair in zip(questions, self._ask(what, questions))]
         if accept is not None:
             answers = [a if isinstance(a, NoLabel) else accept(i, a) for i, a in enumerate(answers)]
         return self._counted(what, answers)
@@ -208,7 +208,13 @@ class DryRun(Provider):
 
 
 def _read(question: Question, answer: Label) -> dict | str | NoLabel:
-    return read_call(answer, question.tool) if question.tool and isinstance(answer, str) else answer
+    """The text of an answer, or the arguments of its call; `NoLabel` where it has another form than was asked for."""
+    if isinstance(answer, NoLabel):
+        return answer
+    found = read_call(answer, question.tool) if question.tool else answer
+    if isinstance(found, NoLabel) or is_whole(json.dumps(found, ensure_ascii=False)):
+        return found
+    return NoLabel("malformed", "half of a character")
 
 
 def _parts(new: Sequence[tuple[str, Question]], size: int) -> Iterator[list[tuple[str, Question]]]:
