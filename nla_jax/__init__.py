@@ -14,6 +14,7 @@ _HOMES = {
     "Injection": "autoencoder",
     "Lora": "models.lora",
     "Pair": "pair",
+    "Provider": "probes.provider",
     "Subject": "subject",
     "add_norm_matched": "autoencoder",
     "extract": "subject",

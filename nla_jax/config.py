@@ -40,21 +40,9 @@ class Section:
 
 
 FIDELITY = (
-    "after_rl",
-    "warm_start",
-    "gold",
-    "no_injection",
-    "empty",
-    "shuffled",
-    "temperature_1",
-    "gold_through_warm",
-    "meannorm",
-    "prefixes",
-    "per_activation",
-    "length",
-    "similarity",
-    "extraction",
-)
+    "after_rl warm_start gold no_injection empty shuffled temperature_1 gold_through_warm meannorm prefixes "
+    "per_activation length similarity extraction"
+).split()
 HIDDEN_CODES = ("rewrites", "warm_rewrites", "retention", "warm_retention", "surface_form")
 PROBES = (
     *(f"nla_jax.probes.fidelity:{name}" for name in FIDELITY),
@@ -63,6 +51,13 @@ PROBES = (
     *(f"nla_jax.probes.hidden_codes:{name}" for name in HIDDEN_CODES),
     *(f"nla_jax.probes.retrieval:{name}" for name in ("hits", "reciprocal_rank", "position_match")),
     "nla_jax.probes.classification:next_kind",
+)
+PARAPHRASES = "paraphrases warm_paraphrases paraphrase_retention warm_paraphrase_retention paraphrase_gap".split()
+JUDGED = (  # those that ask a language model
+    *(f"nla_jax.probes.paraphrases:{name}" for name in PARAPHRASES),
+    *(f"nla_jax.probes.judged_claims:{name}" for name in ("judged_truth", "warm_judged_truth", "judged_ablation")),
+    *(f"nla_jax.probes.judged_matches:{name}" for name in ("judged_source", "judged_position")),
+    *(f"nla_jax.probes.writing:{name}" for name in ("writing", "warm_writing")),
 )
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
@@ -245,12 +240,26 @@ class Rl(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class Provider(Section):
+    kind: str = setting("", "openai, anthropic, anthropic_batch, local, or an import path; '' asks nobody")
+    model: str = setting("", "the model's name, or its folder")
+    settings: dict = setting({}, "what else determines its answers, as label.settings")
+    connection: dict = setting({}, "how it is reached, as label.connection", free=True)
+    concurrency: int = setting(0, "questions at a time (0: as many as the kind asks for)", least=0, free=True)
+    rows: int = setting(200, "held-out rows it is asked about, spread evenly", least=2)
+    probes: tuple[str, ...] = setting(JUDGED, "import paths of what is measured with it, beside evaluate.probes")
+    price_in: float = setting(0.0, "price of a million tokens sent, for `nla probe --dry-run`", least=0, free=True)
+    price_out: float = setting(0.0, "price of a million tokens answered", least=0, free=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate(Section):
     rows: int = setting(2000, "held-out rows, spread evenly over documents", least=2)
     temperature: float = setting(0.0, "temperature of sampling (0: greedy)", least=0)
     batch: int = setting(128, "rows at a time", least=1)
     examples: int = setting(30, "rows that the report shows", least=0)
     probes: tuple[str, ...] = setting(PROBES, "import paths of what is measured")
+    provider: Provider = section(Provider, "a language model that rewrites texts and judges them")
 
 
 @dataclasses.dataclass(frozen=True)

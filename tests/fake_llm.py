@@ -1,4 +1,6 @@
-"""A server on loopback with the chat completions of OpenAI, and the messages and message batches of Anthropic."""
+"""A server on loopback with the chat completions of OpenAI, and the messages and message batches of Anthropic.
+
+It writes labels, or whatever `writes` says, and calls tools with the arguments that `calls` says."""
 
 import collections
 import contextlib
@@ -20,13 +22,16 @@ def wanted(text: str) -> str:
 class FakeLLM:
     """`replies[text]`: what happens to the first, second, … request about a text; afterwards it is answered.
 
-    "ok", "slow", "refused", "filtered", "cut", "tagged", "blank", "broken", or a status code. `asked` counts the
-    requests about a text, `answered` those that cost money. Of batches: `results[text]` likewise ("ok", "refused",
+    "ok", "slow", "refused", "filtered", "cut", "tagged", "blank", "broken", or a status code; where a tool is to be
+    called also "bare" (a number instead), "half" (broken JSON) or "other" (arguments of another form). `asked` counts the
+    requests about a text, `prompts` those with a whole prompt, `answered` those that cost money. `writes(prompt, text)`
+    and `calls(tool, prompt)` say what is answered. Of batches: `results[text]` likewise ("ok", "refused",
     "cut", "invalid", "faulty", "expired", "canceled"), and a batch has ended after it was looked at `looks` times."""
 
     def __init__(self):
         self.replies, self.results = collections.defaultdict(list), collections.defaultdict(list)
-        self.asked, self.answered = collections.Counter(), collections.Counter()
+        self.asked, self.answered, self.prompts = (collections.Counter() for _ in range(3))
+        self.writes, self.calls = lambda prompt, text: wanted(text), lambda tool, prompt: {}
         self.bodies, self.keys, self.batches = [], set(), {}
         self.looks, self.busy, self.busiest = 1, 0, 0
         self.lock = threading.Lock()
@@ -60,10 +65,12 @@ class FakeLLM:
     def answer(self, handler, body):
         if handler.path.endswith("/batches"):
             return self.take(handler, body)
-        text = SHOWN.search(body["messages"][0]["content"])[1]
+        prompt = body["messages"][0]["content"]
+        text = SHOWN.search(prompt)[1]
         with self.lock:
             self.bodies.append(body)
             self.asked[text] += 1
+            self.prompts[prompt] += 1
             reply = self.replies[text].pop(0) if self.replies[text] else "ok"
             self.busy += 1
             self.busiest = max(self.busiest, self.busy)
@@ -71,12 +78,12 @@ class FakeLLM:
                 self.answered[text] += 1
         try:
             time.sleep(0.3 if reply == "slow" else 0.002)
-            self.send(handler, text, reply, chat=handler.path.endswith("/chat/completions"))
+            self.send(handler, body, reply, chat=handler.path.endswith("/chat/completions"))
         finally:
             with self.lock:
                 self.busy -= 1
 
-    def send(self, handler, text, reply, chat):
+    def send(self, handler, body, reply, chat):
         if reply == "broken":  # amid the answer
             handler.send_response(200)
             handler.send_header("content-type", "application/json")
@@ -92,12 +99,23 @@ class FakeLLM:
             error = {"type": "error", "error": {"type": "invalid_request_error", "message": words}}
             respond(handler, error, reply, {"retry-after": "0.02"} if reply == 429 else {})
         else:
-            respond(handler, completion(text, reply) if chat else message(text, reply))
+            respond(handler, (completion if chat else message)(*self.said(body, reply), reply))
+
+    def said(self, body, reply):
+        """What the model writes, and the tool that it calls with the JSON of its arguments."""
+        prompt, tools = body["messages"][0]["content"], body.get("tools")
+        if not tools or reply in ("refused", "filtered", "cut", "bare", "blank"):
+            return ("7" if reply == "bare" else said(self.writes(prompt, SHOWN.search(prompt)[1]), reply)), None
+        forced, tool = body["tool_choice"], tools[0].get("function", tools[0])
+        assert tool["name"] == forced.get("function", forced)["name"] and len(tools) == 1
+        call = json.dumps(self.calls(tool["name"], prompt))
+        return "", (tool["name"], {"half": call[: len(call) // 2], "other": '{"nonsense": 1}'}.get(reply, call))
 
     # Batches
 
     def take(self, handler, body):
-        requests = {r["custom_id"]: SHOWN.search(r["params"]["messages"][0]["content"])[1] for r in body["requests"]}
+        asked = {r["custom_id"]: r["params"] for r in body["requests"]}
+        requests = {id: SHOWN.search(params["messages"][0]["content"])[1] for id, params in asked.items()}
         with self.lock:
             self.bodies.append(body)
             id = f"msgbatch_{len(self.batches)}"
@@ -106,7 +124,7 @@ class FakeLLM:
             for custom_id, text in requests.items():
                 reply = self.results[text].pop(0) if self.results[text] else "ok"
                 self.answered[text] += reply in ("ok", "refused", "cut")
-                done[custom_id] = result(text, reply)
+                done[custom_id] = result(*self.said(asked[custom_id], reply), reply)
             self.batches[id] = {"looks": 0, "results": done}
         respond(handler, self.batch(id))
 
@@ -150,14 +168,16 @@ def respond(handler, content, status=200, headers=()):
         handler.wfile.write(data)
 
 
-def said(text, reply):
-    label = wanted(text)
+def said(label, reply):
     return {"tagged": f"<explanation>\n{label}\n</explanation>", "cut": label[:12], "blank": " \n"}.get(reply, label)
 
 
-def completion(text, reply):
+def completion(written, call, reply):
     refused = reply == "refused"
-    content = {"role": "assistant", "content": None if refused else said(text, reply)}
+    content = {"role": "assistant", "content": None if refused or call else written}
+    if call:
+        function = {"name": call[0], "arguments": call[1]}
+        content["tool_calls"] = [{"id": "t", "type": "function", "function": function}]
     return {
         "id": "c",
         "object": "chat.completion",
@@ -173,23 +193,27 @@ def completion(text, reply):
     }
 
 
-def message(text, reply):
+def message(written, call, reply):
+    content = [] if reply == "refused" else [{"type": "text", "text": written}]
+    if call:  # the service sends an object; a broken one can only come as a text
+        arguments = call[1] if reply == "half" else json.loads(call[1])
+        content = [{"type": "tool_use", "id": "t", "name": call[0], "input": arguments}]
     return {
         "id": "m",
         "type": "message",
         "role": "assistant",
         "model": "m",
-        "content": [] if reply == "refused" else [{"type": "text", "text": said(text, reply)}],
+        "content": content,
         "stop_reason": {"cut": "max_tokens", "refused": "refusal", "filtered": "refusal"}.get(reply, "end_turn"),
         "stop_sequence": None,
         "usage": {"input_tokens": 1, "output_tokens": 1},
     }
 
 
-def result(text, reply):
+def result(written, call, reply):
     if reply in ("expired", "canceled"):
         return {"type": reply}
     if reply in ("invalid", "faulty"):
         error = {"type": "invalid_request_error" if reply == "invalid" else "api_error", "message": "no luck"}
         return {"type": "errored", "error": {"type": "error", "error": error, "request_id": None}}
-    return {"type": "succeeded", "message": message(text, reply)}
+    return {"type": "succeeded", "message": message(written, call, reply)}

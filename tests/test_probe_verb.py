@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import SENTENCES, nla_main, one_line
+from fake_llm import FakeLLM
 
 import nla_jax as nla
 from nla_jax.cli import main
 from nla_jax.config import Evaluate
 from nla_jax.data.corpus import Document
-from nla_jax.probes.probe import Probe, clustered_interval, probe
+from nla_jax.probes.probe import Probe, asks, clustered_interval, probe
 from nla_jax.probes.retrieval import hits
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.probe import PairContext, activations_of
@@ -207,6 +208,88 @@ def test_a_context_of_a_pair_gives_what_probes_read(pair, subject_folder):
     assert context.row_fve(context.texts("rl")).mean() == pytest.approx(nla.fve(context.recon("rl"), acts), abs=1e-4)
 
 
+def test_a_pair_is_judged_and_rewritten(nla_probe, place, tmp_path, monkeypatch):
+    """By a model that the flags name; a dry run counts the same questions, and a second run asks nobody."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = FakeLLM()
+    server.calls = lambda tool, prompt: {"rating": 7}
+    server.writes = lambda prompt, text: text[::-1]
+    try:
+        asked = ["--judge", "openai", "--judge-model", "m", "--judge-url", f"{server.url}/v1", "--judge-rows", 10]
+        out, names = tmp_path / "out", ["nla_jax.probes.writing:writing", "nla_jax.probes.paraphrases:paraphrases"]
+        run = ["--texts", place / "texts.jsonl", "--rows", 30, "--out", out, *probes(*names, f"{FIDELITY}after_rl")]
+        costs = nla_probe(*run, *asked, "--dry-run").out
+        assert not server.asked and not out.exists()
+        said = nla_probe(*run, *asked).out
+        number = server.prompts.total()
+        assert f"questions  {number:,} to ask for, of " in costs and number >= 10
+        told = re.findall(r"^  (.*): (\d+) of (\d+) questions answered\.$", said, re.MULTILINE)
+        asked_about = {what: int(count) for what, count, of in told if count == of}
+        assert asked_about["light paraphrase"] == asked_about["writing (rl)"] > 0
+        rows = pq.read_table(out / "writing.parquet").column("writing").to_pylist()
+        assert len(rows) == 30 and sum(value == 7 for value in rows) == asked_about["writing (rl)"]
+        assert sum(map(np.isnan, rows)) == 20
+        figures = json.loads((out / "writing.json").read_text())
+        assert figures["answers"][0] in figures["about"]
+        nla_probe(*run, *asked)
+        assert server.prompts.total() == number
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    {
+        "no model": (["--judge", "openai"], "--judge needs --judge-model"),
+        "no judge": (["--judge-model", "m"], "--judge-model belongs to --judge"),
+        "no folder": (["--judge", "openai", "--judge-model", "m"], "--judge needs --out"),
+        "nobody to ask": (["--dry-run"], "--dry-run says what a model would be asked"),
+        "another kind": (["--judge", "gpt", "--judge-model", "m", "--out", "OUT"], "evaluate.provider.kind is 'gpt'"),
+        "no key": (["--judge", "openai", "--judge-model", "m", "--out", "OUT"], "set OPENAI_API_KEY"),
+        "no rows": (["--judge", "openai", "--judge-model", "m", "--judge-rows", "0"], "--judge-rows of 2 or more"),
+    }.values(),
+)
+def test_a_judge_that_cannot_be_asked_gets_one_sentence(nla_probe, place, tmp_path, monkeypatch, flags, said):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    flags = [str(tmp_path / "out") if flag == "OUT" else flag for flag in flags]
+    line = nla_probe("--texts", place / "texts.jsonl", *flags, status=1)
+    assert said in line and not list(tmp_path.iterdir())
+
+
+def test_a_run_is_judged_as_its_config_says(finished, corpus, tmp_path, capsys):
+    """`evaluate` runs the provider's probes beside its own; without one it names what it leaves out."""
+    server = FakeLLM()
+    server.calls = lambda tool, prompt: {"passage": 1} if tool == "pick_passage" else {"rating": 7}
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    (workdir / "stages/evaluate.json").unlink()
+    judged = "nla_jax.probes.judged_matches:judged_source"
+    flags = [f"--config.evaluate.probes=('{FIDELITY}after_rl',)"]
+    ours = [f"--config.evaluate.provider.probes=('{judged}', 'nla_jax.probes.writing:warm_writing')"]
+    ours += ["--config.evaluate.provider.kind=openai", "--config.evaluate.provider.model=m"]
+    ours += [f"--config.evaluate.provider.connection.base_url={server.url}/v1", "--config.evaluate.provider.rows=8"]
+    try:
+        assert nla_main("evaluate", workdir, corpus, *flags, *ours) == 0
+        found = {one["name"]: one for one in json.loads((workdir / "evaluation.json").read_text())["probes"]}
+        assert list(found) == ["after_rl", "judged_source", "warm_writing"]
+        assert "questions answered" in found["judged_source"]["about"] and "answers" not in found["after_rl"]
+        assert len(list((workdir / "evaluation/answers").glob("*.jsonl"))) >= 1
+        number = server.prompts.total()
+        assert main(["probe", "--workdir", str(workdir), *probes(judged)]) == 0
+        assert server.prompts.total() == number  # the same answers serve `nla probe`
+        assert nla_main("report", workdir, corpus, *flags, *ours) == 0
+    finally:
+        server.close()
+    (workdir / "stages/evaluate.json").unlink()
+    capsys.readouterr()
+    both = [f"--config.evaluate.probes=('{FIDELITY}after_rl', '{judged}')"]
+    assert nla_main("evaluate", workdir, corpus, *both) == 0
+    assert (
+        "Left out: judged_source needs judge (evaluate.provider of a config, or --judge, names"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_documentation_lists_every_probe():
     folder = Path(nla.__file__).parent / "probes"
     modules = [importlib.import_module(f"nla_jax.probes.{file.stem}") for file in folder.glob("[a-z]*.py")]
@@ -217,6 +300,12 @@ def test_the_documentation_lists_every_probe():
         *("ablation", "recovery", "divergence", "loss"),
         *("confidence", "calibration", "reliability"),
         *("suffix_prediction", "source_gain", "source_match"),
+        *(path.rpartition(":")[2] for path in Evaluate().provider.probes),
+    }
+    assert {path.partition(":")[0].rpartition(".")[2] for path in Evaluate().provider.probes} == {
+        module.__name__.rpartition(".")[2]
+        for module in modules
+        if any(isinstance(value, Probe) and asks(value) for value in vars(module).values())
     }
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from nla_jax.io.files import AnyPath, replacing
-from nla_jax.labels.asking import Served, read_answer
-from nla_jax.labels.labeller import Label, LabelRow, NoLabel
+from nla_jax.labels.asking import Question, Served, Tool, read_answer
+from nla_jax.labels.labeller import Label, NoLabel
 from nla_jax.labels.openai import unanswered, without_key
 from nla_jax.runtime.errors import InputError
 
@@ -43,21 +43,28 @@ class Anthropic(Served):
             return make(api_key="none")
         return client
 
-    def message(self, prompt: str) -> dict:
-        """The request about one text."""
-        content = [{"role": "user", "content": prompt}]
-        return {"model": self.model, "max_tokens": self.max_tokens, "messages": content} | self.request
+    def message(self, question: Question) -> dict:
+        """The request for one answer."""
+        content = [{"role": "user", "content": question.prompt}]
+        forced = _forced(question.tool) if question.tool else {}
+        return {"model": self.model, "max_tokens": self.max_tokens, "messages": content} | forced | self.request
 
-    def ask(self, row: LabelRow) -> Label:
+    def ask(self, question: Question) -> Label:
         """The answer of the model. Raises `InputError` where the server gives none, after all retries."""
         import anthropic
 
         try:
-            return read_message(self.client.messages.create(**_for_sdk(self.message(self.prompt(row)))))
+            return read_message(self.client.messages.create(**_for_sdk(self.message(question))))
         except (anthropic.BadRequestError, anthropic.UnprocessableEntityError) as error:
             return NoLabel("rejected", without_key(error, self.client), paid=False)
         except anthropic.AnthropicError as error:
-            raise InputError(unanswered(error, self.client, row, KEY)) from None
+            raise InputError(unanswered(error, self.client, question.about, KEY)) from None
+
+
+def _forced(tool: Tool) -> dict:
+    """The fields of a request that must be answered by a call of the tool."""
+    described = {"name": tool.name, "description": tool.description, "input_schema": tool.schema}
+    return {"tools": [described], "tool_choice": {"type": "tool", "name": tool.name}}
 
 
 def _for_sdk(message: dict) -> dict:
@@ -67,11 +74,13 @@ def _for_sdk(message: dict) -> dict:
 
 
 def read_message(message: Any) -> Label:
-    """The label in an answer; `NoLabel` where it was refused or cut."""
+    """The text of an answer, or the JSON of its tool call; `NoLabel` where it was refused or cut."""
     if message.stop_reason == "refusal":
         return NoLabel("refused")
     if message.stop_reason in ("max_tokens", "model_context_window_exceeded"):
         return NoLabel("cut")
+    if called := [block.input for block in message.content if block.type == "tool_use"]:
+        return json.dumps(called[0])
     return read_answer("".join(block.text for block in message.content if block.type == "text"))
 
 
@@ -94,21 +103,21 @@ class AnthropicBatch(Anthropic):
         """Where the ids of batches are written down."""
         self.folder = folder
 
-    def label(self, rows: Sequence[LabelRow]) -> list[Label]:
+    def replies(self, questions: Sequence[Question]) -> list[Label]:
         """The answers of a batch; without a folder of its own, as in `nla check`, those of single requests.
 
         Raises `InputError` where the server gives none."""
         import anthropic
 
         if self.folder is None:
-            return super().label(rows)
-        requests = [self.message(self.prompt(row)) for row in rows]
+            return super().replies(questions)
+        requests = [self.message(question) for question in questions]
         ids = [hashlib.blake2b(json.dumps(r, sort_keys=True).encode(), digest_size=16).hexdigest() for r in requests]
         wanted = dict(zip(ids, requests))  # texts that `chars` made equal share an answer
         try:
             answers = self._answers(wanted)
         except anthropic.AnthropicError as error:
-            raise InputError(unanswered(error, self.client, rows[0], KEY)) from None
+            raise InputError(unanswered(error, self.client, questions[0].about, KEY)) from None
         return [answers[id] for id in ids]
 
     def _answers(self, wanted: dict[str, dict]) -> dict[str, Label]:

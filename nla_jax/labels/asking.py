@@ -1,10 +1,14 @@
-"""What labellers that ask a language model have in common: the instruction, and how an answer is read."""
+"""What labellers that ask a language model have in common: the instruction, and how an answer is read.
+
+Probes put their own questions to the same models (`replies`), as text or as the call of a tool, whose arguments have a
+form that can be checked."""
 
 import dataclasses
 import functools
+import json
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from nla_jax.labels.labeller import Label, LabelRow, NoLabel
 from nla_jax.prompts import read_response
@@ -29,6 +33,26 @@ mention that the text is cut, or this task.
 </text>"""
 
 TAGS = re.compile(r"</?(?:explanation|text|summary)>", re.IGNORECASE)
+TYPES = {"object": Mapping, "array": list, "string": str, "boolean": bool, "integer": int}  # of JSON schemas
+
+
+class Tool(NamedTuple):
+    """What a model has to call instead of writing a text. `schema`: the JSON schema of its arguments, of which
+    `read_call` checks type, enum, minimum, maximum, minItems, maxItems, items, properties and required. `example`: such
+    arguments, which stand in for an answer while a dry run counts what would be asked."""
+
+    name: str
+    description: str
+    schema: dict
+    example: dict
+
+
+class Question(NamedTuple):
+    """What a model is asked. `about`: what an error message says of it, such as "token 7 of 'page'"."""
+
+    prompt: str
+    about: str
+    tool: Tool | None = None
 
 
 @dataclasses.dataclass
@@ -60,6 +84,19 @@ class Asking:
         before, after = self.instruction.replace("{token}", repr(row.token)).split("{text}")
         return before + row.text[-self.chars :] + after
 
+    def question(self, row: LabelRow) -> Question:
+        """The question about a row."""
+        return Question(self.prompt(row), f"token {row.position} of {row.doc_id!r}")
+
+    def label(self, rows: Sequence[LabelRow]) -> list[Label]:
+        """An answer for each row."""
+        return self.replies([self.question(row) for row in rows])
+
+    def replies(self, questions: Sequence[Question]) -> list[Label]:
+        """The answer to each question: a text, or the JSON with which the tool was called (`read_call` reads it);
+        `NoLabel` where there is none."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass
 class Served(Asking):
@@ -88,12 +125,12 @@ class Served(Asking):
         """Raises `InputError` without a key."""
         _ = self.client
 
-    def label(self, rows: Sequence[LabelRow]) -> list[Label]:
-        """An answer for each row, asked for one after the other."""
-        return [self.ask(row) for row in rows]
+    def replies(self, questions: Sequence[Question]) -> list[Label]:
+        """The answer to each question, asked for one after the other."""
+        return [self.ask(question) for question in questions]
 
-    def ask(self, row: LabelRow) -> Label:
-        """The answer for one row."""
+    def ask(self, question: Question) -> Label:
+        """The answer to one question."""
         raise NotImplementedError
 
 
@@ -101,6 +138,35 @@ def read_answer(text: str | None) -> Label:
     """The label in a model's answer: without tags, in which some models put it."""
     said = TAGS.sub(" ", read_response(text or "", "search")).strip()
     return said or NoLabel("empty")
+
+
+def read_call(text: str, tool: Tool) -> dict | NoLabel:
+    """The arguments with which a model has called a tool: the JSON object in its answer, which may stand in a text.
+    `NoLabel` where there is none, and where it does not fit the tool's schema."""
+    start, end = text.find("{"), text.rfind("}") + 1
+    if start < 0:
+        return NoLabel("no tool call", f"it says: {text:.80}")
+    try:
+        found = json.loads(text[start:end])
+    except ValueError:
+        return NoLabel("malformed", f"no JSON: {text:.80}")
+    return found if fits(found, tool.schema) else NoLabel("malformed", f"another form: {text:.80}")
+
+
+def fits(value: Any, schema: Mapping) -> bool:
+    """Whether a value has the form that a JSON schema describes, as far as `Tool` says."""
+    kind = schema["type"]
+    if not isinstance(value, TYPES[kind]) or (kind == "integer" and isinstance(value, bool)):
+        return False
+    if kind == "object":
+        known = all(fits(value[name], of) for name, of in schema["properties"].items() if name in value)
+        return known and all(name in value for name in schema.get("required", ()))
+    if kind == "array":
+        counted = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+        return counted and all(fits(one, schema["items"]) for one in value)
+    if kind == "integer":
+        return schema.get("minimum", value) <= value <= schema.get("maximum", value)
+    return value in schema.get("enum", [value])
 
 
 def checked_url(url: Any) -> str | None:

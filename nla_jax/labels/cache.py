@@ -58,8 +58,17 @@ class Cache:
 
 
 def _line(key: str, answer: Label) -> str:
-    said = {"label": answer} if isinstance(answer, str) else {"why": answer.why, "detail": answer.detail}
-    return json.dumps({"key": key} | said) + "\n"
+    return json.dumps({"key": key} | as_json(answer)) + "\n"
+
+
+def as_json(answer: Label) -> dict:
+    """An answer as JSON can hold it, but for whether it was paid for."""
+    return {"label": answer} if isinstance(answer, str) else {"why": answer.why, "detail": answer.detail}
+
+
+def from_json(found: Mapping) -> Label:
+    """The answer that `as_json` gave."""
+    return found["label"] if "label" in found else NoLabel(found["why"], found["detail"])
 
 
 def _read(file: AnyPath) -> dict[str, Label]:
@@ -68,8 +77,7 @@ def _read(file: AnyPath) -> dict[str, Label]:
     for line in file.read_bytes().splitlines():
         try:
             found = json.loads(line)
-            key = found["key"]
-            answers[key] = found["label"] if "label" in found else NoLabel(found["why"], found["detail"])
+            answers[found["key"]] = from_json(found)
         except (ValueError, KeyError, TypeError):
             break
     return answers

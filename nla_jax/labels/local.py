@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,8 +14,8 @@ import numpy as np
 
 from nla_jax.io.folders import load_params, load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
-from nla_jax.labels.asking import Asking, read_answer
-from nla_jax.labels.labeller import Label, LabelRow, NoLabel
+from nla_jax.labels.asking import Asking, Question, read_answer
+from nla_jax.labels.labeller import Label, NoLabel
 from nla_jax.models.transformer import Transformer
 from nla_jax.prompts import chat_text, end_of_turn, plain_ids
 from nla_jax.runtime.errors import InputError
@@ -71,9 +72,9 @@ class Local(Asking):
         config = read_config(self.folder, jnp.dtype(self.dtype))
         return Transformer(config), load_params(self.folder, config, dtype=jnp.dtype(self.dtype))
 
-    def label(self, rows: Sequence[LabelRow]) -> list[Label]:
-        """An answer for each row."""
-        answers = self.answers([self.prompt(row) for row in rows])
+    def replies(self, questions: Sequence[Question]) -> list[Label]:
+        """The answer to each question. No tool can be forced: the model is asked for the JSON of its arguments."""
+        answers = self.answers([_with_form(question) for question in questions])
         return [read_answer(text) if ended else NoLabel("cut") for text, ended in answers]
 
     def answers(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
@@ -111,6 +112,14 @@ class Local(Asking):
             for row, real in zip(found, mask)
         ]
         return list(zip(texts[: len(prompts)], finished.tolist()))
+
+
+def _with_form(question: Question) -> str:
+    """The prompt; with the form of the answer where a tool is to be called."""
+    if question.tool is None:
+        return question.prompt
+    schema = json.dumps(question.tool.schema)
+    return f"{question.prompt}\n\nAnswer with one JSON object that fits this schema, and nothing else:\n{schema}"
 
 
 def _keys(prompts: list[list[int]], seed: int) -> jax.Array:

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
-from nla_jax.labels.asking import Served, read_answer
-from nla_jax.labels.labeller import Label, LabelRow, NoLabel
+from nla_jax.labels.asking import Question, Served, Tool, read_answer
+from nla_jax.labels.labeller import Label, NoLabel
 from nla_jax.runtime.errors import InputError, first_line
 
 
@@ -39,7 +39,7 @@ class OpenAI(Served):
                 "without one."
             ) from None
 
-    def ask(self, row: LabelRow) -> Label:
+    def ask(self, question: Question) -> Label:
         """The answer of the model. Raises `InputError` where the server gives none, after all retries."""
         import openai
 
@@ -47,20 +47,34 @@ class OpenAI(Served):
         try:
             found = self.client.chat.completions.create(
                 model=self.model,
-                messages=[{"role": "user", "content": self.prompt(row)}],
+                messages=[{"role": "user", "content": question.prompt}],
                 extra_body=self.request,
                 **limit,
+                **(_forced(question.tool) if question.tool else {}),
             )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return NoLabel("rejected", without_key(error, self.client), paid=False)
         except openai.OpenAIError as error:
-            raise InputError(unanswered(error, self.client, row, "OPENAI_API_KEY")) from None
+            raise InputError(unanswered(error, self.client, question.about, "OPENAI_API_KEY")) from None
         if not found.choices:
             return NoLabel("empty")
         choice = found.choices[0]
         if choice.finish_reason == "content_filter" or choice.message.refusal:
             return NoLabel("refused", choice.message.refusal or "content filter")
-        return NoLabel("cut") if choice.finish_reason == "length" else read_answer(choice.message.content)
+        if choice.finish_reason == "length":
+            return NoLabel("cut")
+        if called := [call.function.arguments for call in choice.message.tool_calls or () if call.type == "function"]:
+            return called[0] or NoLabel("empty")
+        return read_answer(choice.message.content)
+
+
+def _forced(tool: Tool) -> dict:
+    """The arguments of a request that must be answered by a call of the tool."""
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
+    return {
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": {"type": "function", "function": {"name": tool.name}},
+    }
 
 
 # What the SDKs of OpenAI and Anthropic, which are made alike, say when they fail
@@ -74,11 +88,11 @@ def without_key(error: Exception, client: Any) -> str:
     return said
 
 
-def unanswered(error: Exception, client: Any, row: LabelRow, variable: str) -> str:
-    """A sentence for an SDK's error; `variable` holds the key."""
+def unanswered(error: Exception, client: Any, about: str, variable: str) -> str:
+    """A sentence for an SDK's error at a question `about` something; `variable` holds the key."""
     cure = {
         401: f"check {variable} in the environment",
         403: f"check what the key in {variable} may use",
         404: "check label.settings.model and label.connection.base_url",
     }.get(getattr(error, "status_code", None), "what is answered is kept, and the same command asks for the rest")
-    return f"{client.base_url} gives no answer for token {row.position} of {row.doc_id!r} ({without_key(error, client)}); {cure}."
+    return f"{client.base_url} gives no answer for {about} ({without_key(error, client)}); {cure}."

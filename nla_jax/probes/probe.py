@@ -20,11 +20,14 @@ from jaxtyping import Float
 from nla_jax.data.rows import Rows
 from nla_jax.labels.labeller import Labeller
 from nla_jax.pair import Pair
+from nla_jax.probes.provider import Provider
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.subject import Subject
 
-NEEDS = ("pair", "warm", "labels", "training", "subject")
+ASKS = ("writer", "judge")  # what a provider is: a probe has it write texts, or judge
+NEEDS = ("pair", "warm", "labels", "training", "subject", *ASKS)
+WHO_ASKS = "evaluate.provider of a config, or --judge, names the model that writes and judges"
 CHARTS = ("bars", "curve", "histogram")
 
 
@@ -40,6 +43,7 @@ class Context(Protocol):
     embedding: Float[np.ndarray, "V E"]  # of the subject's tokens
     labeller: Labeller  # of the run
     subject: Subject  # its blocks 0..K; `subject.whole` is all of it
+    provider: Provider | None  # a language model that writes and judges
     seed: int
     max_new_tokens: int
 
@@ -114,6 +118,17 @@ def by_needs(
     return [one for one in probes if not lacks[one[1].name]], {name: needs for name, needs in lacks.items() if needs}
 
 
+def asks(probe: Probe) -> bool:
+    """Whether a probe puts questions to a provider."""
+    return bool(set(probe.needs) & set(ASKS))
+
+
+def left_out(lacking: Mapping[str, str]) -> str:
+    """A sentence about the probes that `by_needs` leaves out."""
+    hint = "" if not any(ask in needs for needs in lacking.values() for ask in ASKS) else f" ({WHO_ASKS})"
+    return f"Left out: {'; '.join(f'{name} needs {needs}' for name, needs in lacking.items())}{hint}."
+
+
 def run_probe(function: UserFunction, probe: Probe, context: Context) -> dict[str, Float[np.ndarray, "n"]]:
     """The scores of a probe, checked. Raises `InputError` that names the probe's file and line where it is wrong."""
     with function.blamed():
@@ -158,9 +173,16 @@ def clustered_interval(
     return float(low), float(high)
 
 
-def figures(probe: Probe, scores: Mapping[str, np.ndarray], documents: Sequence[str]) -> dict:
+def told(probe: Probe, context: Context) -> list[str]:
+    """How many questions the provider has answered for a probe that was just run: a sentence for each kind."""
+    return context.provider.told() if asks(probe) else []
+
+
+def figures(
+    probe: Probe, scores: Mapping[str, np.ndarray], documents: Sequence[str], answers: Sequence[str] = ()
+) -> dict:
     """What the report draws of a probe: mean, interval and median of each score, and the rows where it shows them. A
-    score that is NaN for every row is left out."""
+    score that is NaN for every row is left out. `answers`: what `told` says."""
     listed = [
         {
             "name": name,
@@ -174,6 +196,8 @@ def figures(probe: Probe, scores: Mapping[str, np.ndarray], documents: Sequence[
         if not np.isnan(values).all()
     ]
     facts = {name: getattr(probe, name) for name in ("name", "title", "about", "chart", "unit", "axis")}
+    if answers:
+        facts |= {"about": " ".join([probe.about, *answers]), "answers": list(answers)}
     return facts | {"scores": listed}
 
 

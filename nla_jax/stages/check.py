@@ -23,6 +23,7 @@ from nla_jax.labels.labeller import make_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
 from nla_jax.objective import UNCORRELATED, Scored
 from nla_jax.probes.probe import NEEDS, load_probes
+from nla_jax.probes.provider import chosen_probes, provider_of
 from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
@@ -59,7 +60,9 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
         check_objective(config)
     if "evaluate" in stages:
-        for function, probe in load_probes(config.evaluate.probes):
+        if config.evaluate.provider.kind:
+            provider_of(config.evaluate.provider, "").ready()
+        for function, probe in load_probes(chosen_probes(config.evaluate)):
             if absent := set(probe.needs) - set(NEEDS):
                 raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from nla_jax.config import Config
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows, load_rows, spread
 from nla_jax.fve import row_fve
@@ -19,10 +20,12 @@ from nla_jax.io.parquet import read_table, write_table
 from nla_jax.labels.labeller import Labeller, make_labeller
 from nla_jax.models.sharding import host_mesh
 from nla_jax.pair import Pair
-from nla_jax.probes.probe import figures, load_probes, run_probe
+from nla_jax.probes.probe import ASKS, NEEDS, asks, by_needs, figures, left_out, load_probes, run_probe, told
+from nla_jax.probes.provider import Provider, chosen_probes, provider_of
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
+from nla_jax.runtime.notes import note
 from nla_jax.runtime.run import Run
 from nla_jax.stages.sft import load
 from nla_jax.stages.shown import DOCUMENTS, Shown
@@ -37,8 +40,12 @@ def evaluate(run: Run) -> None:
         if result is None:
             return
         run.require("rl")
-        probes = load_probes(run.config.evaluate.probes)
         context = RunContext(run)
+        probes, lacking = by_needs(load_probes(chosen_probes(run.config.evaluate)), there(run.config))
+        if lacking:
+            note(left_out(lacking))
+        if any(asks(probe) for _, probe in probes):
+            context.provider.ready()
         progress, scores, drawn = Progress("evaluate", len(probes)), {}, []
         for function, probe in probes:
             if not (own := run_probe(function, probe, context)):
@@ -47,7 +54,7 @@ def evaluate(run: Run) -> None:
             if is_writer():
                 ids = {"doc_id": context.column("doc_id")}
                 write_table(pa.table(ids | own), run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet")
-            drawn.append(figures(probe, own, context.documents))
+            drawn.append(figures(probe, own, context.documents, told(probe, context)))
             scores |= own
             progress.update()
         progress.close()
@@ -59,6 +66,11 @@ def evaluate(run: Run) -> None:
         page = {"probes": drawn, "examples": shown.examples(count), "documents": shown.documents(min(count, DOCUMENTS))}
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def there(config: Config) -> tuple[str, ...]:
+    """What probes of a run find, of `probes.probe.NEEDS`."""
+    return tuple(need for need in NEEDS if config.evaluate.provider.kind or need not in ASKS)
 
 
 TRAINING = 20_000  # rows of the warm start that baselines and linear probes are fitted to, at most
@@ -110,6 +122,12 @@ class RunContext:
         """The run's labeller."""
         c = self.run.config.label
         return make_labeller(c.labeller, c.settings, c.connection).labeller
+
+    @functools.cached_property
+    def provider(self) -> Provider | None:
+        """The model that writes and judges, if the config names one; its answers are kept in `evaluation/answers`."""
+        c = self.run.config.evaluate.provider
+        return provider_of(c, self.run.workdir / "evaluation" / "answers") if c.kind else None
 
     @functools.cache  # noqa: B019 (one context a process)
     def column(self, name: str) -> list:

@@ -17,7 +17,8 @@ from nla_jax.fve import row_fve
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import write_table
 from nla_jax.pair import Pair
-from nla_jax.probes.probe import Context, Probe, by_needs, figures, load_probes, run_probe
+from nla_jax.probes.probe import ASKS, Context, Probe, by_needs, figures, left_out, load_probes, run_probe, told
+from nla_jax.probes.provider import Provider
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.notes import note
@@ -49,6 +50,7 @@ class PairContext(Context):
     subject: Subject
     activations: Activations
     sampling: Sampling
+    provider: Provider | None = None
 
     def __post_init__(self):
         self.vectors = np.asarray(self.activations.vectors)
@@ -112,17 +114,15 @@ def probe(
     subject: Subject,
     activations: Activations,
     probes: Sequence[str | Callable] | None = None,
-    *,
-    max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch: int = 64,
+    provider: Provider | None = None,
+    **sampling: Any,
 ) -> dict[str, Measurement]:
     """What probes find of a pair on activations of its subject, by the probe's name.
 
     `probes`: import paths (`module:name`), functions or `Probe`s; None: those of a run, as far as a pair alone has what
-    they need. The other arguments say how texts are sampled, as those of `Pair.explain`. A note names the probes whose
-    needs are not met.
+    they need, and with a `provider` those that ask it (docs/probes.md). `sampling` says how texts are sampled, as the
+    arguments of `Pair.explain` do: max_new_tokens (200), temperature (0), seed (0), batch (64). A note names the probes
+    whose needs are not met.
 
     Raises `InputError` where fewer than two activations are given, where they are not of the pair's layer, where no
     probe can be run, and for a probe that fails."""
@@ -131,11 +131,17 @@ def probe(
     if len(activations) < 2:
         raise InputError(f"There are {len(activations)} activations to probe with; give at least 2.")
     pair.score([""], activations[:1])  # raises for another width or layer, before anything is sampled
-    context = PairContext(pair, subject, activations, Sampling(max_new_tokens, temperature, seed, batch))
-    able, lacking = by_needs(load_probes(Evaluate().probes if probes is None else list(probes), "probes"), HAS)
+    context, c = PairContext(pair, subject, activations, Sampling(**sampling), provider), Evaluate()
+    usual = c.probes if provider is None else c.probes + c.provider.probes
+    able, lacking = by_needs(load_probes(usual if probes is None else list(probes), "probes"), there(provider))
     if lacking:
-        note(f"Left out: {'; '.join(f'{name} needs {needs}' for name, needs in lacking.items())}.")
+        note(left_out(lacking))
     return {found.probe.name: found for found in measured(context, able)}
+
+
+def there(provider: Any) -> tuple[str, ...]:
+    """What probes of a pair without its run find, of `probes.probe.NEEDS`; `provider`: whether there is one."""
+    return HAS + ASKS if provider else HAS
 
 
 def measured(
@@ -149,7 +155,7 @@ def measured(
         note(f"There are only {len(context.vectors)} activations; intervals from fewer than {FEW} say little.")
     for function, one in probes:
         rows = run_probe(function, one, context)
-        found = Measurement(one, rows, figures(one, rows, context.documents))
+        found = Measurement(one, rows, figures(one, rows, context.documents, told(one, context)))
         if out and rows:
             table = pa.table(
                 {"doc_id": context.column("doc_id"), "n_raw_tokens": context.column("n_raw_tokens")} | rows

@@ -8,6 +8,7 @@ from nla_jax.runtime.environment import import_transformers_alone
 from nla_jax.runtime.errors import InputError
 from nla_jax.verbs.conventions import add_conventions, given_conventions
 from nla_jax.verbs.explain import check_numbers
+from nla_jax.verbs.judge import add_judge, given_judge, show_cost
 
 OF_TEXTS = {  # what only a pair on texts is asked for, with its default; a run's config says these of a run
     "subject": None,
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, help=f"activations, spread evenly over documents (default: the run's, or {ROWS})"
     )
     parser.add_argument("--out", help="folder for NAME.parquet and NAME.json of each probe (default: WORKDIR/probes)")
+    add_judge(parser)
     texts = parser.add_argument_group("of a pair on texts", "A run has these in its config.")
     texts.add_argument("--texts", nargs="+", help=".txt, .jsonl or .parquet files, or folders of them: the documents")
     texts.add_argument("--subject", help="the subject's folder or hub id (default: what the pair's sidecar names)")
@@ -65,10 +67,13 @@ def of_run(arguments: argparse.Namespace) -> None:
     import dataclasses
 
     from nla_jax.config import read
-    from nla_jax.probes.probe import NEEDS, by_needs, load_probes
+    from nla_jax.io.folders import load_tokenizer
+    from nla_jax.io.hub import locate
+    from nla_jax.probes.probe import asks, by_needs, load_probes
+    from nla_jax.probes.provider import chosen_probes
     from nla_jax.runtime.compiler import enable_compile_cache, optimize
     from nla_jax.runtime.run import Run, read_json
-    from nla_jax.stages.evaluate import RunContext
+    from nla_jax.stages.evaluate import RunContext, there
     from nla_jax.stages.table import STAGES
     from nla_jax.tools.probe import measured
 
@@ -86,16 +91,25 @@ def of_run(arguments: argparse.Namespace) -> None:
     config = read(read_json(file, {}, "copy it from config.json of a run with the same settings"), str(file))
     if arguments.rows is not None:
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, rows=arguments.rows))
-    named = chosen(arguments.probes)
-    probes = load_probes(named, "--probes") if named else load_probes(config.evaluate.probes)
-    able, lacking = by_needs(probes, NEEDS)
+    provider = given_judge(arguments, config.evaluate.provider)
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, provider=provider))
+    named, usual = chosen(arguments.probes), provider.probes if arguments.judge else chosen_probes(config.evaluate)
+    probes = load_probes(named, "--probes") if named else load_probes(usual)
+    able, lacking = by_needs(probes, there(config))
     enable_compile_cache()
     optimize(config.compute.optimize)
     study = Run(config, folder, STAGES, arguments.command)
     study.require("rl")
     out = path_to(arguments.out) if arguments.out else folder / "probes"
     with study.alone():
-        show(measured(RunContext(study), able, out), lacking, out)
+        context = RunContext(study)
+        if arguments.dry_run:
+            answers = study.workdir / "evaluation" / "answers"
+            show_cost(context, able, provider, answers, lambda: load_tokenizer(locate(study.subject_folder)))
+            return
+        if any(asks(one) for _, one in able):
+            context.provider.ready()
+        show(measured(context, able, out), lacking, out)
 
 
 def of_pair(arguments: argparse.Namespace) -> None:
@@ -109,15 +123,25 @@ def of_pair(arguments: argparse.Namespace) -> None:
     if not (arguments.injection or arguments.probes):  # which may be functions of the user's
         import_transformers_alone()
     from nla_jax.config import Evaluate
+    from nla_jax.config import Provider as Settings
     from nla_jax.io.pairs import place_of
     from nla_jax.pair import load_pair
     from nla_jax.probes.probe import by_needs, load_probes
+    from nla_jax.probes.provider import provider_of
     from nla_jax.runtime.compiler import enable_compile_cache
     from nla_jax.tools.explain import Sampling, subject_of
-    from nla_jax.tools.probe import HAS, PairContext, activations_of, measured
+    from nla_jax.tools.probe import PairContext, activations_of, measured, there
 
     documents = read_documents(arguments.texts)
-    able, lacking = by_needs(load_probes(chosen(arguments.probes) or Evaluate().probes, "--probes"), HAS)
+    settings = given_judge(arguments, Settings())
+    usual = settings.probes if settings.kind else Evaluate().probes
+    able, lacking = by_needs(load_probes(chosen(arguments.probes) or usual, "--probes"), there(settings.kind))
+    if settings.kind and not arguments.out:
+        raise InputError("--judge needs --out: a folder that keeps its answers, so that none is paid for twice.")
+    out = path_to(arguments.out) if arguments.out else None
+    provider = provider_of(settings, out / "answers") if settings.kind else None
+    if provider and not arguments.dry_run:
+        provider.ready()
     enable_compile_cache()
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, arguments.batch)
     conventions = given_conventions(arguments)
@@ -125,8 +149,11 @@ def of_pair(arguments: argparse.Namespace) -> None:
     subject = subject_of(pair, place_of(arguments.pair), arguments.subject, arguments.dtype)
     rows = ROWS if arguments.rows is None else arguments.rows
     activations = activations_of(subject, documents, rows, arguments.max_tokens, arguments.seed)
-    out = path_to(arguments.out) if arguments.out else None
-    show(measured(PairContext(pair, subject, activations, sampling), able, out), lacking, out)
+    context = PairContext(pair, subject, activations, sampling, provider)
+    if arguments.dry_run:
+        show_cost(context, able, settings, out / "answers", lambda: pair.prompts.tokenizer)
+        return
+    show(measured(context, able, out), lacking, out)
 
 
 def chosen(given: str | None) -> list[str]:
@@ -147,6 +174,7 @@ def read_documents(names: list[str]) -> list:
 
 def show(found: Iterable, lacking: dict[str, str], out: AnyPath | None) -> None:
     """Prints what each probe has found as soon as it has, then which were left out and where the rows are."""
+    from nla_jax.probes.probe import ASKS, WHO_ASKS
     from nla_jax.runtime.distributed import is_writer
 
     silent = []
@@ -160,6 +188,8 @@ def show(found: Iterable, lacking: dict[str, str], out: AnyPath | None) -> None:
         print(f"left out: {name} (it has nothing to say here)")
     for name, needs in lacking.items():
         print(f"left out: {name} (it needs {needs})")
+    if any(ask in needs for needs in lacking.values() for ask in ASKS):
+        print(f"({WHO_ASKS})")
     if out:
         print(f"Rows and intervals: {out}")
 
@@ -174,3 +204,4 @@ def lines(figures: dict) -> Iterator[str]:
     yield f"{figures['name']}: {figures['title']} ({figures['axis'] or 'score'}; {unit}; mean, 95 % interval)"
     for score in figures["scores"]:
         yield f"  {score['label']:<48}  {written(score['mean'], unit):>9}  {interval(score['ci95'], unit)}"
+    yield from (f"  {sentence}" for sentence in figures.get("answers", ()))
