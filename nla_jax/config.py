@@ -48,6 +48,7 @@ FIDELITY = (
     "shuffled",
     "temperature_1",
     "gold_through_warm",
+    "frozen_critic",
     "meannorm",
     "prefixes",
     "per_activation",
@@ -62,6 +63,11 @@ PROBES = (
     *(f"nla_jax.probes.claims:{name}" for name in ("truth", "claimed")),
     *(f"nla_jax.probes.hidden_codes:{name}" for name in HIDDEN_CODES),
     *(f"nla_jax.probes.retrieval:{name}" for name in ("hits", "reciprocal_rank", "position_match")),
+)
+IN_TRAINING = tuple(
+    f"nla_jax.probes.{name}"
+    for name in "fidelity:after_rl fidelity:frozen_critic hidden_codes:surface_form claims:true_after_rl "
+    "claims:made_after_rl retrieval:hits".split()
 )
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
@@ -110,6 +116,9 @@ class Watchdog(Section):
     min_length: float = setting(2.0, "least mean length of responses, tokens", least=0)
     max_length_share: float = setting(0.98, "largest mean length, as a share of prompts.max_new_tokens", least=0)
     max_identical_texts: float = setting(0.9, "largest share of texts that equal another of their group", least=0)
+    max_rise: dict = setting({}, "tripwires: by how much a figure of rl.probes may rise from its first value")
+    max_fall: dict = setting({}, "tripwires: by how much one may fall, such as {'true_after_rl': 0.1}")
+    probe_rounds: int = setting(2, "training stops after so many rounds of probes in a row beyond a tripwire", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +249,15 @@ class Rl(Section):
     checkpoint_every: int = setting(50, "steps between checkpoints", least=1, free=True)
     heldout_every: int = setting(50, "steps between measurements on held-out rows", least=1, free=True)
     heldout_rows: int = setting(256, "how many held-out rows", least=2)
-    heldout_temperature: float = setting(0.0, "temperature of their texts (0: greedy)", least=0)
+    heldout_temperature: float = setting(
+        0.0, "temperature of their texts (0: greedy), and of those that are probed", least=0
+    )
+    probe_every: int = setting(0, "steps between rounds of probes in training (0: none)", least=0)
+    probe_rows: int = setting(256, "rows that they read, of documents that RL is not trained on then", least=2)
+    probes: tuple[str, ...] = setting(IN_TRAINING, "their import paths")
+    keep_best: dict = setting(
+        {}, "weights of the figures whose sum chooses the pair, or a `function` ({}: the last pair)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.sidecar import read_yaml
+from nla_jax.stages.deciding import check_decisions
 from nla_jax.stages.reading import read_by
 from nla_jax.study import compute_features, injections, make_optimizer
 from nla_jax.subject import SHIPPED
@@ -58,10 +59,17 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer")
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
         check_objective(config)
+        check_probes(config.rl.probes if config.rl.probe_every else (), "rl.probes")
+        check_decisions(config)
     if "evaluate" in stages:
-        for function, probe in load_probes(config.evaluate.probes):
-            if absent := set(probe.needs) - set(NEEDS):
-                raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
+        check_probes(config.evaluate.probes, "evaluate.probes")
+
+
+def check_probes(chosen: Sequence[str], what: str) -> None:
+    """Each probe is there, and needs nothing that a run has not."""
+    for function, probe in load_probes(chosen, what):
+        if absent := set(probe.needs) - set(NEEDS):
+            raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
 
 
 def check_batches(config: Config, mesh: Mesh, stages: Sequence[str]) -> None:

@@ -64,13 +64,16 @@ TRAINING = 20_000  # rows of the warm start that baselines and linear probes are
 
 @dataclasses.dataclass(eq=False)
 class RunContext:
-    """What the probes of a run read (`probes.probe.Context`)."""
+    """What the probes of a run read (`probes.probe.Context`). `rows`: those that are measured; by default the held-out
+    ones."""
 
     run: Run
+    rows: Rows | None = None
 
     def __post_init__(self):
         c = self.run.config
-        self.rows: Rows = spread(load_rows(self.run.workdir, "heldout"), c.evaluate.rows)
+        if self.rows is None:
+            self.rows = spread(load_rows(self.run.workdir, "heldout"), c.evaluate.rows)
         self.vectors = self.rows.vectors
         self.documents = [document_of(id) for id in self.rows.column("doc_id")]
         self.seed, self.max_new_tokens = c.seed, c.prompts.max_new_tokens

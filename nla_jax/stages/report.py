@@ -20,13 +20,17 @@ def report(run: Run) -> None:
         rl, sft, pretrained = run.require("rl"), run.require("sft"), run.result("pretrain") or {}
         evaluated = run.require("evaluate")
         scores, stages = evaluated["summary"], [name for name in run.stages if name != "report"]
-        figures = {name: scores[name] for name in ("heldout_documents", "heldout_rows")} | {
-            "logprob_gap_max": rl["logprob_gap_max"],
-            "skipped_steps": rl["skipped"],
-            **{name: pretrained.get(name) for name in LOSSES},
-            "injection_scale": sft["injection_scale"],
-            "labels_too_long": sft["labels_too_long"],
-        }
+        figures = (
+            {name: scores[name] for name in ("heldout_documents", "heldout_rows")}
+            | {
+                "logprob_gap_max": rl["logprob_gap_max"],
+                "skipped_steps": rl["skipped"],
+                **{name: pretrained.get(name) for name in LOSSES},
+                "injection_scale": sft["injection_scale"],
+                "labels_too_long": sft["labels_too_long"],
+            }
+            | {name: rl[name] for name in ("kept_step", "seconds_probes") if name in rl}
+        )
         seconds = {name: run.result(name)["seconds"] for name in stages if run.result(name)}
         page = Report(
             title=run.config.report.title,

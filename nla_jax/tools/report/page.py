@@ -6,7 +6,9 @@ those of the headline and of the warnings, and the panels that several metrics s
 
 import base64
 import hashlib
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -45,7 +47,22 @@ PANELS = (  # title, unit and lines of metrics; any other metric has a panel of 
     ("Seconds per phase", "seconds", {f"seconds_{name}": name for name in ("rollout", "host", "train")}),
     ("Throughput", "samples per second", {"samples_per_second": "throughput"}),
 )
-ELSEWHERE = {"step", "fve", "heldout_fve", "mse", "skipped", "av_skipped", "ar_skipped"}  # metrics without a panel
+PROBED = (  # figures of probes in training that share a panel: a pattern of names, which also names the line; title, unit
+    (r"(fve_.+|gap_frozen_critic)", "Probes: FVE", "FVE"),
+    (r"gap_(?P<of>.+)_(live|warm|difference)", "Probes: lost by {of}", "FVE"),
+    (r"(.*)_?true_after_rl", "Probes: claims that are true", "share"),
+    (r"hit_at_1_(.+)", "Probes: activations found first", "share"),
+)
+ELSEWHERE = {
+    "step",
+    "seconds_probes",
+    "fve",
+    "heldout_fve",
+    "mse",
+    "skipped",
+    "av_skipped",
+    "ar_skipped",
+}  # metrics without a panel
 
 
 @dataclass(frozen=True)
@@ -63,13 +80,18 @@ class Report:
     seconds: Mapping[str, Number]  # of each stage
     probes: Sequence[Mapping]  # what `probes.probe.figures` gives
     examples: Sequence[Mapping]  # document, context, token, after; the TEXTS; of the TAGS those that were measured
-    history: Sequence[Mapping]  # of each RL step: `step`, from 1, and its metrics
+    history: Sequence[Mapping]  # of each RL step: `step`, from 1, and its metrics; figures of probes begin at step 0
 
     @property
     def scores(self) -> dict[str, Mapping]:
         """Scores by name, with their unit; not those of curves, which are named by their place."""
         drawn = [probe for probe in self.probes if probe["chart"] != "curve"]
         return {score["name"]: {**score, "unit": probe["unit"]} for probe in drawn for score in probe["scores"]}
+
+    @property
+    def steps(self) -> Sequence[Mapping]:
+        """The history without what was measured before the first step."""
+        return [row for row in self.history if row["step"] > 0]
 
     def mean(self, name: str) -> Number:
         """The mean of a score; NaN where it was not measured."""
@@ -123,11 +145,11 @@ def figure(title: str, chart: str, caption: str = "") -> str:
 
 def warnings(report: Report) -> list[str]:
     """What makes the figures of a run worth little, in sentences: said above them on the page and in the terminal."""
-    rate, lead, steps = report.mean("extraction_rate"), report.mean("fve_rl"), len(report.history)
+    rate, lead, steps = report.mean("extraction_rate"), report.mean("fve_rl"), len(report.steps)
     controls = [report.mean(name) for name in CONTROLS if name in report.scores]
     tokens = report.mean(best_of_tokens(report))
     skipped = sum(bool(row.get("skipped")) for row in report.history)
-    tail = [row.get("identical_texts") for row in report.history[-20:]]
+    tail = [row.get("identical_texts") for row in report.steps[-20:]]
     alike = sum(filter(known, tail)) / len(tail) if tail and all(map(known, tail)) else 0.0
     dropped = report.figures.get("labels_too_long") or 0.0
     sentences = {
@@ -229,14 +251,30 @@ def colour(name: str, position: int) -> str:
 
 def training(report: Report) -> str:
     """The learning curve, and a panel for every other metric."""
-    history, window = report.history, len(report.history) // 15 | 1
+    history, window = report.steps, len(report.steps) // 15 | 1
     if not history:
         return '<p class="missing">No RL steps are recorded.</p>'
     placed = ELSEWHERE.union(*(lines for _, _, lines in PANELS))
-    others = dict.fromkeys(key for row in history for key in row if key not in placed)
+    others = dict.fromkeys(key for row in history for key in row if key not in placed and not key.startswith("probe/"))
     panels = "".join(panel(history, window, *facts) for facts in (*PANELS, *((key, "", {key: key}) for key in others)))
+    panels += "".join(panel(rows, 1, *facts) for rows, *facts in probed(report.history))
     said = f"<p>Faint lines are single steps, strong ones running means over {window} steps.</p>" if window > 1 else ""
     return f'{said}{learning_curve(report, window)}<div class="panels">{panels}</div>'
+
+
+def probed(history: Sequence[Mapping]) -> list[tuple[Sequence[Mapping], str, str, Mapping[str, str]]]:
+    """The panels of probes in training: rows at which they were measured, title, unit, and lines."""
+    rows = [row for row in history if any(key.startswith("probe/") for key in row)]
+    panels: dict[tuple[str, str], dict[str, str]] = {}
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith("probe/")):
+        name, facts = key.removeprefix("probe/"), None
+        for pattern, title, unit in PROBED:
+            if found := re.fullmatch(pattern, name):
+                facts = title.format(**found.groupdict()), unit, found[found.lastindex].rstrip("_") or "all"
+                break
+        title, unit, line = facts or (f"Probes: {name}", "", name)
+        panels.setdefault((title.replace("_", " "), unit), {})[key] = line.replace("_", " ")
+    return [(rows, title, unit, lines) for (title, unit), lines in panels.items()]
 
 
 def column(history: Sequence[Mapping], key: str) -> list[tuple[int, Number | None]]:
@@ -271,7 +309,7 @@ def panel(history: Sequence[Mapping], window: int, title: str, unit: str, names:
         return figure(title, '<p class="missing">Not recorded.</p>')
     highest = 2 * values[len(values) * 9 // 10] if unit == "seconds" else values[-1]
     lines, kept = [], [value for value in values if value <= highest]
-    for css, name, points in zip(PALETTE, names.values(), columns):
+    for css, name, points in zip(itertools.cycle(PALETTE), names.values(), columns):
         points = [(step, value if known(value) and value <= highest else None) for step, value in points]
         lines += with_running_mean(Line(name, css, points), window)
     gaps, longer = len(names) * len(history) - len(values), len(values) - len(kept)
