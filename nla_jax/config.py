@@ -249,15 +249,11 @@ class Rl(Section):
     checkpoint_every: int = setting(50, "steps between checkpoints", least=1, free=True)
     heldout_every: int = setting(50, "steps between measurements on held-out rows", least=1, free=True)
     heldout_rows: int = setting(256, "how many held-out rows", least=2)
-    heldout_temperature: float = setting(
-        0.0, "temperature of their texts (0: greedy), and of those that are probed", least=0
-    )
+    heldout_temperature: float = setting(0.0, "temperature of their texts, and of probed ones (0: greedy)", least=0)
     probe_every: int = setting(0, "steps between rounds of probes in training (0: none)", least=0)
     probe_rows: int = setting(256, "rows that they read, of documents that RL is not trained on then", least=2)
     probes: tuple[str, ...] = setting(IN_TRAINING, "their import paths")
-    keep_best: dict = setting(
-        {}, "weights of the figures whose sum chooses the pair, or a `function` ({}: the last pair)"
-    )
+    keep_best: dict = setting({}, "weights of their figures: the pair with the highest sum is kept ({}: the last one)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,6 +121,11 @@ def check_documents(config: Config, documents: Sequence[Document]) -> dict[str, 
                 f"Split {split!r} has {found[split]} of the {len(documents)} documents, which give at most {most} "
                 f"activations, fewer than {name} ({rows}); take more documents, or raise split.{split} or extract.positions."
             )
+    if config.rl.probe_every and found["rl"] < 3:
+        raise InputError(
+            f"Split 'rl' has {found['rl']} of the {len(documents)} documents, too few to set some aside for rl.probes; take "
+            f"more documents, raise split.rl, or set rl.probe_every to 0."
+        )
     return found
 
 

@@ -18,13 +18,14 @@ from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import read_table, write_table
 from nla_jax.labels.labeller import Labeller, make_labeller
 from nla_jax.models.sharding import host_mesh
-from nla_jax.pair import Pair
-from nla_jax.probes.probe import figures, load_probes, run_probe
+from nla_jax.pair import Pair, new_pair
+from nla_jax.probes.probe import Context, figures, load_probes, run_probe
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.run import Run
 from nla_jax.stages.sft import load
+from nla_jax.study import Study, lora
 from nla_jax.subject import Subject, load_subject
 
 
@@ -63,7 +64,7 @@ TRAINING = 20_000  # rows of the warm start that baselines and linear probes are
 
 
 @dataclasses.dataclass(eq=False)
-class RunContext:
+class RunContext(Context):
     """What the probes of a run read (`probes.probe.Context`). `rows`: those that are measured; by default the held-out
     ones."""
 
@@ -92,6 +93,33 @@ class RunContext:
     def training(self) -> Rows:
         """Rows of the warm start, at most `TRAINING` of them."""
         return spread(load_rows(self.run.workdir, "av_sft"), TRAINING)
+
+    @functools.cached_property
+    def reader_rows(self) -> Rows:
+        """Rows of the AR's warm start, at most `TRAINING` of them, and no more than it read."""
+        c = self.run.config.sft.ar
+        return spread(load_rows(self.run.workdir, "ar_sft"), min(TRAINING, max(1, c.steps) * c.batch))
+
+    @functools.cached_property
+    def study(self) -> Study:
+        """The run's settings and programs."""
+        c, pair = self.run.config, self.pair
+        width = pair.prompts.text_width(c.prompts.max_new_tokens)
+        return Study(c, self.run.mesh, pair.verbalizer, pair.reconstructor, width)
+
+    def untrained(self) -> Pair:
+        """A new pair, as the warm start begins with it."""
+        c, how = self.run.config, self.run.config.compute
+        return new_pair(
+            self.pair.sidecar,
+            locate(self.run.subject_folder),
+            how.dtype,
+            how.remat,
+            how.attention,
+            adapters=(lora(c.sft.av.lora), lora(c.sft.ar.lora)),
+            seed=c.seed,
+            mesh=self.run.mesh,
+        )
 
     @functools.cached_property
     def subject(self) -> Subject:

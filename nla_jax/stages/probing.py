@@ -15,9 +15,10 @@ from nla_jax.data.rows import LABEL, Rows
 from nla_jax.fve import row_fve
 from nla_jax.models.sharding import parked
 from nla_jax.pair import Pair
-from nla_jax.probes.probe import load_probes, run_probe
+from nla_jax.probes.probe import Context, Probe, load_probes, run_probe
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
+from nla_jax.runtime.user_code import UserFunction
 from nla_jax.stages.deciding import PREFIX, scorer
 from nla_jax.stages.evaluate import RunContext
 
@@ -71,7 +72,7 @@ class Probing:
     def __init__(self, run: Run, pair: Pair, data: Rows):
         c = run.config.rl
         self.every, self.steps, self.temperature = c.probe_every, c.steps, c.heldout_temperature
-        self.trained_on, self.seconds, self.rounds = np.arange(len(data)), 0.0, 0
+        self.trained_on = np.arange(len(data))
         self.score_of = scorer(c.keep_best)
         if not self.every:
             return
@@ -79,60 +80,62 @@ class Probing:
         self.trained_on, aside = set_aside(data.column("doc_id"), c.probe_rows, run.config.seed)
         self.context = TrainingContext(run, Rows(data.vectors[aside], data.shards, aside))
         self.warm = parked(pair.reconstructor_params)
-        self.context.said["warm"] = self._explained(pair)
+        self.context.said["warm"] = self._explained(dataclasses.replace(pair))  # what it caches ends with it
 
     def due(self, step: int) -> bool:
         """Whether the pair is probed after so many steps: at the beginning, at the end, and every `rl.probe_every`."""
         return bool(self.every) and (step % self.every == 0 or step == self.steps)
 
     def measure(self, step: int, pair: Pair) -> dict[str, float]:
-        """The figures of the pair after `step` steps, as metrics: the mean of each score. {} where no round is due.
+        """The figures of the pair after `step` steps, as metrics; {} where no round is due.
 
-        A score that says nothing of any row is left out. Raises `InputError` where `rl.keep_best` cannot be computed."""
+        Raises `InputError` where a probe fails, and where `rl.keep_best` cannot be computed."""
         if not self.due(step):
             return {}
         start = time.monotonic()
         warm = dataclasses.replace(pair, reconstructor_params=self.warm())
+        vars(warm)["trunk"] = pair.trunk  # which costs memory: one for both
         self.context.enter(pair, warm, self._explained(pair) if step else self.context.said["warm"])
-        found = self._figures()
+        found = figures_of(self.probes, self.context)
         if self.score_of and not math.isnan(score := self.score_of(found, step)):
             found["keep_best"] = score
         self.context.leave()
-        seconds = time.monotonic() - start
-        self.seconds, self.rounds = self.seconds + seconds, self.rounds + 1
-        return {f"{PREFIX}{name}": value for name, value in found.items()} | {"seconds_probes": seconds}
-
-    def _figures(self) -> dict[str, float]:
-        if not np.isfinite(self.context.recon("rl")).all():  # which no FVE can be made of
-            return {"fve_rl": math.nan}
-        found = {}
-        for function, probe in self.probes:
-            for name, values in run_probe(function, probe, self.context).items():
-                if not np.isnan(values).all():
-                    found[f"{probe.name}_{name}" if probe.chart == "curve" else name] = float(np.nanmean(values))
-        return found
+        metrics = {f"{PREFIX}{name}": value for name, value in found.items()}
+        return metrics | {"seconds_probes": time.monotonic() - start}
 
     def _explained(self, pair: Pair) -> list[str]:
-        pair = dataclasses.replace(pair)  # its copy for the sampler ends with it
         context = self.context
         found = pair.explain(context.vectors, context.max_new_tokens, self.temperature, context.seed)
+        vars(pair).pop("sampler", None)  # may be a copy of the AV, which nobody needs any more
         return [explanation.accepted or "" for explanation in found]
+
+
+def figures_of(probes: Sequence[tuple[UserFunction, Probe]], context: Context) -> dict[str, float]:
+    """The mean of each score of some probes. One that says nothing of any row is left out."""
+    if not np.isfinite(context.recon("rl")).all():  # the AR has broken down
+        return {"fve_rl": math.nan}
+    found = {}
+    for function, probe in probes:
+        for name, values in run_probe(function, probe, context).items():
+            if not np.isnan(values).all():
+                found[f"{probe.name}_{name}" if probe.chart == "curve" else name] = float(np.nanmean(values))
+    return found
 
 
 def set_aside(doc_ids: Sequence[str], count: int, seed: int) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
     """The rows of RL that it is trained on, and `count` rows (or all there are) of documents that it never sees.
 
-    Set aside is a tenth of RL's documents, by a hash of their ids, but no more documents than rows: neither AV nor AR
+    Set aside is a tenth of RL's documents, by a hash of their ids, at least two and no more than rows: neither AV nor AR
     is ever trained on them, and `evaluate` does not report them. Raises `InputError` where there are too few."""
     documents = [document_of(id) for id in doc_ids]
     place = lambda id: hashlib.blake2b(f"probes:{seed}:{id}".encode(), digest_size=8).digest()
     known = sorted(set(documents), key=place)
-    chosen = set(known[: min(count, max(1, len(known) // SHARE))])
-    held = np.array([document in chosen for document in documents])
-    aside = np.flatnonzero(held)
-    if len(known) < 2 or len(aside) < 2:
+    chosen = set(known[: min(count, max(2, len(known) // SHARE))])
+    if len(known) < 3:
         raise InputError(
             f"Split 'rl' has {len(known)} documents with {len(documents)} activations, too few to set some aside for "
             f"rl.probes; take more documents, raise split.rl, or set rl.probe_every to 0."
         )
+    held = np.array([document in chosen for document in documents])
+    aside = np.flatnonzero(held)
     return np.flatnonzero(~held), aside[np.linspace(0, len(aside) - 1, min(count, len(aside))).astype(int)]

@@ -19,7 +19,7 @@ from nla_jax.models.sharding import RowsOf, cut_batch, place_batch
 from nla_jax.pair import Pair
 from nla_jax.runtime.distributed import is_writer
 from nla_jax.runtime.run import Run
-from nla_jax.stages.deciding import best_step, tripwires
+from nla_jax.stages.deciding import SCORE, best_step, tripwires
 from nla_jax.stages.loop import Loop, healthy
 from nla_jax.stages.probing import Probing
 from nla_jax.stages.reading import Reading
@@ -71,7 +71,7 @@ def rl(run: Run) -> None:
                 metrics |= probing.measure(i + 1, trained(pair, state))
                 loop.log.write_texts(i + 1, reading.examples(samples, run.config.log.texts))
                 loop.record(i + 1, metrics)
-                best = keep_best(loop, i + 1) == i + 1
+                best = SCORE in metrics and keep_best(loop, i + 1) == i + 1
                 loop.end_step(i + 1, state, best, fve=float(metrics["fve"]), reward=float(metrics["reward"]))
             records = [record for record in loop.log.records if record["step"]]
             result |= finish(loop, study, pair, state)
@@ -116,23 +116,26 @@ def finish(loop: Loop, study: Study, pair: Pair, state: TrainState) -> dict:
     run, last, best = loop.run, trained(pair, state), keep_best(loop)
     seconds = [record["seconds_probes"] for record in loop.log.records if "seconds_probes" in record]
     found = {"seconds_probes": round(sum(seconds), 2)} if seconds else {}
-    if best is None:
-        save(run, last, "pair")
-    else:
+    if best is not None:
         save(run, last, "pair_last")
-        jax.tree.map(lambda x: x.delete(), state)
-        if best == 0:
-            kept = load(run, "pair_warm")
-        else:
-            kept = trained(pair, loop.checkpoints.read(best, study.abstract_state()))
+        kept = last if best == loop.total else earlier(loop, study, pair, state, best)
         facts = kept.sidecar.provenance | {"rl_step": best}
-        save(run, dataclasses.replace(kept, sidecar=dataclasses.replace(kept.sidecar, provenance=facts)), "pair")
+        last = dataclasses.replace(kept, sidecar=dataclasses.replace(kept.sidecar, provenance=facts))
         found["kept_step"] = best
+    save(run, last, "pair")
     if is_writer() and seconds:
         said = f"rl: {len(seconds)} rounds of probes took {sum(seconds):.1f} seconds"
         which = f"; pair is that of step {best}, the best by rl.keep_best, and pair_last that of the last step"
         print(f"{said}{'' if best is None else which}.", file=sys.stderr)
     return found
+
+
+def earlier(loop: Loop, study: Study, pair: Pair, state: TrainState, step: int) -> Pair:
+    """The pair after an earlier step. The state, which is not needed any more, makes room for it."""
+    jax.tree.map(lambda x: x.delete(), state)
+    if step == 0:
+        return load(loop.run, "pair_warm")
+    return trained(pair, loop.checkpoints.read(step, study.abstract_state()))
 
 
 @jax.jit

@@ -53,16 +53,7 @@ PROBED = (  # figures of probes in training that share a panel: a pattern of nam
     (r"(.*)_?true_after_rl", "Probes: claims that are true", "share"),
     (r"hit_at_1_(.+)", "Probes: activations found first", "share"),
 )
-ELSEWHERE = {
-    "step",
-    "seconds_probes",
-    "fve",
-    "heldout_fve",
-    "mse",
-    "skipped",
-    "av_skipped",
-    "ar_skipped",
-}  # metrics without a panel
+ELSEWHERE = {*"step fve heldout_fve mse skipped av_skipped ar_skipped seconds_probes".split()}  # without a panel
 
 
 @dataclass(frozen=True)
@@ -87,11 +78,6 @@ class Report:
         """Scores by name, with their unit; not those of curves, which are named by their place."""
         drawn = [probe for probe in self.probes if probe["chart"] != "curve"]
         return {score["name"]: {**score, "unit": probe["unit"]} for probe in drawn for score in probe["scores"]}
-
-    @property
-    def steps(self) -> Sequence[Mapping]:
-        """The history without what was measured before the first step."""
-        return [row for row in self.history if row["step"] > 0]
 
     def mean(self, name: str) -> Number:
         """The mean of a score; NaN where it was not measured."""
@@ -145,11 +131,11 @@ def figure(title: str, chart: str, caption: str = "") -> str:
 
 def warnings(report: Report) -> list[str]:
     """What makes the figures of a run worth little, in sentences: said above them on the page and in the terminal."""
-    rate, lead, steps = report.mean("extraction_rate"), report.mean("fve_rl"), len(report.steps)
+    rate, lead, steps = report.mean("extraction_rate"), report.mean("fve_rl"), len(steps_of(report))
     controls = [report.mean(name) for name in CONTROLS if name in report.scores]
     tokens = report.mean(best_of_tokens(report))
     skipped = sum(bool(row.get("skipped")) for row in report.history)
-    tail = [row.get("identical_texts") for row in report.steps[-20:]]
+    tail = [row.get("identical_texts") for row in steps_of(report)[-20:]]
     alike = sum(filter(known, tail)) / len(tail) if tail and all(map(known, tail)) else 0.0
     dropped = report.figures.get("labels_too_long") or 0.0
     sentences = {
@@ -251,30 +237,35 @@ def colour(name: str, position: int) -> str:
 
 def training(report: Report) -> str:
     """The learning curve, and a panel for every other metric."""
-    history, window = report.steps, len(report.steps) // 15 | 1
+    history = steps_of(report)
+    window = len(history) // 15 | 1
     if not history:
         return '<p class="missing">No RL steps are recorded.</p>'
     placed = ELSEWHERE.union(*(lines for _, _, lines in PANELS))
     others = dict.fromkeys(key for row in history for key in row if key not in placed and not key.startswith("probe/"))
-    panels = "".join(panel(history, window, *facts) for facts in (*PANELS, *((key, "", {key: key}) for key in others)))
-    panels += "".join(panel(rows, 1, *facts) for rows, *facts in probed(report.history))
+    drawn = [(history, window, *facts) for facts in (*PANELS, *((key, "", {key: key}) for key in others))]
+    panels = "".join(panel(*facts) for facts in drawn + probed(report.history))
     said = f"<p>Faint lines are single steps, strong ones running means over {window} steps.</p>" if window > 1 else ""
     return f'{said}{learning_curve(report, window)}<div class="panels">{panels}</div>'
 
 
-def probed(history: Sequence[Mapping]) -> list[tuple[Sequence[Mapping], str, str, Mapping[str, str]]]:
-    """The panels of probes in training: rows at which they were measured, title, unit, and lines."""
+def probed(history: Sequence[Mapping]) -> list[tuple]:
+    """What `panel` draws of probes in training."""
     rows = [row for row in history if any(key.startswith("probe/") for key in row)]
     panels: dict[tuple[str, str], dict[str, str]] = {}
     for key in dict.fromkeys(key for row in rows for key in row if key.startswith("probe/")):
-        name, facts = key.removeprefix("probe/"), None
-        for pattern, title, unit in PROBED:
-            if found := re.fullmatch(pattern, name):
-                facts = title.format(**found.groupdict()), unit, found[found.lastindex].rstrip("_") or "all"
-                break
-        title, unit, line = facts or (f"Probes: {name}", "", name)
+        name = key.removeprefix("probe/")
+        matches = ((re.fullmatch(pattern, name), *facts) for pattern, *facts in PROBED)
+        found, title, unit = next((match for match in matches if match[0]), (None, f"Probes: {name}", ""))
+        title, line = (title.format(**found.groupdict()), found[found.lastindex]) if found else (title, name)
+        line = line.rstrip("_") or "all"
         panels.setdefault((title.replace("_", " "), unit), {})[key] = line.replace("_", " ")
-    return [(rows, title, unit, lines) for (title, unit), lines in panels.items()]
+    return [(rows, 1, *facts, lines) for facts, lines in panels.items()]
+
+
+def steps_of(report: Report) -> Sequence[Mapping]:
+    """The history without what was measured before the first step."""
+    return [row for row in report.history if row["step"] > 0]
 
 
 def column(history: Sequence[Mapping], key: str) -> list[tuple[int, Number | None]]:
