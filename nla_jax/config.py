@@ -251,9 +251,9 @@ class Rl(Section):
     heldout_rows: int = setting(256, "how many held-out rows", least=2)
     heldout_temperature: float = setting(0.0, "temperature of their texts, and of probed ones (0: greedy)", least=0)
     probe_every: int = setting(0, "steps between rounds of probes in training (0: none)", least=0)
-    probe_rows: int = setting(256, "rows that they read, of documents that RL is not trained on then", least=2)
-    probes: tuple[str, ...] = setting(IN_TRAINING, "their import paths")
-    keep_best: dict = setting({}, "weights of their figures: the pair with the highest sum is kept ({}: the last one)")
+    probe_rows: int = setting(256, "rows that a round reads, of documents that are then left out of RL", least=2)
+    probes: tuple[str, ...] = setting(IN_TRAINING, "import paths of what a round measures")
+    keep_best: dict = setting({}, "weights of a round's figures: the pair with the highest sum is kept")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from unittest.mock import Mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import CONFIG, close, one_sentence
 from fake_readers import COLOURS, WORDS, Grammar, Held, Reader, context_of, words_of
@@ -123,7 +122,7 @@ def test_a_pair_that_agrees_on_a_code_trips():
     assert code["gap_quotes_stripped_difference"] > 0.5 and code["true_after_rl"] == start["true_after_rl"]
     assert code["gap_statements_shuffled_difference"] == 0  # it is no code of order
     assert honest["true_after_rl"] == pytest.approx(0.9) and honest["fve_rl"] > start["fve_rl"] + 0.2
-    assert code["hit_at_1_rl"] > 0.9 > start["hit_at_1_rl"] and code["claims_after_rl"] == 1
+    assert code["hit_at_1_rl"] > 0.4 > 10 * start["hit_at_1_rl"] and code["claims_after_rl"] == 1
 
     assert told_of([start, honest, honest, honest]) == "" == told_of([start, code, honest, code])
     assert "probe/gap_frozen_critic was 0 at first and has risen by more than 0.2" in told_of([start, code, code])
@@ -169,6 +168,10 @@ def difference(figures, weight):
     return weight * (figures["a"] - figures["b"])
 
 
+def nothing(figures):
+    return None
+
+
 def test_scores_of_keep_best():
     assert scorer({}) is None
     weighted = scorer({"a": 1, "b": -0.5})
@@ -179,7 +182,10 @@ def test_scores_of_keep_best():
         (lambda: weighted({"a": 2.0}, 0), "rl.keep_best names 'b', which rl.probes do not give; they give a."),
         (lambda: scorer({"a": "much"}), "rl.keep_best.a is 'much', expected a number"),
         (lambda: of_mine({"a": 2.0}, 0), "rl.keep_best.function = test_probing:difference fails at"),
-        (lambda: scorer({"function": "test_probing:told_of"})([], 0), "fails at|expected a number"),
+        (
+            lambda: scorer({"function": "test_probing:nothing"})({}, 0),
+            "test_probing.py, line .* returns None, expected a",
+        ),
         (lambda: check_decisions(changed({"rl": {"keep_best": {"a": 1}}})), "rl.keep_best needs the figures of probes"),
         (lambda: check_decisions(changed(LIMITS)), "a tripwire under watchdog needs the figures of probes"),
         (lambda: tripwires(changed({"watchdog": {"max_fall": {"a": -1}}})), "expected a number of at least 0"),
@@ -239,12 +245,14 @@ def test_a_fresh_reader_descends_the_error_of_its_texts(reading, pair, vectors):
         unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)
         return jnp.mean(2 - 2 * (unit(recon) * unit(vectors)).sum(1))
 
-    params, descent = start().reconstructor_params, optax.sgd(0.1)
+    params, gradient = jax.device_get(start().reconstructor_params), jax.jit(jax.value_and_grad(error))
+    errors = []
     for _ in range(2):
-        updates, _ = descent.update(jax.grad(error)(params), descent.init(params))
-        params = optax.apply_updates(params, updates)
+        value, slopes = gradient(params)
+        errors.append(value)
+        params = jax.tree.map(lambda x, slope: x - 0.1 * slope, params, slopes)
     close(jax.device_get(found), jax.device_get(params), 1e-4)
-    assert error(found) < error(start().reconstructor_params)
+    assert gradient(jax.device_get(found))[0] < errors[1] < errors[0]
 
 
 def test_the_probe_reads_held_out_texts_by_the_fresh_reader(reading, pair, vectors):

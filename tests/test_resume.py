@@ -524,6 +524,9 @@ def code(context) -> dict[str, np.ndarray]:
 
 def test_a_reward_for_a_code_trips(talking, arguments, tmp_path, capsys):
     workdir = copy_before(talking, tmp_path, "rl")
+    misnamed = [*PROBED, "watchdog.max_fall.truth=0.1"]
+    assert main(arguments("rl", workdir, *misnamed)) == 1
+    assert "A tripwire of the watchdog is 'truth', which rl.probes do not give; they give fve_rl," in one_line(capsys)
     settings = ["rl.steps=24", "rl.features=test_resume:letters", "rl.reward=test_resume:paid", "rl.probe_every=4"]
     settings += ["rl.probes=('nla_jax.probes.fidelity:after_rl', 'test_resume:code')", "rl.probe_rows=8"]
     settings += ["rl.av_optimizer.lr=0.003", "rl.heldout_temperature=1.0", "rl.checkpoint_every=4"]

@@ -83,9 +83,9 @@ class Checkpoints:
     """The checkpoints of one training loop: every `every` steps, at the end, and when a signal asks to stop.
 
     Kept are the newest `keep`, those of steps that `keep_every` divides (0: none), the newest one that is known to be
-    good (`mark_good`), and the best one (`mark_best`). A step appears under its number only when it is complete; an interrupted save leaves the
-    previous one in place. With the state, `settings` are saved: what it was made from (JSON). Those that `free` names
-    may differ on resuming.
+    good (`mark_good`), and the best one (`mark_best`). A step appears under its number only when it is complete; an
+    interrupted save leaves the previous one in place. With the state, `settings` are saved: what it was made from
+    (JSON). Those that `free` names may differ on resuming.
 
     As a context, in the main thread of a single process, it takes SIGTERM and Ctrl-C (SIGINT) as requests to stop after
     the step under way; a second Ctrl-C stops at once. Several processes agree on a step through JAX's preemption
@@ -182,7 +182,8 @@ class Checkpoints:
 
     def read(self, step: int, abstract: Any, discard: Any = ()) -> Any:
         """The state after `step` steps, as `restore` reads that of the newest checkpoint."""
-        self.manager.wait_until_finished()  # it may be on its way to the disk
+        with self._writing():
+            self.manager.wait_until_finished()  # it may be on its way to the disk
         path = self.folder / str(step)
         read = lambda **item: self.manager.restore(step, args=ocp.args.Composite(**item))
         try:

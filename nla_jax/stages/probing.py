@@ -19,7 +19,7 @@ from nla_jax.probes.probe import Context, Probe, load_probes, run_probe
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
 from nla_jax.runtime.user_code import UserFunction
-from nla_jax.stages.deciding import PREFIX, scorer
+from nla_jax.stages.deciding import PREFIX, scorer, tripwires
 from nla_jax.stages.evaluate import RunContext
 
 SHARE = 10  # of so many documents of RL one is set aside
@@ -73,7 +73,7 @@ class Probing:
         c = run.config.rl
         self.every, self.steps, self.temperature = c.probe_every, c.steps, c.heldout_temperature
         self.trained_on = np.arange(len(data))
-        self.score_of = scorer(c.keep_best)
+        self.score_of, self.watched = scorer(c.keep_best), tripwires(run.config).names
         if not self.every:
             return
         self.probes = load_probes(c.probes, "rl.probes")
@@ -89,7 +89,8 @@ class Probing:
     def measure(self, step: int, pair: Pair) -> dict[str, float]:
         """The figures of the pair after `step` steps, as metrics; {} where no round is due.
 
-        Raises `InputError` where a probe fails, and where `rl.keep_best` cannot be computed."""
+        Raises `InputError` where a probe fails, where `rl.keep_best` cannot be computed, and where a tripwire watches what
+        is not measured."""
         if not self.due(step):
             return {}
         start = time.monotonic()
@@ -101,6 +102,9 @@ class Probing:
             found["keep_best"] = score
         self.context.leave()
         metrics = {f"{PREFIX}{name}": value for name, value in found.items()}
+        if step == 0 and (absent := sorted(self.watched - metrics.keys())):
+            name, there = absent[0].removeprefix(PREFIX), ", ".join(sorted(found))
+            raise InputError(f"A tripwire of the watchdog is {name!r}, which rl.probes do not give; they give {there}.")
         return metrics | {"seconds_probes": time.monotonic() - start}
 
     def _explained(self, pair: Pair) -> list[str]:
