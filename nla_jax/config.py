@@ -64,11 +64,8 @@ PROBES = (
     *(f"nla_jax.probes.hidden_codes:{name}" for name in HIDDEN_CODES),
     *(f"nla_jax.probes.retrieval:{name}" for name in ("hits", "reciprocal_rank", "position_match")),
 )
-IN_TRAINING = tuple(
-    f"nla_jax.probes.{name}"
-    for name in "fidelity:after_rl fidelity:frozen_critic hidden_codes:surface_form claims:true_after_rl "
-    "claims:made_after_rl retrieval:hits".split()
-)
+CHEAP = "fidelity:after_rl fidelity:frozen_critic hidden_codes:surface_form claims:true_after_rl claims:made_after_rl"
+IN_TRAINING = tuple(f"nla_jax.probes.{name}" for name in (*CHEAP.split(), "retrieval:hits"))  # rl.probes
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
 
