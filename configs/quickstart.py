@@ -28,6 +28,10 @@ QUICKSTART = {
         "min_length": 2.0,
         "max_length_share": 0.98,  # of prompts.max_new_tokens
         "max_identical_texts": 0.9,  # share of texts that another of their group equals
+        # Tripwires: how far figures of rl.probes may move, such as {"true_after_rl": 0.1}, for so many rounds in a row.
+        "max_rise": {},
+        "max_fall": {},
+        "probe_rounds": 2,
     },
     # Text. `source` may also be "tfds:NAME", a .txt/.jsonl/.parquet file or folder, or "package.module:function".
     "corpus": {
@@ -110,6 +114,10 @@ QUICKSTART = {
         "checkpoint_every": 20,
         "heldout_every": 10,
         "heldout_rows": 256,
+        # Is it still true, and would another reader understand it? On documents that RL does not see (docs/probes.md).
+        "probe_every": 18,
+        "probe_rows": 256,
+        "keep_best": {},  # or weights of their figures, such as {"fve_rl": 1, "true_after_rl": 1}: which pair is kept
     },
     "evaluate": {"rows": 2000, "temperature": 0.0, "batch": 128, "examples": 30},
     "report": {"title": "Quickstart"},
@@ -136,6 +144,7 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
         "heldout_every": 4,
         "heldout_rows": 64,
         "heldout_temperature": 0.0,
+        "probe_every": 0,
     },
     "evaluate": {
         "rows": 64,

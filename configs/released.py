@@ -39,6 +39,7 @@ RELEASED = {
         "ar_optimizer": {"warmup": 0},
         "checkpoint_every": 50,
         "heldout_every": 50,
+        "probe_every": 0,  # probes in training (docs/probes.md) set documents aside
     },
     "plan": {"prefix": 100, "suffix": 25, "text_prefix": 6, "text": 14},
 }

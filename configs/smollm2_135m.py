@@ -47,6 +47,7 @@ SMOLLM2 = {
         "checkpoint_every": 10,
         "heldout_every": 20,
         "heldout_rows": 96,
+        "probe_every": 0,
     },
     # The whole held-out split; beside the usual probes what the subject makes of a reconstruction in place of h.
     "evaluate": {

@@ -40,7 +40,7 @@ class Section:
 
 
 FIDELITY = (
-    "after_rl warm_start gold no_injection empty shuffled temperature_1 gold_through_warm meannorm prefixes "
+    "after_rl warm_start gold no_injection empty shuffled temperature_1 gold_through_warm frozen_critic meannorm prefixes "
     "per_activation length similarity extraction"
 ).split()
 HIDDEN_CODES = ("rewrites", "warm_rewrites", "retention", "warm_retention", "surface_form")
@@ -59,6 +59,8 @@ JUDGED = (  # those that ask a language model
     *(f"nla_jax.probes.judged_matches:{name}" for name in ("judged_source", "judged_position")),
     *(f"nla_jax.probes.writing:{name}" for name in ("writing", "warm_writing")),
 )
+CHEAP = "fidelity:after_rl fidelity:frozen_critic hidden_codes:surface_form claims:true_after_rl claims:made_after_rl"
+IN_TRAINING = tuple(f"nla_jax.probes.{name}" for name in (*CHEAP.split(), "retrieval:hits"))  # rl.probes
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")  # the parts of a corpus, by document
 ADAMW = {"function": "nla_jax.objective:adamw", "lr": 1e-5}
 
@@ -106,6 +108,9 @@ class Watchdog(Section):
     min_length: float = setting(2.0, "least mean length of responses, tokens", least=0)
     max_length_share: float = setting(0.98, "largest mean length, as a share of prompts.max_new_tokens", least=0)
     max_identical_texts: float = setting(0.9, "largest share of texts that equal another of their group", least=0)
+    max_rise: dict = setting({}, "tripwires: by how much a figure of rl.probes may rise from its first value")
+    max_fall: dict = setting({}, "tripwires: by how much one may fall, such as {'true_after_rl': 0.1}")
+    probe_rounds: int = setting(2, "training stops after so many rounds of probes in a row beyond a tripwire", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +241,11 @@ class Rl(Section):
     checkpoint_every: int = setting(50, "steps between checkpoints", least=1, free=True)
     heldout_every: int = setting(50, "steps between measurements on held-out rows", least=1, free=True)
     heldout_rows: int = setting(256, "how many held-out rows", least=2)
-    heldout_temperature: float = setting(0.0, "temperature of their texts (0: greedy)", least=0)
+    heldout_temperature: float = setting(0.0, "temperature of their texts, and of probed ones (0: greedy)", least=0)
+    probe_every: int = setting(0, "steps between rounds of probes in training (0: none)", least=0)
+    probe_rows: int = setting(256, "rows that a round reads, of documents that are then left out of RL", least=2)
+    probes: tuple[str, ...] = setting(IN_TRAINING, "import paths of what a round measures")
+    keep_best: dict = setting({}, "weights of a round's figures: the pair with the highest sum is kept")
 
 
 @dataclasses.dataclass(frozen=True)

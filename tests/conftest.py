@@ -277,7 +277,7 @@ def served(pair, subject_folder) -> list[Served]:
 CONFIG = str(Path(__file__).parent / "study.py") + ":tiny"
 LOOP = tuple(STAGES)
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")
-TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")
+TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "seconds_probes", "samples_per_second")
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ TINY = {
         "checkpoint_every": 1,
         "heldout_every": 2,
         "heldout_rows": 8,
+        "probe_every": 0,
     },
     "evaluate": {"rows": 16, "batch": 16, "examples": 4},
 }

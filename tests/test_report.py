@@ -416,6 +416,28 @@ def test_probes_of_one_title_and_unit_share_a_chart():
     assert shared.count('class="line"') == 2 and "one way" in shared and "other way" in shared
 
 
+def test_figures_of_probes_in_training_have_panels_together():
+    """Measured before the first step and after every second one; the other panels begin at step 1 and miss nothing."""
+    data = fake_data(steps=6)
+    names = ("fve_rl", "fve_rl_frozen", "gap_frozen_critic", "gap_quotes_stripped_live", "gap_quotes_stripped_warm")
+    names += ("true_after_rl", "last_word_true_after_rl", "mine")
+    figures = lambda step: {f"probe/{name}": 0.1 * step + i for i, name in enumerate(names)} | {"seconds_probes": 1.0}
+    data["history"] = [{"step": 0}, *data["history"]]
+    data["history"] = [row | (figures(row["step"]) if row["step"] % 2 == 0 else {}) for row in data["history"]]
+    html = page_of(data)
+    lines = {
+        "Probes: FVE": ("fve rl", "fve rl frozen", "gap frozen critic"),
+        "Probes: lost by quotes stripped": ("live", "warm"),
+        "Probes: claims that are true": ("all", "last word"),
+        "Probes: mine": (),
+    }
+    for title, told in lines.items():
+        drawn = figure_of(html, title)
+        assert drawn.count('class="line"') == max(1, len(told)) and all(f">{line}<" in drawn for line in told), title
+    assert "missing" not in html and "seconds_probes" not in html and html.count("<h3>Probes: ") == 4
+    assert figure_of(html, "Reward") == figure_of(page_of(fake_data(steps=6)), "Reward")
+
+
 def test_a_run_that_means_little_says_so_at_its_top(html):
     assert 'role="alert"' not in html
 

@@ -42,6 +42,8 @@ import nla_jax.study
 from nla_jax.cli import main
 from nla_jax.data.rows import load_rows, shards_of
 from nla_jax.pair import load_pair
+from nla_jax.runtime.metrics import read_metrics
+from nla_jax.stages.probing import set_aside
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -431,6 +433,108 @@ def test_broken_training_stops_and_keeps_what_was_good(talking, arguments, tmp_p
         assert told in line and f"Checkpoint {workdir}/train/rl/checkpoints/3 is from before and is kept" in line
         assert [record["step"] for record in history(workdir)] == [1, 2, 3, 4, 5, 6, 7]
         assert sorted(path.name for path in (workdir / "train/rl/checkpoints").iterdir()) == ["3", "6"]
+
+
+# Probes in training
+
+PROBED = ["rl.probe_every=2", "rl.probe_rows=8", "rl.checkpoint_every=3", "checkpoints.keep=1"]
+PROBED += [
+    "rl.probes=('nla_jax.probes.fidelity:after_rl', 'nla_jax.probes.fidelity:frozen_critic', 'test_resume:moved')"
+]
+
+
+def moved(context) -> dict[str, np.ndarray]:
+    """How far the AR is from that of the warm start."""
+    now, before = (np.asarray(pair.reconstructor_params["head"]) for pair in (context.pair, context.warm))
+    return {"moved": np.full(len(context.vectors), np.abs(now - before).mean())}
+
+
+def nearest(figures: dict[str, float], to: float) -> float:
+    return -abs(figures["moved"] - to)
+
+
+def figures_of(workdir: Path, name: str) -> dict[int, float]:
+    """A figure of the probes by step."""
+    return {r["step"]: r[f"probe/{name}"] for r in history(workdir) if f"probe/{name}" in r}
+
+
+@pytest.fixture(scope="module")
+def kept(talking, arguments, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """A run of two steps; one of five whose best pair is that of its second step; and the latter's settings."""
+    two, five = (copy_before(talking, tmp_path_factory.mktemp("probed"), "rl") for _ in range(2))
+    assert main(arguments("rl", two, *PROBED, "rl.steps=2")) == 0
+    best = [*PROBED, "rl.keep_best.function=test_resume:nearest", f"rl.keep_best.to={figures_of(two, 'moved')[2]!r}"]
+    assert main(arguments("rl", five, *best, "rl.steps=5")) == 0
+    return two, five, [*best, "rl.steps=5"]
+
+
+def pair_of(workdir: Path, name: str) -> dict:
+    """All tensors of the AV in a folder of a run."""
+    return load_file(workdir / name / "av/model.safetensors")
+
+
+def test_the_best_pair_is_kept_and_the_last_one_is_there(kept, talking):
+    two, five, _ = kept
+    moves, gaps = figures_of(five, "moved"), figures_of(five, "gap_frozen_critic")
+    assert list(moves) == [0, 2, 4, 5] and moves[0] == gaps[0] == 0 < min(moves[step] for step in (2, 4, 5))
+    assert (
+        list(figures_of(five, "fve_rl")) == [0, 2, 4, 5] and "seconds_probes" in (five / "stages/rl.json").read_text()
+    )
+    assert json.loads((five / "stages/rl.json").read_text())["result"]["kept_step"] == 2
+    assert "rl_step: 2" in (five / "pair/av/nla_meta.yaml").read_text()
+    assert all(np.array_equal(value, weights(five)[name]) for name, value in weights(two).items())
+    last = pair_of(five, "pair_last")
+    assert any(not np.array_equal(value, pair_of(five, "pair")[name]) for name, value in last.items())
+    assert sorted(path.name for path in (five / "train/rl/checkpoints").iterdir()) == ["2", "3", "5"]  # good: 3
+    assert all(np.array_equal(a, b) for a, b in zip(*(pair_of(w, "pair_warm").values() for w in (five, talking))))
+
+
+def test_probes_read_documents_that_neither_rl_nor_the_evaluation_reads(kept):
+    _, five, _ = kept
+    ids = load_rows(five, "rl").column("doc_id")
+    left, aside = ({ids[i] for i in rows} for rows in set_aside(ids, 8, 0))
+    trained_on = {ids[row["row"]] for row in read_metrics(five / "train/rl/texts.jsonl")}
+    assert len(aside) == 2 and len(trained_on) > 2 and trained_on <= left
+    assert not aside & left and not aside & set(load_rows(five, "heldout").column("doc_id"))
+
+
+def test_a_probed_run_stopped_and_resumed_is_the_undisturbed_one(kept, talking, arguments, tmp_path, monkeypatch):
+    _, five, settings = kept
+    workdir = copy_before(talking, tmp_path, "rl")
+    for at in (1, 5):  # before the first step, and in the fifth one: the best one is behind it, and a checkpoint too
+        stopping(monkeypatch, at, interrupt)
+        assert main(arguments("rl", workdir, *settings)) == 130
+        monkeypatch.undo()
+    assert main(arguments("rl", workdir, *settings)) == 0
+    same_run(five, workdir)
+    assert all(np.array_equal(pair_of(five, "pair_last")[name], x) for name, x in pair_of(workdir, "pair_last").items())
+
+
+def letters(texts, rows) -> dict[str, np.ndarray]:
+    return {"code": np.array([text.count("e") / max(1, len(text)) for text in texts], np.float32)}
+
+
+def paid(s):
+    return jnp.where(s.valid, s.features["code"], -1.0)
+
+
+def code(context) -> dict[str, np.ndarray]:
+    return letters(context.texts("rl"), [])
+
+
+def test_a_reward_for_a_code_trips(talking, arguments, tmp_path, capsys):
+    workdir = copy_before(talking, tmp_path, "rl")
+    misnamed = [*PROBED, "watchdog.max_fall.truth=0.1"]
+    assert main(arguments("rl", workdir, *misnamed)) == 1
+    assert "A tripwire of the watchdog is 'truth', which rl.probes do not give; they give fve_rl," in one_line(capsys)
+    settings = ["rl.steps=24", "rl.features=test_resume:letters", "rl.reward=test_resume:paid", "rl.probe_every=4"]
+    settings += ["rl.probes=('nla_jax.probes.fidelity:after_rl', 'test_resume:code')", "rl.probe_rows=8"]
+    settings += ["rl.av_optimizer.lr=0.003", "rl.heldout_temperature=1.0", "rl.checkpoint_every=4"]
+    settings += ["watchdog.max_rise.code=0.03", "watchdog.probe_rounds=1", "watchdog.window=100"]
+    assert main(arguments("rl", workdir, *settings)) == 1
+    line = one_line(capsys)
+    assert "a tripwire of the watchdog: probe/code was" in line and "has risen by more than 0.03" in line
+    assert not (workdir / "pair").exists()
 
 
 @pytest.mark.slow

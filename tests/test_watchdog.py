@@ -12,20 +12,21 @@ from test_checkpoint import batch_of_step, train
 
 from nla_jax.runtime.checkpoint import Checkpoints
 from nla_jax.runtime.errors import Stopped
-from nla_jax.runtime.watchdog import Phases, Watchdog
+from nla_jax.runtime.watchdog import Phases, Tripwires, Watchdog
 from nla_jax.stages import sft
 
+NONE = Tripwires()
 LIMITS = {"rate": (0.5, math.inf), "length": (2, 20)}
 GOOD = {"rate": 1.0, "length": 10.0, "loss": 0.1, "skipped": False}
 
 
-def stopped_at(records, newest_good=None, window=3) -> tuple[int | None, str, int]:
+def stopped_at(records, newest_good=None, window=3, wires=NONE) -> tuple[int | None, str, int]:
     """The step at which the rule stops, its words, and the step that is known to be good. The same must come out if an
     interruption lies between any two records."""
     for cut in range(len(records)):
         checkpoints = Mock(Checkpoints, good=0, folder=Path("f"), newest_good=lambda: newest_good)
         checkpoints.mark_good = functools.partial(setattr, checkpoints, "good")
-        watchdog, step, words = Watchdog(checkpoints, window, LIMITS, records[:cut]), None, ""
+        watchdog, step, words = Watchdog(checkpoints, window, LIMITS, records[:cut], wires), None, ""
         try:
             for record in records[cut:]:
                 step = record["step"]
@@ -87,6 +88,43 @@ def test_records_that_are_far_apart_count_by_their_steps():
     records = [{"step": step, **GOOD, "loss": None if step > 20 else 1.0} for step in (20, 40, 60)]
     step, words, good = stopped_at(records, window=20)
     assert (step, good) == (60, 19) and "from 40 to 60" in words
+
+
+WIRES = Tripwires(fall={"truth": 0.1}, rise={"code": 0.2}, rounds=2)
+
+
+def probed(every=2, **figures) -> list[dict]:
+    """Records of healthy steps; after every `every`-th, and before the first, the figures are measured."""
+    rounds = [dict(zip(figures, values)) for values in zip(*figures.values())]
+    records = [{"step": 0} | rounds[0]]
+    for step in range(1, every * (len(rounds) - 1) + 1):
+        records.append({"step": step, **GOOD} | (rounds[step // every] if step % every == 0 else {}))
+    return records
+
+
+def test_figures_that_stay_within_their_tripwires_go_on():
+    assert stopped_at(probed(truth=[0.6, 0.5, 0.51, 0.9, 0.5], code=[0, 0.2, 0.1, -9, 0.2]), wires=WIRES)[0] is None
+    assert stopped_at(probed(truth=[0.6, 0.4, 0.6, 0.4, 0.55]), wires=WIRES) == (None, "", 7)
+    assert stopped_at(probed(fve=[0.6, 0.1, 0.1]), wires=WIRES) == (None, "", 0)  # no round has said that all is well
+
+
+def test_a_tripwire_stops_after_its_rounds_and_keeps_what_was_before_the_first_of_them():
+    step, words, good = stopped_at(probed(truth=[0.6, 0.55, 0.49, 0.3, 0.6]), newest_good=2, wires=WIRES)
+    assert (step, good) == (6, 2)
+    assert (
+        "truth was 0.6 at first and has fallen by more than 0.1 (0.49, 0.3 after steps 4, 6). Checkpoint f/2" in words
+    )
+    step, words, good = stopped_at(probed(3, truth=[0.6] * 4, code=[0.1, 0.2, 0.31, 0.4]), newest_good=3, wires=WIRES)
+    assert (step, good) == (9, 3) and "code was 0.1 at first and has risen by more than 0.2" in words
+    once = Tripwires(fall={"truth": 0.1})
+    step, words, good = stopped_at(probed(truth=[0.6, 0.1]), wires=once)
+    assert (step, good) == (2, 0) and "(0.1 after step 2). No checkpoint under f is from before" in words
+
+
+def test_a_figure_that_is_missing_in_a_round_neither_trips_nor_clears():
+    records = probed(truth=[0.6, 0.4, None, 0.4], code=[0.1] * 4)
+    del records[4]["truth"]  # nobody made such a claim
+    assert stopped_at(records, wires=WIRES)[0] == 6
 
 
 def test_supervised_training_that_diverges_stops(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Batches as pure functions of (seed, step): the same on every mesh and after every restart, with no iterator state."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
+
+from nla_jax.models.sharding import RowsOf
 
 
 @struct.dataclass
@@ -88,6 +90,24 @@ def pad_tokens(
     for target, row in zip(tokens, rows):
         target[: len(row)] = row
     return tokens, lengths
+
+
+def text_batches(
+    tokens: Int[np.ndarray, "n T"],
+    lengths: Int[np.ndarray, "n"],
+    vectors: np.ndarray,
+    kept: Int[np.ndarray, "n"],
+    batch: int,
+    seed: int,
+) -> Callable[[int], TextBatch]:
+    """The batch of each step, of rows of similar length; row i of `tokens` belongs to row `kept[i]` of `vectors`."""
+    batches = LengthBatches(lengths, batch, seed)
+
+    def of_step(step: int) -> TextBatch:
+        rows = batches.rows(step)
+        return TextBatch(tokens[rows, : batches.width(rows)], lengths[rows], RowsOf(vectors, kept[rows]))
+
+    return of_step
 
 
 def text_windows(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) -> TextBatch:

@@ -170,6 +170,21 @@ def place_local(sharding: NamedSharding, rows: np.ndarray, values: np.ndarray, c
     return jax.make_array_from_callback((count, *values.shape[1:]), sharding, read)
 
 
+def parked(tree: Any) -> Callable[[], Any]:
+    """Copies arrays to the memory of the hosts; the function that is returned places them again where they lay."""
+
+    def park(x: Any) -> Callable[[], Any]:
+        if not isinstance(x, jax.Array):
+            return lambda: x
+        shape, sharding = x.shape, x.sharding
+        pieces = {repr(shard.index): shard.data for shard in x.addressable_shards}
+        pieces = {index: np.array(piece) for index, piece in pieces.items()}  # replicas are copied once
+        return lambda: jax.make_array_from_callback(shape, sharding, lambda index: pieces[repr(index)])
+
+    places = jax.tree.map(park, tree)
+    return lambda: jax.tree.map(lambda place: place(), places)
+
+
 def working_dtypes(params: Any, dtype: Any) -> Any:
     """The dtype of each parameter in a working copy: `dtype` for matrices, which the model casts anyway. Norm scales
     and adapters stay float32, as the model uses them: rounded, they would be another policy than the trained one."""

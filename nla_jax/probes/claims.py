@@ -39,6 +39,26 @@ def truth(context: Context) -> dict[str, np.ndarray]:
     return scores
 
 
+@probe("Truth of the claims after RL", needs=("pair", "labels"), unit="share of claims that are true")
+def true_after_rl(context: Context) -> dict[str, np.ndarray]:
+    """The share of an explanation's claims that hold for its text, after RL: of all of them, and by kind. It costs a
+    reading of the texts alone, so that training can look at it."""
+    if not has_grammar(labeller := context.labeller):
+        return {}
+    told = told_by(labeller, context.texts("rl"), rows_for(context))
+    all_of = [[held for of in kinds for held in of] for kinds in zip(*told.values())]
+    by_kind = {_name(kind, "true", "after_rl"): _means(shares) for kind, shares in told.items()}
+    return {"true_after_rl": _means(all_of)} | by_kind if told else {}
+
+
+@probe("Claims after RL", needs=("pair", "labels"), unit="claims of an explanation")
+def made_after_rl(context: Context) -> dict[str, np.ndarray]:
+    """How many claims an explanation makes after RL."""
+    if not has_grammar(labeller := context.labeller):
+        return {}
+    return {"claims_after_rl": np.array([len(labeller.claims(text)) for text in context.texts("rl")], float)}
+
+
 @probe("Explanations with a claim of each kind", needs=("pair", "warm", "labels"), unit="share of rows")
 def claimed(context: Context) -> dict[str, np.ndarray]:
     """How many explanations make a claim of each kind. Truth is cheap for one that claims little."""
@@ -127,11 +147,16 @@ def _name(kind: str, what: str, who: str) -> str:
 
 def true_shares(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dict[str, Float[np.ndarray, "n"]]:
     """Of each text the share of its claims of one kind that hold for its row; NaN where it makes none."""
+    return {kind: _means(shares) for kind, shares in told_by(labeller, texts, rows).items()}
+
+
+def told_by(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dict[str, list[list[bool]]]:
+    """By kind, for each text: which of its claims hold for its row."""
     told: dict[str, list[list[bool]]] = {}
     for i, (text, row) in enumerate(zip(texts, rows)):
         for claim in labeller.claims(text):
             told.setdefault(claim.kind, [[] for _ in rows])[i].append(labeller.true(claim, row))
-    return {kind: _means(shares) for kind, shares in sorted(told.items())}
+    return dict(sorted(told.items()))
 
 
 def _means(told: Sequence[Sequence[float]]) -> Float[np.ndarray, "n"]:

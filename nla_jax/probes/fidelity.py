@@ -59,6 +59,18 @@ def gold_through_warm(context: Context) -> dict[str, np.ndarray]:
     return {"fve_gold_text_warm": context.row_fve(context.texts("labels"), context.warm)}
 
 
+@probe(
+    "One reader for all",
+    needs=("pair", "warm"),
+    labels={"fve_rl_frozen": "AV after RL, AR before RL", "gap_frozen_critic": "what only the AR after RL reads"},
+)
+def frozen_critic(context: Context) -> dict[str, np.ndarray]:
+    """The warm start's reconstructor, which RL has not trained, reads the text after RL; and by how much that after RL
+    scores higher. What only the latter reads may be new habits of the text to which it has got used, or a code."""
+    frozen = context.row_fve(context.texts("rl"), context.warm)
+    return {"fve_rl_frozen": frozen, "gap_frozen_critic": context.row_fve(context.texts("rl")) - frozen}
+
+
 @probe("Other readings", labels={"fve_rl_meannorm": "AV after RL, mean re-normalised (reads higher)"})
 def meannorm(context: Context) -> dict[str, np.ndarray]:
     """FVE with another baseline, the normalised mean: what some publications report."""

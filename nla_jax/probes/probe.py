@@ -23,10 +23,11 @@ from nla_jax.pair import Pair
 from nla_jax.probes.provider import Provider
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
+from nla_jax.study import Study
 from nla_jax.subject import Subject
 
 ASKS = ("writer", "judge")  # what a provider is: a probe has it write texts, or judge
-NEEDS = ("pair", "warm", "labels", "training", "subject", *ASKS)
+NEEDS = ("pair", "warm", "labels", "training", "subject", "study", *ASKS)
 WHO_ASKS = "evaluate.provider of a config, or --judge, names the model that writes and judges"
 CHARTS = ("bars", "curve", "histogram")
 
@@ -37,15 +38,20 @@ class Context(Protocol):
 
     vectors: Float[np.ndarray, "n d"]  # the activations, raw
     documents: list[str]  # which document each row comes from
-    pair: Pair  # after RL
-    warm: Pair  # before RL
+    pair: Pair  # after RL; among `rl.probes` as it is at that step
+    warm: Pair  # before RL; among `rl.probes` its AR alone is
     training: Rows  # of the warm start, with their labels (`column("api_explanation")`)
     embedding: Float[np.ndarray, "V E"]  # of the subject's tokens
     labeller: Labeller  # of the run
     subject: Subject  # its blocks 0..K; `subject.whole` is all of it
     provider: Provider | None  # a language model that writes and judges
+    study: Study  # the run's settings and programs
+    reader_rows: Rows  # of the AR's warm start
     seed: int
     max_new_tokens: int
+
+    def untrained(self) -> Pair:
+        """A new pair, as the warm start begins with it."""
 
     def texts(self, name: str) -> list[str]:
         """The AV's texts of one condition; "" where a response holds no explanation.

@@ -82,10 +82,10 @@ _calls = itertools.count(1)
 class Checkpoints:
     """The checkpoints of one training loop: every `every` steps, at the end, and when a signal asks to stop.
 
-    Kept are the newest `keep`, those of steps that `keep_every` divides (0: none), and the newest one that is known to
-    be good (`mark_good`). A step appears under its number only when it is complete; an interrupted save leaves the
-    previous one in place. With the state, `settings` are saved: what it was made from (JSON). Those that `free` names
-    may differ on resuming.
+    Kept are the newest `keep`, those of steps that `keep_every` divides (0: none), the newest one that is known to be
+    good (`mark_good`), and the best one (`mark_best`). A step appears under its number only when it is complete; an
+    interrupted save leaves the previous one in place. With the state, `settings` are saved: what it was made from
+    (JSON). Those that `free` names may differ on resuming.
 
     As a context, in the main thread of a single process, it takes SIGTERM and Ctrl-C (SIGINT) as requests to stop after
     the step under way; a second Ctrl-C stops at once. Several processes agree on a step through JAX's preemption
@@ -102,7 +102,8 @@ class Checkpoints:
     ):
         self.folder, self.every, self.keep, self.keep_every = folder, every, keep, keep_every
         self.settings, self.free = settings or {}, free
-        self._good, self._asked = 0, None  # the last good step; the signal that has asked to stop
+        self._good, self._best = 0, -1  # the last good step; the best one
+        self._asked = None  # the signal that has asked to stop
         options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         with self._writing():
             whole = folder.absolute() if isinstance(folder, Path) else folder  # Orbax takes no relative ones
@@ -112,6 +113,14 @@ class Checkpoints:
         """Keeps the newest checkpoint of at most this step, whatever is saved later."""
         self._good = step
 
+    def mark_best(self, step: int) -> None:
+        """Keeps the checkpoint of this step until another one is the best."""
+        self._best = step
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there."""
+        return step in self.manager.all_steps()
+
     def newest_good(self) -> int | None:
         """The step of the newest checkpoint that is known to be good; None if there is none."""
         return max((step for step in self.manager.all_steps() if step <= self._good), default=None)
@@ -119,7 +128,7 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax asks which of the checkpoints (in ascending order) to keep."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self.keep :], max((step for step in steps if step <= self._good), default=None)}
+        kept = {*steps[-self.keep :], max((step for step in steps if step <= self._good), default=None), self._best}
         return [step in kept or bool(self.keep_every) and step % self.keep_every == 0 for step in steps]
 
     def save(self, step: int, state: Any, force: bool = False, before: Callable[[], None] = lambda: None) -> None:
@@ -164,11 +173,18 @@ class Checkpoints:
         unchanged."""
         if (step := self.manager.latest_step()) is None:
             return None
-        path = self.folder / str(step)
         if step > steps:
             raise InputError(
-                f"Checkpoint {path} is beyond the {steps} steps that the config asks for; ask for {step} or more."
+                f"Checkpoint {self.folder / str(step)} is beyond the {steps} steps that the config asks for; ask for {step} or "
+                f"more."
             )
+        return step, self.read(step, abstract, discard)
+
+    def read(self, step: int, abstract: Any, discard: Any = ()) -> Any:
+        """The state after `step` steps, as `restore` reads that of the newest checkpoint."""
+        with self._writing():
+            self.manager.wait_until_finished()  # it may be on its way to the disk
+        path = self.folder / str(step)
         read = lambda **item: self.manager.restore(step, args=ocp.args.Composite(**item))
         try:
             # A user who has removed the settings takes the state over into a run with others.
@@ -187,7 +203,7 @@ class Checkpoints:
             made = lambda: read(checksum=ocp.args.JsonRestore()).checksum.get("state")
             if (self.manager.directory / str(step) / "checksum").exists() and made() != checksum(state):
                 raise ValueError("DATA_LOSS: the checksum of its arrays is another one")
-            return step, state
+            return state
         except Exception as error:
             if type(error) is Exception and error.__cause__:  # Orbax wraps what went wrong with one array
                 error = error.__cause__

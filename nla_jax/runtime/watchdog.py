@@ -1,6 +1,7 @@
-"""Watchdogs of the training loops: one stops a loop whose metrics say that training has broken down, one reports a
-hang."""
+"""Watchdogs of the training loops: one stops a loop whose metrics say that training has broken down, or has gone where
+it should not, one reports a hang."""
 
+import dataclasses
 import math
 import sys
 import threading
@@ -11,12 +12,33 @@ from nla_jax.runtime.checkpoint import Checkpoints
 from nla_jax.runtime.errors import Stopped
 
 
+@dataclasses.dataclass(frozen=True)
+class Tripwires:
+    """How far metrics that are measured now and then may move from their first value: `fall` and `rise` by metric. One
+    that is farther away in `rounds` measurements in a row trips."""
+
+    fall: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rise: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rounds: int = 1
+
+    @property
+    def names(self) -> set[str]:
+        """The metrics that are watched."""
+        return {*self.fall, *self.rise}
+
+    def beyond(self, name: str, start: float, value: float) -> bool:
+        """Whether a metric has moved too far."""
+        return start - value > self.fall.get(name, math.inf) or value - start > self.rise.get(name, math.inf)
+
+
 class Watchdog:
-    """Stops a loop whose metrics stay outside their limits, or are not finite, for `window` steps in a row.
+    """Stops a loop whose metrics stay outside their limits, or are not finite, for `window` steps in a row, and one that
+    trips a wire.
 
     `limits` maps a metric to its lowest and highest healthy value. `records` are the earlier ones of a resumed run, so
     that an interruption forgets nothing. The metrics of step s are measured with the parameters after step s - 1, so a
-    healthy step s tells `checkpoints` that step s - 1 was good."""
+    healthy step s tells `checkpoints` that step s - 1 was good; but with tripwires no step is good after the last one
+    at which they held."""
 
     def __init__(
         self,
@@ -24,9 +46,13 @@ class Watchdog:
         window: int,
         limits: Mapping[str, tuple[float, float]] | None = None,
         records: Iterable[dict] = (),
+        tripwires: Tripwires = Tripwires(),
     ):
-        self.checkpoints, self.window, self.limits = checkpoints, window, limits or {}
+        self.checkpoints, self.window, self.limits, self.tripwires = checkpoints, window, limits or {}, tripwires
         self.streaks: dict[str, list[tuple[int, float | str]]] = {}  # by metric: (step, value) since it left its limits
+        self.starts: dict[str, float] = {}  # the first value of each metric with a tripwire
+        self.moved: dict[str, list[tuple[int, float]]] = {}  # by metric: (step, value) since it is beyond its tripwire
+        self.held = 0  # the last step at which all tripwires held
         for record in records:
             self._note(record)
 
@@ -35,6 +61,9 @@ class Watchdog:
 
         Raises `Stopped`, naming the metric, its limit, the steps, the values, and the newest checkpoint before them."""
         self._note(record)
+        for name, measured in self.moved.items():
+            if len(measured) >= self.tripwires.rounds:
+                raise Stopped(f"{self._moved(name)} {self._advice()}", status=1)
         for name, streak in self.streaks.items():
             first, last = streak[0][0], streak[-1][0]
             if last - first + 1 >= self.window:
@@ -55,8 +84,30 @@ class Watchdog:
                 found[name] = value
         step = record["step"]
         self.streaks = {name: self.streaks.get(name, []) + [(step, value)] for name, value in found.items()}
+        self._note_moves(record)
         if not found:
-            self.checkpoints.mark_good(step - 1)
+            self.checkpoints.mark_good(min(step - 1, self.held) if self.tripwires.names else step - 1)
+
+    def _note_moves(self, record: Mapping) -> None:
+        """What a record says of the tripwires; one without any of their metrics says nothing."""
+        there = {name: record[name] for name in sorted(self.tripwires.names) if record.get(name) is not None}
+        for name, value in there.items():
+            start = self.starts.setdefault(name, value)
+            beyond = self.tripwires.beyond(name, start, value)
+            self.moved[name] = self.moved.get(name, []) + [(record["step"], value)] if beyond else []
+        if there and not any(self.moved.values()):
+            self.held = record["step"]
+
+    def _moved(self, name: str) -> str:
+        """What has tripped."""
+        start, measured = self.starts[name], self.moved[name]
+        fell = measured[-1][1] < start
+        limit = (self.tripwires.fall if fell else self.tripwires.rise)[name]
+        steps = ", ".join(str(step) for step, _ in measured)
+        return (
+            f"a tripwire of the watchdog: {name} was {start:.3g} at first and has {'fallen' if fell else 'risen'} by more than "
+            f"{limit:g} ({_shown([value for _, value in measured])} after step{'s' * (len(measured) > 1)} {steps})."
+        )
 
     def _limit(self, name: str) -> str:
         if name not in self.limits:

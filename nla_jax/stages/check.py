@@ -29,6 +29,7 @@ from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.sidecar import read_yaml
+from nla_jax.stages.deciding import check_decisions
 from nla_jax.stages.reading import read_by
 from nla_jax.study import compute_features, injections, make_optimizer
 from nla_jax.subject import SHIPPED
@@ -59,12 +60,19 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer")
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
         check_objective(config)
+        check_probes(config.rl.probes if config.rl.probe_every else (), "rl.probes")
+        check_decisions(config)
     if "evaluate" in stages:
         if config.evaluate.provider.kind:
             provider_of(config.evaluate.provider, "").ready()
-        for function, probe in load_probes(chosen_probes(config.evaluate)):
-            if absent := set(probe.needs) - set(NEEDS):
-                raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
+        check_probes(chosen_probes(config.evaluate), "evaluate.probes")
+
+
+def check_probes(chosen: Sequence[str], what: str) -> None:
+    """Each probe is there, and needs nothing that a run has not."""
+    for function, probe in load_probes(chosen, what):
+        if absent := set(probe.needs) - set(NEEDS):
+            raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
 
 
 def check_batches(config: Config, mesh: Mesh, stages: Sequence[str]) -> None:
@@ -116,6 +124,11 @@ def check_documents(config: Config, documents: Sequence[Document]) -> dict[str, 
                 f"Split {split!r} has {found[split]} of the {len(documents)} documents, which give at most {most} "
                 f"activations, fewer than {name} ({rows}); take more documents, or raise split.{split} or extract.positions."
             )
+    if config.rl.probe_every and found["rl"] < 3:
+        raise InputError(
+            f"Split 'rl' has {found['rl']} of the {len(documents)} documents, too few to set some aside for rl.probes; take "
+            f"more documents, raise split.rl, or set rl.probe_every to 0."
+        )
     return found
 
 

@@ -19,8 +19,8 @@ from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import read_table, write_table
 from nla_jax.labels.labeller import Labeller, make_labeller
 from nla_jax.models.sharding import host_mesh
-from nla_jax.pair import Pair
-from nla_jax.probes.probe import ASKS, NEEDS, asks, by_needs, figures, left_out, load_probes, run_probe, told
+from nla_jax.pair import Pair, new_pair
+from nla_jax.probes.probe import ASKS, NEEDS, Context, asks, by_needs, figures, left_out, load_probes, run_probe, told
 from nla_jax.probes.provider import Provider, chosen_probes, provider_of
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
@@ -29,6 +29,7 @@ from nla_jax.runtime.notes import note
 from nla_jax.runtime.run import Run
 from nla_jax.stages.sft import load
 from nla_jax.stages.shown import DOCUMENTS, Shown
+from nla_jax.study import Study, lora
 from nla_jax.subject import Subject, load_subject
 
 
@@ -77,14 +78,17 @@ TRAINING = 20_000  # rows of the warm start that baselines and linear probes are
 
 
 @dataclasses.dataclass(eq=False)
-class RunContext:
-    """What the probes of a run read (`probes.probe.Context`)."""
+class RunContext(Context):
+    """What the probes of a run read (`probes.probe.Context`). `rows`: those that are measured; by default the held-out
+    ones."""
 
     run: Run
+    rows: Rows | None = None
 
     def __post_init__(self):
         c = self.run.config
-        self.rows: Rows = spread(load_rows(self.run.workdir, "heldout"), c.evaluate.rows)
+        if self.rows is None:
+            self.rows = spread(load_rows(self.run.workdir, "heldout"), c.evaluate.rows)
         self.vectors = self.rows.vectors
         self.documents = [document_of(id) for id in self.rows.column("doc_id")]
         self.seed, self.max_new_tokens = c.seed, c.prompts.max_new_tokens
@@ -103,6 +107,33 @@ class RunContext:
     def training(self) -> Rows:
         """Rows of the warm start, at most `TRAINING` of them."""
         return spread(load_rows(self.run.workdir, "av_sft"), TRAINING)
+
+    @functools.cached_property
+    def reader_rows(self) -> Rows:
+        """Rows of the AR's warm start, at most `TRAINING` of them, and no more than it read."""
+        c = self.run.config.sft.ar
+        return spread(load_rows(self.run.workdir, "ar_sft"), min(TRAINING, max(1, c.steps) * c.batch))
+
+    @functools.cached_property
+    def study(self) -> Study:
+        """The run's settings and programs."""
+        c, pair = self.run.config, self.pair
+        width = pair.prompts.text_width(c.prompts.max_new_tokens)
+        return Study(c, self.run.mesh, pair.verbalizer, pair.reconstructor, width)
+
+    def untrained(self) -> Pair:
+        """A new pair, as the warm start begins with it."""
+        c, how = self.run.config, self.run.config.compute
+        return new_pair(
+            self.pair.sidecar,
+            locate(self.run.subject_folder),
+            how.dtype,
+            how.remat,
+            how.attention,
+            adapters=(lora(c.sft.av.lora), lora(c.sft.ar.lora)),
+            seed=c.seed,
+            mesh=self.run.mesh,
+        )
 
     @functools.cached_property
     def subject(self) -> Subject:

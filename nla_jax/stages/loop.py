@@ -10,19 +10,26 @@ import jax
 from nla_jax.joint_step import TrainState
 from nla_jax.runtime.metrics import MetricLog, Progress
 from nla_jax.runtime.run import Run
-from nla_jax.runtime.watchdog import Phases, Watchdog
+from nla_jax.runtime.watchdog import Phases, Tripwires, Watchdog
 
 
 class Loop(contextlib.AbstractContextManager):
     """One training loop of `steps` steps, as a context: on the run's mesh, under `{workdir}/train/{name}`.
 
     `stage` is the stage that it belongs to. `base`: hashes of the frozen weights that it reads. `limits`: the lowest
-    and highest healthy values of metrics."""
+    and highest healthy values of metrics. `tripwires`: how far others may move."""
 
     def __init__(
-        self, run: Run, stage: str, name: str, steps: int, base: dict[str, str], limits: Mapping | None = None
+        self,
+        run: Run,
+        stage: str,
+        name: str,
+        steps: int,
+        base: dict[str, str],
+        limits: Mapping | None = None,
+        tripwires: Tripwires = Tripwires(),  # noqa: B008 (frozen)
     ):
-        self.run, self.name, self.total, self.limits = run, name, steps, limits
+        self.run, self.name, self.total, self.limits, self.tripwires = run, name, steps, limits, tripwires
         self.folder = run.workdir / "train" / name
         self.checkpoints = run.checkpoints(stage, self.folder, **base)
         self.phases = Phases(name.replace("_", " "), run.config.watchdog.stall_minutes)
@@ -47,7 +54,8 @@ class Loop(contextlib.AbstractContextManager):
         wandb = {"project": project, "name": f"{self.run.workdir.name} {self.name}"} if project else None
         self.log = MetricLog(self.folder, self.start, wandb, self.run.config.to_dict())
         self.progress = Progress(self.phases.name, self.total, self.start)
-        self.watchdog = Watchdog(self.checkpoints, self.run.config.watchdog.window, self.limits, self.log.records)
+        window, records = self.run.config.watchdog.window, self.log.records
+        self.watchdog = Watchdog(self.checkpoints, window, self.limits, records, self.tripwires)
         return state
 
     def steps(self) -> Iterator[int]:
@@ -62,11 +70,12 @@ class Loop(contextlib.AbstractContextManager):
         """Logs the metrics of a step. Raises `Stopped` where they show that training has broken down."""
         self.watchdog.observe(self.log.write(step, metrics))
 
-    def end_step(self, step: int, state: TrainState, **shown: float) -> None:
-        """Shows progress, and saves the state where the interval says so (always after the last step)."""
+    def end_step(self, step: int, state: TrainState, keep: bool = False, **shown: float) -> None:
+        """Shows progress, and saves the state where the interval says so (always after the last step, and with
+        `keep`)."""
         self.progress.update(**shown)
         self.phases.enter("checkpoint")
-        self.checkpoints.save(step, state, force=step == self.total, before=self.log.flush)
+        self.checkpoints.save(step, state, force=keep or step == self.total, before=self.log.flush)
 
 
 def healthy(run: Run) -> dict[str, tuple[float, float]]:

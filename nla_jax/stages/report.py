@@ -75,7 +75,8 @@ def gather(run: Run, evaluated: dict, state: str = "") -> Report:
             **{name: result("pretrain").get(name) for name in LOSSES},
             "injection_scale": result("sft").get("injection_scale"),
             "labels_too_long": result("sft").get("labels_too_long"),
-        },
+        }
+        | {name: result("rl")[name] for name in ("kept_step", "seconds_probes") if name in result("rl")},
         seconds={stage: made["seconds"] for stage, made in begun.items()},
         stages=begun,
         open_with=commands(run),

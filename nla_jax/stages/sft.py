@@ -11,18 +11,18 @@ from jaxtyping import Int
 
 from nla_jax.autoencoder import PromptIds
 from nla_jax.data.activations import median_norm_and_variance
-from nla_jax.data.batches import LengthBatches, TextBatch, pad_tokens
+from nla_jax.data.batches import TextBatch, pad_tokens, text_batches
 from nla_jax.data.rows import LABEL, Rows, load_rows
 from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import fits_seal, local, replacing
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.safetensors import check_bytes
-from nla_jax.joint_step import SupervisedStep, TrainState
-from nla_jax.models.sharding import RowsOf, place_batch, placed, shardings
+from nla_jax.joint_step import SupervisedStep
+from nla_jax.models.sharding import place_batch, placed
 from nla_jax.pair import Pair, Training, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
-from nla_jax.runtime.compiler import jit_step
+from nla_jax.runtime.compiler import first_state, jit_step
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
@@ -116,13 +116,7 @@ def fit(
     run sees the batches it would have seen. `base`: the frozen model beneath an adapter. Raises `Stopped` on SIGTERM,
     and where the loss stays NaN."""
     mesh, boxed = loop.run.mesh, jax.eval_shape(step.init, abstract)
-    layout = shardings(mesh, boxed)
-
-    def make() -> TrainState:
-        there = jax.device_put(params, layout.models[step.name].params)
-        return jax.jit(step.init, out_shardings=layout, donate_argnums=0)(there)
-
-    state = loop.resume(placed(mesh, boxed), make, params)
+    state = loop.resume(placed(mesh, boxed), lambda: first_state(step, mesh, abstract, params), params)
     train, clock = jit_step(step, mesh, loop.run.config.compute.optimize), time.monotonic()
     for i in loop.steps():
         batch = place_batch(mesh, batch_of_step(i))
@@ -243,21 +237,3 @@ def fixed_width(
         )
     lengths = lengths[kept]
     return np.concatenate(padded)[kept, : -(-lengths.max() // 8) * 8], lengths, kept
-
-
-def text_batches(
-    tokens: Int[np.ndarray, "n T"],
-    lengths: Int[np.ndarray, "n"],
-    vectors: np.ndarray,
-    kept: Int[np.ndarray, "n"],
-    batch: int,
-    seed: int,
-) -> Callable[[int], TextBatch]:
-    """The batch of each step, of rows of similar length; row i of `tokens` belongs to row `kept[i]` of `vectors`."""
-    batches = LengthBatches(lengths, batch, seed)
-
-    def of_step(step: int) -> TextBatch:
-        rows = batches.rows(step)
-        return TextBatch(tokens[rows, : batches.width(rows)], lengths[rows], RowsOf(vectors, kept[rows]))
-
-    return of_step

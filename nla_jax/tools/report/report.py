@@ -36,7 +36,7 @@ class Report:
     documents: (
         Sequence[Mapping] | None
     )  # document, text, tokens, and rows (start, end, place, and as above); None: not kept
-    history: Sequence[Mapping]  # of each RL step: `step`, from 1, and its metrics
+    history: Sequence[Mapping]  # of each RL step: `step`, from 1, and its metrics; figures of probes begin at step 0
     losses: Mapping[str, Sequence[Mapping]]  # the same of each training loop before RL
 
     @property
@@ -55,7 +55,7 @@ def warnings(report: Report) -> list[str]:
     """What makes the figures of a run worth little, in sentences: said above them on the page and in the terminal.
 
     Before the evaluation they are those that the metrics of training tell."""
-    lead, warm, steps = report.mean("fve_rl"), report.mean("fve_warm"), len(report.history)
+    lead, warm, steps = report.mean("fve_rl"), report.mean("fve_warm"), len(steps_of(report))
     rate = report.mean("extraction_rate")
     rate = rate if known(rate) else lately(report, "extraction_rate")
     controls = [report.mean(name) for name in CONTROLS if name in report.scores]
@@ -84,9 +84,14 @@ def warnings(report: Report) -> list[str]:
     return [sentence for sentence, true in sentences.items() if true]
 
 
+def steps_of(report: Report) -> Sequence[Mapping]:
+    """The history without what was measured before the first step."""
+    return [row for row in report.history if row["step"] > 0]
+
+
 def lately(report: Report, metric: str) -> Number:
     """The mean of a metric over the last 20 steps of RL; NaN where one of them lacks it."""
-    tail = [row.get(metric) for row in report.history[-20:]]
+    tail = [row.get(metric) for row in steps_of(report)[-20:]]
     return sum(filter(known, tail)) / len(tail) if tail and all(map(known, tail)) else math.nan
 
 

@@ -1,11 +1,13 @@
 """The section of training: the learning curve, and a panel for every other metric."""
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 from .charts import Line, Number, axis, known, line_chart, short, with_running_mean
 from .measurements import PALETTE
 from .pieces import figure
-from .report import Report
+from .report import Report, steps_of
 
 PANELS = (  # title, unit and lines of metrics; any other metric has a panel of its own
     ("Reward", "", {"reward": "reward"}),
@@ -21,7 +23,13 @@ PANELS = (  # title, unit and lines of metrics; any other metric has a panel of 
     ("Seconds per phase", "seconds", {f"seconds_{name}": name for name in ("rollout", "host", "train")}),
     ("Throughput", "samples per second", {"samples_per_second": "throughput"}),
 )
-ELSEWHERE = {"step", "fve", "heldout_fve", "mse", "skipped", "av_skipped", "ar_skipped"}  # metrics without a panel
+PROBED = (  # figures of probes in training that share a panel: a pattern of names, which also names the line; title, unit
+    (r"(fve_.+|gap_frozen_critic)", "Probes: FVE", "FVE"),
+    (r"gap_(?P<of>.+)_(live|warm|difference)", "Probes: lost by {of}", "FVE"),
+    (r"(.*)_?true_after_rl", "Probes: claims that are true", "share"),
+    (r"hit_at_1_(.+)", "Probes: activations found first", "share"),
+)
+ELSEWHERE = {*"step fve heldout_fve mse skipped av_skipped ar_skipped seconds_probes".split()}  # without a panel
 
 
 def training(report: Report) -> str:
@@ -33,14 +41,30 @@ def training(report: Report) -> str:
 
 def reinforcement(report: Report) -> str:
     """The learning curve, and a panel for every other metric of RL."""
-    history, window = report.history, len(report.history) // 15 | 1
+    history = steps_of(report)
+    window = len(history) // 15 | 1
     if not history:
         return '<p class="missing">No RL steps are recorded.</p>'
     placed = ELSEWHERE.union(*(lines for _, _, lines in PANELS))
-    others = dict.fromkeys(key for row in history for key in row if key not in placed)
-    panels = "".join(panel(history, window, *facts) for facts in (*PANELS, *((key, "", {key: key}) for key in others)))
+    others = dict.fromkeys(key for row in history for key in row if key not in placed and not key.startswith("probe/"))
+    drawn = [(history, window, *facts) for facts in (*PANELS, *((key, "", {key: key}) for key in others))]
+    panels = "".join(panel(*facts) for facts in drawn + probed(report.history))
     said = f"<p>Faint lines are single steps, strong ones running means over {window} steps.</p>" if window > 1 else ""
     return f'{said}{learning_curve(report, window)}<div class="panels">{panels}</div>'
+
+
+def probed(history: Sequence[Mapping]) -> list[tuple]:
+    """What `panel` draws of probes in training."""
+    rows = [row for row in history if any(key.startswith("probe/") for key in row)]
+    panels: dict[tuple[str, str], dict[str, str]] = {}
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith("probe/")):
+        name = key.removeprefix("probe/")
+        matches = ((re.fullmatch(pattern, name), *facts) for pattern, *facts in PROBED)
+        found, title, unit = next((match for match in matches if match[0]), (None, f"Probes: {name}", ""))
+        title, line = (title.format(**found.groupdict()), found[found.lastindex]) if found else (title, name)
+        line = line.rstrip("_") or "all"
+        panels.setdefault((title.replace("_", " "), unit), {})[key] = line.replace("_", " ")
+    return [(rows, 1, *facts, lines) for facts, lines in panels.items()]
 
 
 def column(history: Sequence[Mapping], key: str) -> list[tuple[int, Number | None]]:
@@ -75,7 +99,7 @@ def panel(history: Sequence[Mapping], window: int, title: str, unit: str, names:
         return figure(title, '<p class="missing">Not recorded.</p>')
     highest = 2 * values[len(values) * 9 // 10] if unit == "seconds" else values[-1]
     lines, kept = [], [value for value in values if value <= highest]
-    for css, name, points in zip(PALETTE, names.values(), columns):
+    for css, name, points in zip(itertools.cycle(PALETTE), names.values(), columns):
         points = [(step, value if known(value) and value <= highest else None) for step, value in points]
         lines += with_running_mean(Line(name, css, points), window)
     gaps, longer = len(names) * len(history) - len(values), len(values) - len(kept)
