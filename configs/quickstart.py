@@ -2,6 +2,7 @@
 
 nla quickstart --workdir runs/quickstart
 nla quickstart --config configs/quickstart.py:tiny --workdir runs/tiny         # a minute: does it work here?
+nla quickstart --config configs/quickstart.py:truth --workdir runs/truth       # RL pays for true claims too
 nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
 """
 
@@ -157,14 +158,17 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
     },
     "report": {"title": "Quickstart, tiny"},
 }
-VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY}  # what each changes
+TRUTH = {  # RL pays for true claims too
+    "rl": {"features": ("nla_jax.labels.extractive:true_share",), "reward": "nla_jax.objective:truthful"},
+}
+VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH}  # what each changes
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "tiny" (a minute: it
-    explains little, but its controls differ)."""
+    explains little, but its controls differ), "truth" (RL pays for true claims too)."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are subject and tiny.")
+        raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are subject, tiny and truth.")
     c = ConfigDict(QUICKSTART)
     c.update(VARIANTS[variant])
     return c

@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
+
 from nla_jax.labels.labeller import Claim, LabelRow
 
 TAIL_CHARS = 20
@@ -144,14 +146,30 @@ class Extractive:
 
         Kind of passage and position: the labeller finds the same there. Last word or words: the text ends with
         these whole words."""
-        found = describe(row.text)
-        if claim.kind in LAST:
-            return f" {found['last words'] or ''}".endswith(f" {claim.value}")
-        return found[claim.kind] == claim.value
+        return holds(claim, describe(row.text))
 
     def without(self, text: str, claim: Claim) -> str:
         """The text without what makes it claim so."""
         return without(text, claim, CLAIMS)
+
+
+def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
+    """A feature for `rl.features`: `truth`, the share of a text's claims that hold for its row, `[B]`; 0 where it makes
+    none. A reward can so pay for truth what a reconstruction does not (`objective.truthful`)."""
+    labeller = Extractive()
+    found = {text: describe(text) for text in {row["text"] for row in rows}}
+    shares = []
+    for text, row in zip(texts, rows):
+        held = [holds(claim, found[row["text"]]) for claim in labeller.claims(text)]
+        shares.append(sum(held) / max(1, len(held)))
+    return {"truth": np.array(shares, np.float32)}
+
+
+def holds(claim: Claim, found: Mapping[str, str | None]) -> bool:
+    """Whether a claim agrees with what `describe` has found in a text."""
+    if claim.kind in LAST:
+        return f" {found['last words'] or ''}".endswith(f" {claim.value}")
+    return found[claim.kind] == claim.value
 
 
 def without(text: str, claim: Claim, patterns: Mapping[str, re.Pattern]) -> str:
