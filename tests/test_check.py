@@ -17,9 +17,12 @@ import yaml
 from absl import logging
 from conftest import CONFIG, LOOP, copy_before, flip, nla_main, one_line
 
+import nla_jax as nla
 from nla_jax.cli import load_config, main
 from nla_jax.data.corpus import Document
+from nla_jax.io import hub
 from nla_jax.models.sharding import make_mesh
+from nla_jax.runtime import notes
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.check import check_batches, check_documents, check_functions
 from nla_jax.study import Study
@@ -334,7 +337,6 @@ def test_damaged_weights_and_prompts_of_a_run_are_named(finished, corpus, tmp_pa
 
 
 def test_damage_to_a_pair_is_found_before_it_is_copied(finished, tmp_path, capsys):
-    """`nla explain` alone does not read a pair's weights twice."""
     pair = shutil.copytree(finished / "pair", tmp_path / "pair")
     av, ar = pair / "av", pair / "ar"
     flip(ar / "model.safetensors", -3)
@@ -352,6 +354,37 @@ def test_damage_to_a_pair_is_found_before_it_is_copied(finished, tmp_path, capsy
     said = capsys.readouterr().err
     for name in ("config.json", "nla_meta.yaml"):
         assert f"{av}/{name} has changed since it was written" in said
+
+
+def test_damage_to_a_pair_is_found_before_it_explains(finished, tmp_path, capsys, monkeypatch):
+    """Checksums are compared when files have changed since they were found whole, and only then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "SETTLED_SECONDS", -1.0)
+    looked, look = [], hub.check_bytes
+    monkeypatch.setattr(hub, "check_bytes", lambda *folders: looked.append(folders) or look(*folders))
+    subject = shutil.copytree(finished / "subject", tmp_path / "subject")
+    pair = shutil.copytree(finished / "pair", tmp_path / "pair")
+    for _ in range(2):
+        nla.load_pair(pair)
+        nla.load_subject(subject, 1)
+    assert looked == [(pair / "av", pair / "ar"), (subject,)]
+    for file in (pair / "av/model.safetensors", pair / "ar/value_head.safetensors", subject / "model.safetensors"):
+        flip(file, -3)
+        assert main(["explain", "--pair", str(pair), "--subject", str(subject), "--text", "a b"]) == 1
+        assert re.search(f"{file} is damaged|not the subject that .* was trained on", one_line(capsys))
+        flip(file, -3)
+    with pytest.raises(InputError, match="model.safetensors is damaged"):
+        flip(subject / "model.safetensors", -3)
+        nla.load_subject(subject, 1)
+    for name in ("av/nla_meta.yaml", "ar/config.json", "av/chat_template.jinja"):
+        file = pair / name
+        kept = file.read_bytes()
+        file.unlink() if name.endswith("jinja") else file.write_bytes(kept + b"\n")  # which a parser does not mind
+        for _ in range(2):
+            notes.note.cache_clear()
+            nla.load_pair(pair)
+            assert f"{file} has changed since it was written" in capsys.readouterr().err
+        file.write_bytes(kept)
 
 
 def test_a_mistaken_working_folder_or_marker_is_said_first(corpus, tmp_path, capsys):
