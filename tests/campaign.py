@@ -132,7 +132,17 @@ class Place:
 
     def explain(self, workdir: Path) -> Outcome:
         """`nla explain` of a few tokens with the pair and the subject of a working folder."""
-        how = ("--text", "The river turns north.", "--tokens", "all", "--max-new-tokens", "8", "--json")
+        how = (
+            "--text",
+            "The river turns north.",
+            "--tokens",
+            "all",
+            "--max-new-tokens",
+            "8",
+            "--reading",
+            "whole",
+            "--json",
+        )
         return self.run("explain", "--pair", str(workdir / "pair"), "--subject", str(workdir / "subject"), *how)
 
     def outside(self) -> str:
@@ -197,7 +207,7 @@ def damaged_pair(place: Place, rng: random.Random) -> tuple[str, str]:
     files = [path for name in ("pair", "subject") for path in sorted((workdir / name).rglob("*"))]
     damage, plain, outcome = damaged(workdir, files, rng), place.explained, place.explain(workdir)
     wrong = outcome.wrong()
-    if not wrong and outcome.status == 0 and outcome.out != plain and "note: " not in outcome.err:
+    if not wrong and outcome.status == 0 and outcome.out != plain and "has changed since" not in outcome.err:
         wrong = f"another explanation in silence: {outcome.out[:300]}"
     return f"{damage}, explain -> {outcome.status} {outcome.err[-160:]!r}", wrong
 
