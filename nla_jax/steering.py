@@ -9,8 +9,6 @@ changes nothing (Δ = 0), an unrelated one, and a random direction. A claim abou
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from nla_jax.pair import Pair
 from nla_jax.patching import patch
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import whole_number
+from nla_jax.runtime.user_input import is_finite, whole_number
 from nla_jax.sampling import respond_edited
 from nla_jax.subject import Subject, extract
 
@@ -185,8 +183,7 @@ def _strengths(given: Any) -> list[float]:
         found = [] if isinstance(given, str) else list(given)
     except TypeError:
         found = [given]
-    wrong = [x for x in found if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x)]
-    if wrong or not found:
+    if not found or not all(map(is_finite, found)):
         raise InputError(f"strengths are finite numbers such as 0.25, 0.5, 1; found {given!r:.60}.")
     return list(dict.fromkeys(map(float, found)))
 

@@ -116,7 +116,9 @@ class Place:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         if prepare:
             prepare()
-        return importlib.import_module(module).main(list(arguments))
+        sys.argv[1:] = arguments
+        module = importlib.import_module(module)
+        return getattr(module, "command", module.main)()
 
     def study(self, verb: str, workdir: Path, *overrides: str, **how) -> Outcome:
         """A verb of the campaign's study."""

@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +20,7 @@ from absl import logging
 from conftest import CONFIG, LOOP, copy_before, flip, nla_main, one_line
 
 import nla_jax as nla
-from nla_jax.cli import load_config, main
+from nla_jax.cli import load_config, main, sentence
 from nla_jax.data.corpus import Document
 from nla_jax.io import hub
 from nla_jax.models.sharding import make_mesh
@@ -269,6 +271,22 @@ def test_a_reader_that_has_enough_ends_the_command_quietly():
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c_while_the_process_ends_is_no_error(tmp_path):
+    """JAX clears its caches then; a KeyboardInterrupt in that would print a trace behind a finished run."""
+    code = (
+        "import atexit, os, signal, sys; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT));"
+        "from nla_jax.cli import command; sys.argv[1:] = ['settings']; command()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, b"") and b"rl.steps" in ended.stdout
+
+
+def test_a_full_disk_is_said_with_its_cure():
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
+    assert sentence(error) == "/some/file: No space left on device; make room, and run the same command again."
+    assert sentence(FileNotFoundError(errno.ENOENT, "No such file", "/x")) == "/x: No such file."
 
 
 def no_corpus():

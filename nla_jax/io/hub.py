@@ -90,7 +90,7 @@ def check_once(*folders: Path) -> None:
 
     Raises `InputError` naming a weights file that is damaged."""
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    if is_writer():
+    if files and is_writer():
         _remembered(files, "whole", lambda: "" if check_bytes(*folders)[1] else "whole")
 
 

@@ -1,8 +1,8 @@
 """The input of users to a pair: checks of it, and the batches that programs take."""
 
-import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,9 +59,14 @@ def is_whole(text: str) -> bool:
     return True
 
 
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold, which not every whole number is."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def sampling_temperature(value: Any) -> float:
     """`value` as a float. Raises `InputError` where it is no finite number of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    if not is_finite(value) or value < 0:
         raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {value!r:.50}.")
     return float(value)
 
