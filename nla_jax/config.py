@@ -216,6 +216,7 @@ class WarmStart(Section):
 @dataclasses.dataclass(frozen=True)
 class Sft(Section):
     checkpoint_every: int = setting(200, "steps between checkpoints", least=1, free=True)
+    widths: int = setting(8, "padded lengths of batches, at most; each has a program of its own", least=1, free=True)
     av: WarmStart = section(WarmStart, "the verbalizer")
     ar: WarmStart = section(WarmStart, "the reconstructor")
 

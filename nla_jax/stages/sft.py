@@ -65,14 +65,14 @@ def sft(run: Run) -> None:
         tokens, lengths, kept = fixed_width(map(pair.prompts.response_ids, labels_of(av_rows)), limit)
         result["labels_too_long"] = say_dropped(len(there) - len(kept), len(there), limit)
         kept = there[kept]
-        batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed)
+        batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed, c.widths)
         with Loop(run, "sft", "sft_av", c.av.steps, subject) as loop:
             av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
 
         there = labelled(ar_rows, "ar_sft")
         inputs = [pair.prompts.reconstructor_batch(labels, study.text_width) for labels in labels_of(ar_rows)]
         tokens, lengths = map(np.concatenate, zip(*inputs))
-        batches = text_batches(tokens, lengths, ar_rows.vectors, there, c.ar.batch, run.config.seed)
+        batches = text_batches(tokens, lengths, ar_rows.vectors, there, c.ar.batch, run.config.seed, c.widths)
         with Loop(run, "sft", "sft_ar", c.ar.steps, subject) as loop:
             ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base)
 
@@ -252,9 +252,10 @@ def text_batches(
     kept: Int[np.ndarray, "n"],
     batch: int,
     seed: int,
+    widths: int,
 ) -> Callable[[int], TextBatch]:
     """The batch of each step, of rows of similar length; row i of `tokens` belongs to row `kept[i]` of `vectors`."""
-    batches = LengthBatches(lengths, batch, seed)
+    batches = LengthBatches(lengths, batch, seed, widths)
 
     def of_step(step: int) -> TextBatch:
         rows = batches.rows(step)
