@@ -35,6 +35,16 @@ QUICKSTART = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tin
 
 WRONG = {  # overrides, and what is said; nothing may have run
     "reward that is not there": (["rl.reward=mine:f"], "rl.reward names the module 'mine', which cannot be found"),
+    "a name that a built-in module does not have": (
+        ["rl.reward=sys:nobody"],
+        "rl.reward names 'nobody', but sys has no",
+    ),
+    "a list": (["rl.advantage=sys:path"], "rl.advantage names 'path' of sys, which is list, no function"),
+    "optimizer that takes no such setting": (
+        ["pretrain.optimizer.function=optax:adamw"],
+        "pretrain.optimizer.function = optax:adamw",
+    ),
+    "seed beyond 32 bits": (["seed=99999999999999999999"], "seed is 99999999999999999999; it must be at most"),
     "optimizer that is not there": (["pretrain.optimizer.function=optax:nobody"], "pretrain.optimizer.function names"),
     "learning rate that is none": (["rl.av_optimizer.lr=nan"], "rl.av_optimizer.lr is nan, expected a finite number"),
     "learning rate that is infinite": (["sft.ar.optimizer.lr=1e999"], "sft.ar.optimizer.lr is inf"),
@@ -261,6 +271,17 @@ def test_damaged_files_of_a_run_are_named(finished, corpus, tmp_path, capsys):
     (workdir / "evaluation.json").unlink()
     assert nla_main("quickstart", workdir, corpus) == 0
     assert json.loads((workdir / "evaluation.json").read_bytes()) == json.loads(page)
+
+
+def test_a_setting_without_its_sign_is_said_with_it(capsys):
+    assert main(["rl", "--config", CONFIG, "--config.rl.steps", "5"]) == 1
+    assert "Unknown argument '5' (write --config.rl.steps=5)" in one_line(capsys)
+
+
+def test_the_version_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith(f"nla_jax {nla.__version__}\n")
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly():

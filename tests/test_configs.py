@@ -131,6 +131,20 @@ def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.whole_run
+def test_the_tiny_quickstart_extracts_and_its_controls_differ(tmp_path):
+    assert main(["quickstart", "--config", f"{CONFIGS / 'quickstart.py'}:tiny", "--workdir", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["extraction_rate"] > 0.9
+    controls = [found[f"fve_{name}"] for name in ("shuffled", "no_injection", "empty")]
+    assert min(found["fve_rl"], found["fve_warm"]) > max(controls) + 0.05, found
+    said = json.loads((tmp_path / "stages/report.json").read_text())["result"]["warnings"]
+    assert not [
+        sentence for sentence in said if "No control scores lower" in sentence or "hold an explanation" in sentence
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.whole_run
 def test_the_smollm2_study_runs_on_documents_and_chats(subject_folder, tmp_path):
     """From its corpus to its report, on a random subject; every activation of a chat is where somebody speaks."""
     texts = [(id, text[:1200]) for id, text in sorted(topics.items()) if len(text) > 800][:40]
