@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 import flax.linen as nn
 import jax
 import pytest
-from conftest import random_params
+from conftest import one_sentence, random_params
 
 from nla_jax.cli import load_config, main
 from nla_jax.data.rows import load_rows
