@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from nla_jax.pair import Pair
 from nla_jax.patching import patch
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import is_finite, whole_number
+from nla_jax.runtime.user_input import is_finite, of_ordinary_length, real_array, whole_number
 from nla_jax.sampling import respond_edited
 from nla_jax.subject import Subject, extract
 
@@ -107,9 +107,12 @@ def steer(
 
 def edited_text(explanation: str, edit: Sequence[str]) -> str:
     """The explanation with every old part replaced by the new one. Raises `InputError` where it has none."""
-    if isinstance(edit, str) or len(edit) != 2 or not all(isinstance(part, str) for part in edit) or not edit[0]:
+    parts = list(edit) if isinstance(edit, (tuple, list)) else []
+    if len(parts) != 2 or not all(isinstance(part, str) for part in parts) or not parts[0]:
         raise InputError(f"An edit is a pair of texts, the old one not empty; found {edit!r:.60}.")
-    old, new = edit
+    old, new = parts
+    if not isinstance(explanation, str):
+        raise InputError(f"An explanation is a text; found {explanation!r:.60}.")
     if old not in explanation:
         raise InputError(
             f"The explanation does not contain {old!r}, so that edit changes nothing; it says {explanation!r}."
@@ -143,6 +146,8 @@ def steer_along(
     Raises `InputError` for directions of another width or not finite, and for a subject on several devices."""
     if subject.mesh is not None:
         raise InputError("Steering runs on one device; load the subject without a mesh.")
+    if not isinstance(along, Mapping):
+        raise InputError(f"along must be a mapping of names to directions; found {along!r:.50}.")
     acts = extract(subject, [text], [token, -1])
     h, ids, position = acts.vectors[0], acts.token_ids[1], int(acts.positions[0])
     plan = {(UNSTEERED, 0.0): h}
@@ -161,12 +166,13 @@ def steer_along(
 
 def moved(h: Float[np.ndarray, "D"], along: ArrayLike, strength: float) -> Float[np.ndarray, "D"]:
     """h + strength · ‖h‖ · Δ / ‖Δ‖; h itself where Δ is zero. Raises `InputError` for a direction of another width."""
-    delta = np.asarray(along, np.float64)
+    delta = np.empty(0) if (given := real_array(along)) is None else given.astype(np.float64)
     if delta.shape != h.shape or not np.isfinite(delta).all():
         raise InputError(f"A direction must hold {len(h)} finite numbers; found shape {list(delta.shape)}.")
-    length = np.linalg.norm(delta)
-    if length == 0:
+    if not delta.any():
         return h
+    delta = of_ordinary_length(delta)
+    length = np.linalg.norm(delta)
     return (h + strength * np.linalg.norm(h.astype(np.float64)) * delta / length).astype(np.float32)
 
 

@@ -157,6 +157,8 @@ class Calls:
             "load_subject": (self._load_subject, self._subject()),
             "load_pair": (self._load_pair, self._loading()),
             "save": (self._save, self._saving()),
+            "patch": self._patch(),
+            "steer": (self._steer, self._steering()),
             "make_mesh": (lambda data, fsdp, tensor: dict(nla.make_mesh(data, fsdp, tensor).shape), self._mesh()),
         }
 
@@ -187,6 +189,10 @@ class Calls:
             assert (place / "file").read_text() == "kept"
             assert overwrite is True or (place / "taken/av/notes").read_text() == "precious"
             shutil.rmtree(place)
+
+    def _steer(self, **given: Any) -> tuple:
+        found = nla.steer(self.subject, self.pair, **given)
+        return found.position, found.edited, *[(row.direction, row.logprobs, row.continuation) for row in found.rows]
 
     # Their arguments: the plain one, and odd ones
 
@@ -231,6 +237,55 @@ class Calls:
                     ([None] * 4, [[]] * 4),
                 ),
             ),
+        }
+
+    def _patch(self) -> tuple:
+        acts = nla.extract(self.subject, TEXTS)
+        call = lambda **given: np.concatenate(nla.patch(self.subject, **given))
+        rows = {
+            "a tuple": (tuple, SAME),
+            "arrays": (lambda r: [np.array(row) for row in r], SAME),
+            "a generator": (iter, SAME),
+            "one row": (lambda r: r[0], WRONG),
+            "an empty row": (lambda r: [[], *r[1:]], WRONG),
+            "ragged": (lambda r: [[r[0], [1, 2]], *r[1:]], WRONG),
+        }
+        wrong = (
+            None,
+            3,
+            "abc",
+            [],
+            [[1.5]],
+            [[-1]],
+            [["a"]],
+            [[10**9]],
+            [[10**30]],
+            [[None]],
+            [[[1]]],
+            {},
+            [{}],
+            b"ab",
+        )
+        places = (None, "first", 1.5, [0], [99] * 4, [[]] * 4, [[None]] * 4, ["a"] * 4, {}, [0.5] * 4)
+        vectors = [(how, make, EITHER if how in ("None", "a mapping") else kind) for how, make, kind in odd_vectors()]
+        return call, {
+            "token_rows": (acts.token_ids, [*((n, f, k) for n, (f, k) in rows.items()), *odd_values((), wrong)]),
+            "positions": ("last", odd_values(([-1] * 4, np.array([-1] * 4), [[-1]] * 4), places, ([True] * 4,))),
+            "vectors": (acts.vectors, vectors),  # None: nothing is patched; a mapping: several results
+            "rescale": (True, odd_values((np.True_,), (0, 1, None, "no"), (False,))),
+            "batch": (16, odd_number(1, (1, 2, 3, 10**18))),
+        }
+
+    def _steering(self) -> dict:
+        edits = (None, 3, "ab", ("river",), ("", "x"), ("sea", "x"), (1, 2), (None, None), ("a", "b", "c"), b"ab", {})
+        strengths = ("a", None, [], ["x"], float("nan"), [float("inf")], [True], 10**400, 1j, [[0.5]], {}, b"1")
+        return {
+            "text": (TEXTS[0], odd_values((), (None, 3, [], ["x"], b"x", "", "\ud83d"), ("x", " \n", "a\0b"))),
+            "edit": (("river", "lake"), odd_values((["river", "lake"],), edits, (("river", ""), ("r", "r")))),
+            "token": (-1, odd_number(-4, (np.int64(-1),), most=30)),
+            "explanation": ("The river turns.", odd_values((), (3, "", b"x", ["The river"], {}), (None, "river"))),
+            "strengths": ((0.5,), odd_values(([0.5], 0.5, np.float32(0.5), np.array([0.5])), strengths, (-1, 0, 1e30))),
+            "new_tokens": (3, odd_number(1, (np.int64(3),))),
         }
 
     def _models(self) -> dict:
