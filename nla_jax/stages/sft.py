@@ -123,7 +123,8 @@ def fit(
         return jax.jit(step.init, out_shardings=layout, donate_argnums=0)(there)
 
     state = loop.resume(placed(mesh, boxed), make, params)
-    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize), time.monotonic()
+    left = loop.total - loop.start
+    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize, left), time.monotonic()
     for i in loop.steps():
         batch = place_batch(mesh, batch_of_step(i))
         loop.phases.enter("train step")
