@@ -123,8 +123,7 @@ def fit(
         return jax.jit(step.init, out_shardings=layout, donate_argnums=0)(there)
 
     state = loop.resume(placed(mesh, boxed), make, params)
-    left = loop.total - loop.start
-    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize, left), time.monotonic()
+    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize, loop.total), time.monotonic()
     for i in loop.steps():
         batch = place_batch(mesh, batch_of_step(i))
         loop.phases.enter("train step")
