@@ -116,6 +116,7 @@ def _task(
     if isinstance(token_rows, (str, bytes)) or not isinstance(token_rows, Iterable):
         raise InputError(f"token_rows must be a list of rows of token ids; found {token_rows!r:.50}.")
     rows = [_ids(row, i) for i, row in enumerate(token_rows)]
+    batch = min(batch, max(ROWS, 1 << max(len(rows) - 1, 0).bit_length()))  # no room for rows that are not there
     check_ids(subject, rows, [f"row {i}" for i in range(len(rows))])
     chosen = [-1] * len(rows) if isinstance(positions, str) and positions == "last" else positions
     if isinstance(chosen, str) or not isinstance(chosen, (Sequence, np.ndarray)) or len(chosen) != len(rows):
@@ -148,8 +149,9 @@ def _checked(name: str, given: ArrayLike, shape: tuple[int, int], rescale: bool)
             f"{of} have shape {list(found.shape)}, expected {list(shape)}: one for each position, row after row."
         )
     found = found.astype(np.float64)
-    with np.errstate(over="ignore"):
-        found = (of_ordinary_length(found) if rescale else found).astype(np.float32)
+    if np.isfinite(found).all():
+        with np.errstate(over="ignore"):
+            found = (of_ordinary_length(found) if rescale else found).astype(np.float32)
     if not np.isfinite(found).all():
         raise InputError(f"{of} hold NaN or infinite values.")
     if rescale and not found.any(1).all():

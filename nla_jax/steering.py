@@ -166,7 +166,8 @@ def steer_along(
 
 def moved(h: Float[np.ndarray, "D"], along: ArrayLike, strength: float) -> Float[np.ndarray, "D"]:
     """h + strength · ‖h‖ · Δ / ‖Δ‖; h itself where Δ is zero. Raises `InputError` for a direction of another width."""
-    delta = np.empty(0) if (given := real_array(along)) is None else given.astype(np.float64)
+    given = real_array(along)
+    delta = np.empty(0) if given is None else given.astype(np.float64)
     if delta.shape != h.shape or not np.isfinite(delta).all():
         raise InputError(f"A direction must hold {len(h)} finite numbers; found shape {list(delta.shape)}.")
     if not delta.any():
@@ -186,7 +187,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
 
 def _strengths(given: Any) -> list[float]:
     try:
-        found = [] if isinstance(given, str) else list(given)
+        found = [] if isinstance(given, (str, bytes)) else list(given)
     except TypeError:
         found = [given]
     if not found or not all(map(is_finite, found)):

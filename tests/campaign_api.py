@@ -2,7 +2,8 @@
 
     python -m tests.campaign_api --pair runs/x/pair --subject runs/x/subject --scratch /tmp/new --draw 1-7
 
-One draw makes some sixty calls in one process, whose memory is limited. Each call is the plain one with one or two
+One draw makes some sixty calls in one process, whose memory is limited; `--each` makes all calls with one odd argument
+(a thousand, some minutes). Each call is the plain one with one or two
 arguments replaced by odd ones. An argument that means the same must give the same result. One that is wrong must be
 refused with `InputError`, a single sentence. Of others either is right.
 """
@@ -241,7 +242,10 @@ class Calls:
 
     def _patch(self) -> tuple:
         acts = nla.extract(self.subject, TEXTS)
-        call = lambda **given: np.concatenate(nla.patch(self.subject, **given))
+        whole = lambda found: (
+            {k: whole(v) for k, v in found.items()} if isinstance(found, dict) else np.concatenate(found)
+        )
+        call = lambda **given: whole(nla.patch(self.subject, **given))
         rows = {
             "a tuple": (tuple, SAME),
             "arrays": (lambda r: [np.array(row) for row in r], SAME),
@@ -282,7 +286,7 @@ class Calls:
         return {
             "text": (TEXTS[0], odd_values((), (None, 3, [], ["x"], b"x", "", "\ud83d"), ("x", " \n", "a\0b"))),
             "edit": (("river", "lake"), odd_values((["river", "lake"],), edits, (("river", ""), ("r", "r")))),
-            "token": (-1, odd_number(-4, (np.int64(-1),), most=30)),
+            "token": (-1, odd_number(-(1 << 31), (np.int64(-1),), most=30)),
             "explanation": ("The river turns.", odd_values((), (3, "", b"x", ["The river"], {}), (None, "river"))),
             "strengths": ((0.5,), odd_values(([0.5], 0.5, np.float32(0.5), np.array([0.5])), strengths, (-1, 0, 1e30))),
             "new_tokens": (3, odd_number(1, (np.int64(3),))),
@@ -365,18 +369,22 @@ class Calls:
 
     def draw(self, name: str, rng: random.Random) -> tuple[str, str]:
         """A call with odd arguments: what was done, and what breaks the rule."""
-        call, arguments = self.table[name]
+        arguments = self.table[name][1]
         chosen = rng.sample(sorted(arguments), rng.choice((1, 1, 1, 2)))
-        odd = {key: rng.choice(arguments[key][1]) for key in chosen}
+        return self.made(name, {key: rng.choice(arguments[key][1]) for key in chosen})
+
+    def made(self, name: str, odd: dict[str, Odd]) -> tuple[str, str]:
+        """A call with these odd arguments: what was done, and what breaks the rule."""
+        call, arguments = self.table[name]
         kinds = [kind for *_, kind in odd.values()]
         expected = WRONG if WRONG in kinds else EITHER if EITHER in kinds else SAME
 
-        def made() -> Any:
+        def result() -> Any:
             given = {key: value for key, (value, _) in arguments.items()}
             return call(**given | {key: make(given[key]) for key, (_, make, _) in odd.items()})
 
         done = f"{name}({', '.join(f'{key}={how}' for key, (how, *_) in odd.items())})"
-        return done, judged(made, expected, lambda: self.plain(name))
+        return done, judged(result, expected, lambda: self.plain(name))
 
 
 def judged(call: Callable, expected: str, plain: Callable) -> str:
@@ -413,8 +421,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("pair", "subject", "scratch"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--draw", required=True, help="the seed of its random choices")
+    parser.add_argument("--draw", default="", help="the seed of its random choices")
     parser.add_argument("--calls", type=int, default=60)
+    parser.add_argument("--each", action="store_true", help="every odd argument once, alone, instead of random ones")
     asked = parser.parse_args(argv)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     calls, rng = Calls(asked.pair, asked.subject, asked.scratch), random.Random(asked.draw)
@@ -423,9 +432,16 @@ def main(argv: list[str] | None = None) -> int:
         raise Hangs(f"no end after {SECONDS} s")
 
     signal.signal(signal.SIGALRM, hangs)
-    for _ in range(asked.calls):
+    drawn = (functools.partial(calls.draw, rng.choice(sorted(calls.table)), rng) for _ in range(asked.calls))
+    each = (
+        functools.partial(calls.made, name, {key: odd})
+        for name, (_, arguments) in calls.table.items()
+        for key, (_, odds) in arguments.items()
+        for odd in odds
+    )
+    for call in each if asked.each else drawn:
         signal.alarm(SECONDS)
-        found = calls.draw(rng.choice(sorted(calls.table)), rng)
+        found = call()
         signal.alarm(0)
         print(json.dumps(found), flush=True)
     return 0

@@ -18,6 +18,7 @@ from nla_jax.data.chats import chat_tokens
 from nla_jax.data.corpus import Document
 from nla_jax.data.rows import load_rows, shards_of, spread
 from nla_jax.fve import fve, row_fve
+from nla_jax.io.files import sealed
 from nla_jax.io.parquet import VECTORS, list_column, list_vectors, read_table, row_count, write_table
 from nla_jax.models.sharding import host_mesh, make_mesh
 from nla_jax.probes.fidelity import derangement
@@ -280,7 +281,7 @@ def test_vectors_are_fixed_size_float32_lists(activations, tmp_path):
     assert np.array_equal(list_vectors(column[2:5], 32, file), activations.vectors[2:5])
     assert read.column("n_raw_tokens").to_pylist() == (activations.positions + 1).tolist()
     assert read.column("doc_id").to_pylist() == activations.doc_ids
-    assert file.with_name(file.name + ".nla_meta.yaml").read_text() == "kind: nla_dataset\n"
+    assert file.with_name(file.name + ".nla_meta.yaml").read_text() == sealed("kind: nla_dataset\n")
 
 
 def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """The input of users to a pair: checks of it, and the batches that programs take."""
 
+import math
 import numbers
 import operator
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -61,7 +61,10 @@ def is_whole(text: str) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Whether `value` is a number that a float can hold, which not every whole number is."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def sampling_temperature(value: Any) -> float:
