@@ -3,9 +3,9 @@
     python -m tests.campaign_api --pair runs/x/pair --subject runs/x/subject --scratch /tmp/new --draw 1-7
 
 One draw makes some sixty calls in one process, whose memory is limited; `--each` makes all calls with one odd argument
-(a thousand, some minutes). Each call is the plain one with one or two
-arguments replaced by odd ones. An argument that means the same must give the same result. One that is wrong must be
-refused with `InputError`, a single sentence. Of others either is right.
+(a thousand, some minutes). Each call is the plain one with one or two arguments replaced by odd ones. An argument that
+means the same must give the same result. One that is wrong must be refused with `InputError`, a single sentence. Of
+others either is right.
 """
 
 import argparse
