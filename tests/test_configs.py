@@ -15,6 +15,7 @@ from conftest import one_sentence, random_params
 from nla_jax.cli import load_config, main
 from nla_jax.data.rows import load_rows
 from nla_jax.io.folders import model_config, save_model
+from nla_jax.io.safetensors import check_bytes
 from nla_jax.models.sharding import AXES, device_mesh
 from nla_jax.models.transformer import abstract_params
 from nla_jax.runtime.errors import InputError
@@ -233,6 +234,10 @@ def test_the_benchmarks_shapes_are_whole_studies(variant):
     assert {"rollout", "joint_step"} < programs.keys()
     with pytest.raises(InputError, match="no variant 'none'"):
         config("benchmark", "none")
+
+
+def test_the_shipped_pair_carries_checksums():
+    assert check_bytes(*(ROOT / "nla_jax/quickstart/pair" / role for role in ("av", "ar"))) == (3, 0)
 
 
 def test_an_installed_package_has_its_configs_subject_and_pair(tmp_path):
