@@ -14,6 +14,7 @@ from nla_jax.runtime.errors import InputError, first_line
 
 HEADER = 1 << 16  # bytes of a file whose content is looked at on every call
 SETTLED_SECONDS = 2.0
+WHOLE = "0" * 32  # what is kept of files whose checksums fit
 WORDS = ["*.json", "*.jinja", "*.model", "*.txt", "*.yaml"]  # files that are fetched from the hub: tokenizer and config
 WEIGHTS_TOO = [*WORDS, "*.safetensors"]
 
@@ -89,9 +90,10 @@ def check_once(*folders: Path) -> None:
     several hosts the first one looks.
 
     Raises `InputError` naming a weights file that is damaged."""
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    found = [file for folder in folders for pattern in WEIGHTS_TOO for file in sorted(folder.glob(pattern))]
+    files = [file for file in found if file.is_file()]
     if files and is_writer():
-        _remembered(files, "whole", lambda: "" if check_bytes(*folders)[1] else "whole")
+        _remembered(files, "whole", lambda: "" if check_bytes(*folders)[1] else WHOLE)
 
 
 def _known_hash(files: list[Path]) -> str:
@@ -100,7 +102,8 @@ def _known_hash(files: list[Path]) -> str:
 
 
 def _remembered(files: list[Path], kind: str, make: Callable[[], str]) -> str:
-    """What `make` finds out about files, from the cache where nothing about them has changed. ("" is not kept.)"""
+    """What `make` finds out about files, 32 characters, from the cache where nothing about them has changed. ("" is not
+    kept.)"""
     facts = hashlib.blake2b(digest_size=16)
     for file in files:
         of = file.stat()
@@ -109,7 +112,7 @@ def _remembered(files: list[Path], kind: str, make: Callable[[], str]) -> str:
             facts.update(stream.read(HEADER))
     kept = cache_folder() / kind / facts.hexdigest()
     with contextlib.suppress(OSError):
-        if found := kept.read_text():
+        if len(found := kept.read_text()) == len(WHOLE):
             return found
     newest = max(max(file.stat().st_mtime, file.stat().st_ctime) for file in files)
     found = make()
