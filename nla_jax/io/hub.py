@@ -116,9 +116,8 @@ def _remembered(files: list[Path], kind: str, make: Callable[[], str]) -> str:
             return found
     newest = max(max(file.stat().st_mtime, file.stat().st_ctime) for file in files)
     found = make()
-    if (
-        found and time.time() - newest > SETTLED_SECONDS
-    ):  # a file that is written to this very moment may keep its times
+    settled = time.time() - newest > SETTLED_SECONDS  # a file that is written to this very moment may keep its times
+    if found and settled:
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept) as scratch:
