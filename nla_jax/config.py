@@ -359,7 +359,7 @@ def _all_finite(tree: Mapping, name: str) -> None:
         if isinstance(value, Mapping):
             _all_finite(value, f"{name}.{key}")
         elif isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:  # nor is NaN
-            raise InputError(f"{name}.{key} is {value:.50}, expected a finite number.")
+            raise InputError(f"{name}.{key} is {value!r:.50}, expected a finite number.")
 
 
 def _in_words(kind: Any) -> str:
