@@ -1,7 +1,6 @@
 """What a run records about itself: metrics and texts of every step, and a progress line with an ETA."""
 
 import contextlib
-import itertools
 import json
 import math
 import secrets
@@ -29,9 +28,9 @@ SUMS = ".crc32"  # ends the name of the file that holds a checksum of each line 
 
 class MetricLog:
     """The metrics of each step in `{folder}/metrics.jsonl` and a few of its texts in `{folder}/texts.jsonl`, one JSON
-    object a line; a file beside each holds a checksum of every line. TensorBoard's files show both. So does Weights & Biases if `wandb` gives its settings (project, name,
-    mode), with `config` as a snapshot of the run's. Of several hosts the first one writes; on all of them `records`
-    holds the metrics.
+    object a line; a file beside each holds a checksum of every line. TensorBoard's files show both. So does Weights &
+    Biases if `wandb` gives its settings (project, name, mode), with `config` as a snapshot of the run's. Of several hosts
+    the first one writes; on all of them `records` holds the metrics.
 
     Opening it at `step` drops what was logged after that step: a resumed run continues at its checkpoint, and the files
     read as if it had never stopped. On Weights & Biases it continues the same run.
@@ -190,7 +189,8 @@ def read_metrics(path: AnyPath) -> list[dict]:
     sums = path.with_name(path.name + SUMS)
     lines, stated = (file.read_bytes().splitlines(keepends=True) if file.exists() else [] for file in (path, sums))
     made = [b"%08x\n" % zlib.crc32(line) for line in lines]
-    if any(a != b for a, b in itertools.zip_longest(stated, made[: len(stated)]) if (a or b"").endswith(b"\n")):
+    whole = [line for line in stated if line.endswith(b"\n")]  # the last one may have been cut by a kill or a full disk
+    if whole != made[: len(whole)]:
         raise InputError(
             f"{path} and {sums.name} beside it do not fit each other: one of them is damaged. Delete both (with them go "
             f"the records of the steps so far), and run the same command again."
