@@ -75,5 +75,5 @@ setup(
             "playwright>=1.65.2",  # drives the chromium that is installed
         ],
     },
-    entry_points={"console_scripts": ["nla=nla_jax.cli:main"]},
+    entry_points={"console_scripts": ["nla=nla_jax.cli:command"]},
 )

@@ -135,7 +135,7 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
     "subject": {"layer": 1},
     "extract": {"positions": 8, "max_tokens": 128},
     "prompts": {"max_new_tokens": 40},
-    "sft": {"av": {"batch": 32, "steps": 80}, "ar": {"batch": 32, "steps": 100}},
+    "sft": {"widths": 1, "av": {"batch": 32, "steps": 80}, "ar": {"batch": 32, "steps": 100}},
     "rl": {
         "steps": 4,
         "activations": 16,

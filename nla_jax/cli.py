@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import errno
 import functools
 import importlib
 import json
@@ -21,6 +22,7 @@ from nla_jax.config import Config, read, settings
 from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line, silence_unfinished_work
 
 DEFAULT_CONFIG = "configs/quickstart.py"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # why a file cannot become larger
 PACKAGE = Path(__file__).parent
 # Every verb with the module that runs it: `add_arguments(parser)`, `run(arguments)`. Only the verb's module is
 # imported.
@@ -155,7 +157,8 @@ def sigterm_raises() -> Iterator[None]:
 def sentence(error: Exception) -> str:
     """An error as the user reads it; one of the operating system (full disk, no permission) names file and reason."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}."
+        cure = "; make room, and run the same command again" if error.errno in FULL else ""
+        return f"{error.filename or 'a file'}: {error.strerror}{cure}."
     return " ".join(str(error).split())
 
 
@@ -303,5 +306,12 @@ def invalid(error: Exception) -> str:
     return said
 
 
+def command() -> None:
+    """What `nla` runs: `main`, and the end of the process, in which a late Ctrl-C changes nothing any more."""
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

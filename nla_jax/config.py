@@ -6,7 +6,7 @@ fills in what the file leaves out. `nla <verb> --config.section.field=value` ove
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -219,6 +219,7 @@ class WarmStart(Section):
 @dataclasses.dataclass(frozen=True)
 class Sft(Section):
     checkpoint_every: int = setting(200, "steps between checkpoints", least=1, free=True)
+    widths: int = setting(8, "padded lengths of batches, at most; each has a program of its own", least=1, free=True)
     av: WarmStart = section(WarmStart, "the verbalizer")
     ar: WarmStart = section(WarmStart, "the reconstructor")
 
@@ -354,7 +355,7 @@ def _checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
         value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
         good = isinstance(value, tuple) and all(isinstance(x, str) for x in value)
     elif kind is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         value = float(value) if good else value
     else:
         good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -378,8 +379,8 @@ def _all_finite(tree: Mapping, name: str) -> None:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             _all_finite(value, f"{name}.{key}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{name}.{key} is {value}, expected a finite number.")
+        elif isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:  # nor is NaN
+            raise InputError(f"{name}.{key} is {value!r:.50}, expected a finite number.")
 
 
 def _in_words(kind: Any) -> str:

@@ -24,7 +24,7 @@ from nla_jax.io.conventions import Conventions
 from nla_jax.io.files import AnyPath, new_folder, path_to
 from nla_jax.io.folders import floating_dtype, is_wrapped, load_tokenizer, save_model, save_tokenizer
 from nla_jax.io.heads import HEAD, read_head, stamped, unstamped, write_head
-from nla_jax.io.hub import locate
+from nla_jax.io.hub import check_once, locate
 from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_tokenizer
 from nla_jax.io.reading import Reading
 from nla_jax.models.lora import Lora
@@ -109,8 +109,7 @@ class Pair:
     def sampler(self) -> dict:
         """The AV's whole parameters as the sampler reads them.
 
-        On several devices, and where it computes in another dtype than it is held in, this is a copy of them, made
-        once."""
+        On several devices, and where it computes in another dtype than it is held in, this is a copy made once."""
         dtype, params = self.verbalizer.model.config.dtype, self.verbalizer_params
         as_held = jax.tree.map(lambda x: x.dtype, params) == working_dtypes(params, dtype)
         if self.mesh is not None and (self.mesh.size > 1 or not as_held):
@@ -230,8 +229,7 @@ class Pair:
         return notebook.of_text(self, text, subject, max_tokens, batch)
 
     def merged(self) -> "Pair":
-        """The pair with its adapters merged into plain parameters: what `transformers` and servers load without
-        PEFT."""
+        """The pair with its adapters merged into plain parameters, as `transformers` and servers load them."""
         av, ar = self.verbalizer, self.reconstructor
         av_params, ar_params = self.verbalizer_params, self.reconstructor_params
         if av.lora:
@@ -250,8 +248,8 @@ class Pair:
 
     def save(self, folder: str | Path, dtype: Any = None, *, overwrite: bool = False) -> None:
         """Writes `folder/av` and `folder/ar` with their sidecars: Hugging Face folders, or PEFT adapters where they are
-        such (`merged().save(…)` writes plain folders). `dtype` is that of whole models (None: in which
-        they are held); adapters and the AR's head are float32.
+        such (`merged().save(…)` writes plain folders). `dtype` is that of whole models (None: in which they are held);
+        adapters and the AR's head are float32.
 
         Raises `InputError` where `av` or `ar` is there already and holds anything (unless `overwrite`, which replaces
         them with all that they hold), for weights that are not finite, and where the disk does not take them."""
@@ -360,7 +358,7 @@ def load_pair(
     leaves open or has wrong. On a `mesh` every parameter is read straight into its training place. With `training` all
     that is trained is float32.
 
-    Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or the two do not match."""
+    Raises `InputError` where a sidecar is missing, belongs to another model or tokenizer, or weights are damaged."""
     of_class("conventions", conventions, Conventions)
     of_class("training", training or Training(), Training)
     how = Reading(dtype, attention, usable_mesh(mesh), training and training.remat, training is not None)
@@ -388,6 +386,7 @@ def _read(av: str | Path, ar: str | Path | None, base: str | Path | None, said: 
     adapters = {folder: (folder / ADAPTER).is_file() for folder in (av, ar)}
     base = base_of(base, [folder for folder in (av, ar) if adapters[folder]])
     base_at = locate(base) if base else None
+    check_once(av, ar, *[base_at] * bool(base))
     if base and sidecar.maker != "nla_jax":  # which name a checkpoint of training
         sidecar = dataclasses.replace(sidecar, base_checkpoint=str(base))
     config = how.config(base_at if adapters[av] else av)

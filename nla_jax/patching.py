@@ -10,7 +10,7 @@ others.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from nla_jax.models.transformer import KeyValues, Transformer
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import padded_rows, whole_number, yes_or_no
+from nla_jax.runtime.user_input import of_ordinary_length, padded_rows, real_array, whole_number, yes_or_no
 from nla_jax.subject import ROWS, Subject, at_positions, check_ids, indices, on_mesh, residual_batch
 
 MULTIPLE = 64  # tokens before a patch are padded to a multiple of it, so that few programs are compiled
@@ -113,7 +113,10 @@ def _task(
     batch: int,
 ) -> _Task:
     rescale, batch = yes_or_no("rescale", rescale), whole_number("batch", batch, 1)
+    if isinstance(token_rows, (str, bytes)) or not isinstance(token_rows, Iterable):
+        raise InputError(f"token_rows must be a list of rows of token ids; found {token_rows!r:.50}.")
     rows = [_ids(row, i) for i, row in enumerate(token_rows)]
+    batch = min(batch, max(ROWS, 1 << max(len(rows) - 1, 0).bit_length()))  # no room for rows that are not there
     check_ids(subject, rows, [f"row {i}" for i in range(len(rows))])
     chosen = [-1] * len(rows) if isinstance(positions, str) and positions == "last" else positions
     if isinstance(chosen, str) or not isinstance(chosen, (Sequence, np.ndarray)) or len(chosen) != len(rows):
@@ -130,8 +133,8 @@ def _task(
 
 
 def _ids(row: Any, number: int) -> list[int]:
-    found = np.asarray(row)
-    if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or found.min() < 0:
+    found = real_array(row)
+    if found is None or found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or found.min() < 0:
         raise InputError(f"Row {number} must be a list of token ids, at least one; found {row!r:.50}.")
     return found.tolist()
 
@@ -139,14 +142,16 @@ def _ids(row: Any, number: int) -> list[int]:
 def _checked(name: str, given: ArrayLike, shape: tuple[int, int], rescale: bool) -> Float[np.ndarray, "n D"]:
     """Vectors as float32 `[n, D]`."""
     of = f"The vectors {name!r}" if name else "The vectors"
-    try:
-        found = np.asarray(given).astype(np.float32)
-    except (TypeError, ValueError):
-        raise InputError(f"{of} must be an array of numbers of shape {list(shape)}.") from None
+    if (found := real_array(given)) is None:
+        raise InputError(f"{of} must be an array of numbers of shape {list(shape)}.")
     if found.shape != shape:
         raise InputError(
             f"{of} have shape {list(found.shape)}, expected {list(shape)}: one for each position, row after row."
         )
+    found = found.astype(np.float64)
+    if np.isfinite(found).all():
+        with np.errstate(over="ignore"):
+            found = (of_ordinary_length(found) if rescale else found).astype(np.float32)
     if not np.isfinite(found).all():
         raise InputError(f"{of} hold NaN or infinite values.")
     if rescale and not found.any(1).all():

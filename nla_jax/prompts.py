@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nla_jax.autoencoder import PromptIds
 from nla_jax.data.batches import pad_tokens
+from nla_jax.data.chats import rendered
 from nla_jax.runtime.errors import InputError
 
 VERBALIZER_TEMPLATE = (
@@ -58,9 +59,7 @@ def chat_text(
     messages = [{"role": "user", "content": content}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer is None, **THINKING[thinking]
-    )
+    return rendered(tokenizer, messages, add_generation_prompt=answer is None, **THINKING[thinking])
 
 
 def read_response(text: str, reading: str) -> str:
@@ -80,6 +79,8 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, thinking: str = "off") -> int:
     """The token that ends an assistant's turn: the first one after its words in the chat template."""
     text = chat_text(tokenizer, "question", "answer", thinking)
+    if "answer" not in text:
+        raise InputError(f"The chat template of {tokenizer.name_or_path} leaves out what the model says; correct it.")
     tail = plain_ids(tokenizer, [text[text.rindex("answer") + len("answer") :]])[0]
     return tail[0] if tail and tokenizer.chat_template is not None else tokenizer.eos_token_id
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import reprlib
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nla_jax.io.files import sealed
 from nla_jax.prompts import READINGS, THINKING, Marker, Prompts
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
+from nla_jax.runtime.user_input import is_finite
 
 FILE = "nla_meta.yaml"
 INJECTIONS = {"replace": replace, "norm_matched_addition": add_norm_matched}  # by their names in a sidecar
@@ -393,6 +393,6 @@ def read_scale(name: str, value, d_model: int) -> float | None:
         return None
     if value == "sqrt_d_model":
         return d_model**0.5
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+    if is_finite(value) and value > 0:
         return float(value)
     raise InputError(f"{name} is {reprlib.repr(value)}, expected a positive number, 'sqrt_d_model' or null.")

@@ -9,8 +9,6 @@ changes nothing (Δ = 0), a paraphrase, an unrelated edit, and a random directio
 """
 
 import dataclasses
-import math
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +25,7 @@ from nla_jax.data.chats import Messages, answer_tokens, chat_tokens, checked, sp
 from nla_jax.pair import Pair
 from nla_jax.patching import patch
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import text_list, whole_number
+from nla_jax.runtime.user_input import is_finite, of_ordinary_length, real_array, text_list, whole_number
 from nla_jax.sampling import respond_edited
 from nla_jax.subject import Subject, activations_at, extract
 
@@ -135,9 +133,12 @@ def read(subject: Subject, text: str | Messages, token: int | None) -> tuple[lis
 
 def edited_text(explanation: str, edit: Sequence[str]) -> str:
     """The explanation with every old part replaced by the new one. Raises `InputError` where it has none."""
-    if isinstance(edit, str) or len(edit) != 2 or not all(isinstance(part, str) for part in edit) or not edit[0]:
+    parts = list(edit) if isinstance(edit, (tuple, list)) else []
+    if len(parts) != 2 or not all(isinstance(part, str) for part in parts) or not parts[0]:
         raise InputError(f"An edit is a pair of texts, the old one not empty; found {edit!r:.60}.")
-    old, new = edit
+    old, new = parts
+    if not isinstance(explanation, str):
+        raise InputError(f"An explanation is a text; found {explanation!r:.60}.")
     if old not in explanation:
         raise InputError(
             f"The explanation does not contain {old!r}, so that edit changes nothing; it says {explanation!r}."
@@ -178,6 +179,8 @@ def steer_along(
     nothing), by each of the `strengths`, in lengths of the activation.
 
     Raises `InputError` for directions of another width or not finite, and for a subject on several devices."""
+    if not isinstance(along, Mapping):
+        raise InputError(f"along must be a mapping of names to directions; found {along!r:.50}.")
     ids, position = read(subject, text, token)
     h, new_tokens = (
         activations_at(subject, [ids], [[position]], ["0"]).vectors[0],
@@ -221,12 +224,14 @@ def said_with(
 
 def moved(h: Float[np.ndarray, "D"], along: ArrayLike, strength: float) -> Float[np.ndarray, "D"]:
     """h + strength · ‖h‖ · Δ / ‖Δ‖; h itself where Δ is zero. Raises `InputError` for a direction of another width."""
-    delta = np.asarray(along, np.float64)
+    given = real_array(along)
+    delta = np.empty(0) if given is None else given.astype(np.float64)
     if delta.shape != h.shape or not np.isfinite(delta).all():
         raise InputError(f"A direction must hold {len(h)} finite numbers; found shape {list(delta.shape)}.")
-    length = np.linalg.norm(delta)
-    if length == 0:
+    if not delta.any():
         return h
+    delta = of_ordinary_length(delta)
+    length = np.linalg.norm(delta)
     return (h + strength * np.linalg.norm(h.astype(np.float64)) * delta / length).astype(np.float32)
 
 
@@ -240,11 +245,10 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
 
 def _strengths(given: Any) -> list[float]:
     try:
-        found = [] if isinstance(given, str) else list(given)
+        found = [] if isinstance(given, (str, bytes)) else list(given)
     except TypeError:
         found = [given]
-    wrong = [x for x in found if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x)]
-    if wrong or not found:
+    if not found or not all(map(is_finite, found)):
         raise InputError(f"strengths are finite numbers such as 0.25, 0.5, 1; found {given!r:.60}.")
     return list(dict.fromkeys(map(float, found)))
 

@@ -20,7 +20,7 @@ from nla_jax.config import Config
 from nla_jax.data.activations import Activations
 from nla_jax.data.batches import pad_tokens
 from nla_jax.io.folders import dtypes_of, load_params, load_tokenizer, model_config, read_config
-from nla_jax.io.hub import fingerprint, locate
+from nla_jax.io.hub import check_once, fingerprint, locate
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.sharding import place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
@@ -75,6 +75,7 @@ def load_whole(name: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = N
     """All blocks of a model folder or hub id, with its head: what `Transformer.logits` needs. Its activations are those
     after the last block."""
     folder, mesh = locate(name), usable_mesh(mesh)
+    check_once(folder)
     dtype = dtypes_of(folder, dtype)[1]
     config = read_config(folder, dtype)
     layout = shardings(mesh, abstract_params(config)) if mesh else None
@@ -88,8 +89,10 @@ def load_subject(
     """Loads blocks 0..`layer` of a model folder or hub id in `dtype`, on a `mesh` straight into their training place.
     `attention` names a kernel (models/kernels.py).
 
-    Raises `InputError` for a layer that the model does not have, and where the mesh does not divide it."""
+    Raises `InputError` for a layer that the model does not have, where the mesh does not divide it, and for damaged
+    weights."""
     folder, mesh, layer = locate(name), usable_mesh(mesh), whole_number("layer", layer, -1)
+    check_once(folder)
     dtype = dtypes_of(folder, dtype)[1]
     config = with_kernel(read_config(folder, dtype), attention, mesh)
     if not 0 <= layer < config.layers:

@@ -4,13 +4,11 @@
 
 Every outcome must be the right result, or one sentence and a non-zero exit status: no trace, no hang, no other result in
 silence, no changed file outside the working folder. A draw is a function of seed and number alone, so that
-`--seed 1 --only 17` repeats one. What breaks the rule is printed, and the exit status is 1.
+`--seed 1 --only 17` repeats one. (Half of the full disks are real ones, of memory, which only root can mount; elsewhere
+files are limited instead.) What breaks the rule is printed, and the exit status is 1.
 """
 
 import argparse
-import atexit
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,11 +19,10 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -34,7 +31,9 @@ import jax
 
 from nla_jax.cli import load_config
 from nla_jax.config import settings
+from nla_jax.runtime.metrics import read_metrics
 from nla_jax.stages.table import STAGES
+from tests.campaign_process import Child, Outcome
 from tests.xla_flags import known_flags
 
 ROOT = Path(__file__).parent.parent
@@ -50,9 +49,17 @@ LIGHT = (  # few programs, as each takes long to trace
     "--config.rl.kl_coefficient=0",
     f"--config.evaluate.probes={tuple(f'nla_jax.probes.fidelity:{name}' for name in PROBES)!r}",
 )
-SECONDS = 240  # beyond what the undisturbed run takes: a command that goes on is taken to hang
+SECONDS = 600  # beyond what the undisturbed run takes: a command that still computes is taken to hang
 VALUES = (-1, 0, 1, 2, 3, 7, 10**9, -0.5, 0.3, 1.5, "nan", "inf", "", "x", "nowhere:f", "../x", "()", "None", "True")
-MODULES = ("nla_jax.verbs.stages", "nla_jax.verbs.check", "nla_jax.tools.topology", "tests.campaign_api")
+MODULES = (
+    "nla_jax.verbs.stages",
+    "nla_jax.verbs.check",
+    "nla_jax.verbs.explain",
+    "nla_jax.tools.topology",
+    "tests.campaign_api",
+)
+LOOPS = ("sft_av", "sft_ar", "rl")
+TIMES = ("seconds", "seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")
 FIGURES = ("fve_rl", "fve_warm", "fve_empty", "fve_gold_text", "extraction_rate", "subject_loss", "injection_scale")
 
 
@@ -89,7 +96,7 @@ class Place:
 
     def run(
         self, *arguments: str, prepare: Callable | None = None, stop: tuple | None = None, module: str = "nla_jax.cli"
-    ) -> "Outcome":
+    ) -> Outcome:
         """Runs `nla` as a user does, in a process of its own; `stop`: (seconds, signal)."""
         (self.folder / "here").mkdir(exist_ok=True)
         start, child = time.monotonic(), Child(functools.partial(self.command, arguments, module, prepare))
@@ -98,23 +105,47 @@ class Place:
         status = child.wait(self.seconds + SECONDS if self.seconds else 3600)
         hangs = status is None
         if hangs:
-            os.kill(child.pid, signal.SIGKILL)
-            status = child.wait(SECONDS)
+            status = child.kill()
         return Outcome(arguments, status, *child.said(), time.monotonic() - start, hangs)
 
     def command(self, arguments: tuple[str, ...], module: str, prepare: Callable | None) -> int:
         """What a child does: `main` of a module, as if Python had been started for it."""
         os.chdir(self.folder / "here")
+        os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
         jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         if prepare:
             prepare()
-        return importlib.import_module(module).main(list(arguments))
+        sys.argv[1:] = arguments
+        module = importlib.import_module(module)
+        return getattr(module, "command", module.main)()
 
-    def study(self, verb: str, workdir: Path, *overrides: str, **how) -> "Outcome":
+    def study(self, verb: str, workdir: Path, *overrides: str, **how) -> Outcome:
         """A verb of the campaign's study."""
         corpus = f"--config.corpus.source={self.folder / 'topics.jsonl'}"
         return self.run(verb, "--config", CONFIG, "--workdir", str(workdir), corpus, *LIGHT, *overrides, **how)
+
+    @functools.cached_property
+    def explained(self) -> str:
+        """What the undisturbed pair says."""
+        outcome = self.explain(self.whole)
+        assert outcome.status == 0, outcome.err
+        return outcome.out
+
+    def explain(self, workdir: Path) -> Outcome:
+        """`nla explain` of a few tokens with the pair and the subject of a working folder."""
+        how = (
+            "--text",
+            "The river turns north.",
+            "--tokens",
+            "all",
+            "--max-new-tokens",
+            "8",
+            "--reading",
+            "whole",
+            "--json",
+        )
+        return self.run("explain", "--pair", str(workdir / "pair"), "--subject", str(workdir / "subject"), *how)
 
     def outside(self) -> str:
         """A hash of all that no command may change."""
@@ -124,94 +155,15 @@ class Place:
         return digest.hexdigest()
 
 
-class Child:
-    """A forked process, which needs no seconds for imports.
-
-    No program has run in the parent: JAX and its threads begin in the child."""
-
-    def __init__(self, run: Callable[[], int]):
-        sys.stdout.flush()
-        pipes = [os.pipe() for _ in range(2)]  # no files, whose size a draw may limit
-        self.pid, self.status = os.fork(), None
-        if not self.pid:
-            _become(run, [os.open(os.devnull, os.O_RDONLY), *[write for _, write in pipes]])
-        for _, write in pipes:
-            os.close(write)
-        self.readers = [concurrent.futures.ThreadPoolExecutor(1).submit(_drained, read) for read, _ in pipes]
-
-    def said(self) -> tuple[str, str]:
-        """What the process has written to standard output and standard error."""
-        return tuple(reader.result().decode(errors="replace") for reader in self.readers)
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit status (minus the signal that ended it); None where it is still running after so long."""
-        end = time.monotonic() + seconds
-        while self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                break
-            time.sleep(0.02)
-        return self.status
-
-
-def _become(run: Callable[[], int], descriptors: list[int]) -> None:
-    """In a forked process: runs `run` with these as standard input, output and error, and ends as Python ends."""
-    status = 1
-    try:
-        for number, descriptor in enumerate(descriptors):
-            os.dup2(descriptor, number)
-        status = run()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(BaseException):
-            threading._shutdown()
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-        os._exit(status)
-
-
-def _drained(descriptor: int) -> bytes:
-    """All that comes out of a pipe."""
-    with open(descriptor, "rb") as stream:
-        return stream.read()
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    arguments: tuple[str, ...]
-    status: int
-    out: str
-    err: str
-    seconds: float
-    hangs: bool
-
-    def wrong(self, allowed: tuple[int, ...] = (0, 1)) -> str:
-        """What breaks the rule; "" where nothing does."""
-        said = [line for line in self.err.splitlines() if line.startswith("nla: ")]
-        if self.hangs:
-            return f"hangs: no end after {self.seconds:.0f} s"
-        if "Traceback" in self.err:
-            return f"a trace: {self.err[self.err.index('Traceback') :][-600:]}"
-        if self.status not in allowed:
-            return f"status {self.status}: {self.err[-300:]}"
-        if self.status == 1 and (len(said) != 1 or not said[0].endswith((".", "?"))):
-            return f"no single sentence: {self.err[-300:]!r}"
-        return ""
-
-
 def figures(workdir: Path) -> dict:
     """The headline of a run, and its trained weights."""
     found = json.loads((workdir / "summary.json").read_text())
     files = sorted((workdir / "pair").rglob("*.safetensors"))
     weights = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files]
-    return {name: found.get(name) for name in FIGURES} | {"weights": weights}
+    records = [read_metrics(workdir / "train" / loop / "metrics.jsonl") for loop in LOOPS]
+    curves = [[{k: v for k, v in record.items() if k not in TIMES} for record in loop] for loop in records]
+    drawn = hashlib.blake2b(json.dumps(curves).encode(), digest_size=8).hexdigest()
+    return {name: found.get(name) for name in FIGURES} | {"weights": weights, "curves": drawn}
 
 
 # What can be drawn: each returns (what was done, what breaks the rule)
@@ -241,7 +193,30 @@ def damaged_file(place: Place, rng: random.Random) -> tuple[str, str]:
     """A byte of a random file is changed, or the file is cut short or gone; then the rest of the run is made."""
     stage = rng.choice(list(STAGES)[1:])
     workdir = place.copy(stage)
-    file = rng.choice([path for path in sorted(workdir.rglob("*")) if path.is_file() and path.name != "lock"])
+    damage = damaged(workdir, [path for path in sorted(workdir.rglob("*")) if path.name != "lock"], rng)
+    outcome = place.study("quickstart", workdir)
+    done = f"{damage}, quickstart from {stage} -> {outcome.status} {outcome.err[-160:]!r}"
+    wrong = outcome.wrong()
+    if not wrong and outcome.status == 0 and figures(workdir) != figures(place.whole):
+        wrong = f"another result in silence: {figures(workdir)} instead of {figures(place.whole)}"
+    return done, wrong
+
+
+def damaged_pair(place: Place, rng: random.Random) -> tuple[str, str]:
+    """The same with a file of the finished pair or of its subject, which then explains a text. A note that something has
+    changed is enough where people may change it."""
+    workdir = place.copy()
+    files = [path for name in ("pair", "subject") for path in sorted((workdir / name).rglob("*"))]
+    damage, plain, outcome = damaged(workdir, files, rng), place.explained, place.explain(workdir)
+    wrong = outcome.wrong()
+    if not wrong and outcome.status == 0 and outcome.out != plain and "has changed since" not in outcome.err:
+        wrong = f"another explanation in silence: {outcome.out[:300]}"
+    return f"{damage}, explain -> {outcome.status} {outcome.err[-160:]!r}", wrong
+
+
+def damaged(workdir: Path, paths: list[Path], rng: random.Random) -> str:
+    """Changes a bit of one of these files, cuts it short or removes it; returns what was done."""
+    file = rng.choice([path for path in paths if path.is_file()])
     content, kind = bytearray(file.read_bytes()), rng.choice(("byte", "byte", "cut", "gone"))
     at = rng.randrange(max(1, len(content)))
     if kind == "byte" and content:
@@ -249,12 +224,7 @@ def damaged_file(place: Place, rng: random.Random) -> tuple[str, str]:
     file.write_bytes(content[:at] if kind == "cut" else content)
     if kind == "gone":
         file.unlink()
-    outcome = place.study("quickstart", workdir)
-    done = f"{kind} {at} of {file.relative_to(workdir)}, quickstart from {stage} -> {outcome.status} {outcome.err[-160:]!r}"
-    wrong = outcome.wrong()
-    if not wrong and outcome.status == 0 and figures(workdir) != figures(place.whole):
-        wrong = f"another result in silence: {figures(workdir)} instead of {figures(place.whole)}"
-    return done, wrong
+    return f"{kind} {at} of {file.relative_to(workdir)}"
 
 
 def killed(place: Place, rng: random.Random) -> tuple[str, str]:
@@ -268,8 +238,14 @@ def killed(place: Place, rng: random.Random) -> tuple[str, str]:
 
 
 def full_disk(place: Place, rng: random.Random) -> tuple[str, str]:
-    """No file may grow beyond a random size; without the limit the same command then gives what it would have given."""
+    """The disk has a random number of bytes left, or no file may grow beyond a random size. Without that limit the same
+    command then gives what it would have given."""
     stage, size = rng.choice(list(STAGES)), int(10 ** rng.uniform(2, 6))
+    if rng.random() < 0.5 and (disk := mounted(place.folder / "disk")):
+        try:
+            return small_disk(place, place.copy(stage), disk, stage, size)
+        finally:
+            subprocess.run(["umount", disk], check=True)
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -278,6 +254,24 @@ def full_disk(place: Place, rng: random.Random) -> tuple[str, str]:
     workdir = place.copy(stage)
     first = place.study("quickstart", workdir, prepare=limit)
     done = f"files of at most {size} bytes, quickstart from {stage} -> {first.status} {first.err[-160:]!r}"
+    return again(place, workdir, done, first.wrong())
+
+
+def mounted(disk: Path) -> Path | None:
+    """A disk of memory at `disk`; None where this process may not make one."""
+    disk.mkdir(exist_ok=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "campaign", disk], capture_output=True)
+    return None if made.returncode else disk
+
+
+def small_disk(place: Place, copy: Path, disk: Path, stage: str, size: int) -> tuple[str, str]:
+    """`full_disk` on a disk with `size` bytes to spare, which then becomes larger."""
+    workdir = shutil.copytree(copy, disk / "work")
+    full, sized = shutil.disk_usage(disk).used + size, ["mount", "-o"]
+    subprocess.run([*sized, f"remount,size={full}", disk], check=True)
+    first = place.study("quickstart", workdir)
+    subprocess.run([*sized, "remount,size=1g", disk], check=True)
+    done = f"a disk with {size} bytes left, quickstart from {stage} -> {first.status} {first.err[-160:]!r}"
     return again(place, workdir, done, first.wrong())
 
 
@@ -300,7 +294,7 @@ def odd_arguments(place: Place, rng: random.Random) -> tuple[str, str]:
     return f"{len(calls)} calls ({' '.join(scratch[2:])})", outcome.wrong((0,)) or "; ".join(broken)
 
 
-KINDS = (odd_setting, damaged_file, killed, full_disk, odd_arguments)
+KINDS = (odd_setting, damaged_file, damaged_pair, killed, full_disk, odd_arguments)
 
 
 def main() -> int:

@@ -2,9 +2,10 @@
 
     python -m tests.campaign_api --pair runs/x/pair --subject runs/x/subject --scratch /tmp/new --draw 1-7
 
-One draw makes some sixty calls in one process, whose memory is limited. Each call is the plain one with one or two
-arguments replaced by odd ones. An argument that means the same must give the same result. One that is wrong must be
-refused with `InputError`, a single sentence. Of others either is right.
+One draw makes some sixty calls in one process, whose memory is limited; `--each` makes all calls with one odd argument
+(a thousand, some minutes). Each call is the plain one with one or two arguments replaced by odd ones. An argument that
+means the same must give the same result. One that is wrong must be refused with `InputError`, a single sentence. Of
+others either is right.
 """
 
 import argparse
@@ -157,6 +158,8 @@ class Calls:
             "load_subject": (self._load_subject, self._subject()),
             "load_pair": (self._load_pair, self._loading()),
             "save": (self._save, self._saving()),
+            "patch": self._patch(),
+            "steer": (self._steer, self._steering()),
             "make_mesh": (lambda data, fsdp, tensor: dict(nla.make_mesh(data, fsdp, tensor).shape), self._mesh()),
         }
 
@@ -187,6 +190,10 @@ class Calls:
             assert (place / "file").read_text() == "kept"
             assert overwrite is True or (place / "taken/av/notes").read_text() == "precious"
             shutil.rmtree(place)
+
+    def _steer(self, **given: Any) -> tuple:
+        found = nla.steer(self.subject, self.pair, **given)
+        return found.position, found.edited, *[(row.direction, row.logprobs, row.continuation) for row in found.rows]
 
     # Their arguments: the plain one, and odd ones
 
@@ -231,6 +238,58 @@ class Calls:
                     ([None] * 4, [[]] * 4),
                 ),
             ),
+        }
+
+    def _patch(self) -> tuple:
+        acts = nla.extract(self.subject, TEXTS)
+        whole = lambda found: (
+            {k: whole(v) for k, v in found.items()} if isinstance(found, dict) else np.concatenate(found)
+        )
+        call = lambda **given: whole(nla.patch(self.subject, **given))
+        rows = {
+            "a tuple": (tuple, SAME),
+            "arrays": (lambda r: [np.array(row) for row in r], SAME),
+            "a generator": (iter, SAME),
+            "one row": (lambda r: r[0], WRONG),
+            "an empty row": (lambda r: [[], *r[1:]], WRONG),
+            "ragged": (lambda r: [[r[0], [1, 2]], *r[1:]], WRONG),
+        }
+        wrong = (
+            None,
+            3,
+            "abc",
+            [],
+            [[1.5]],
+            [[-1]],
+            [["a"]],
+            [[10**9]],
+            [[10**30]],
+            [[None]],
+            [[[1]]],
+            {},
+            [{}],
+            b"ab",
+        )
+        places = (None, "first", 1.5, [0], [99] * 4, [[]] * 4, [[None]] * 4, ["a"] * 4, {}, [0.5] * 4)
+        vectors = [(how, make, EITHER if how in ("None", "a mapping") else kind) for how, make, kind in odd_vectors()]
+        return call, {
+            "token_rows": (acts.token_ids, [*((n, f, k) for n, (f, k) in rows.items()), *odd_values((), wrong)]),
+            "positions": ("last", odd_values(([-1] * 4, np.array([-1] * 4), [[-1]] * 4), places, ([True] * 4,))),
+            "vectors": (acts.vectors, vectors),  # None: nothing is patched; a mapping: several results
+            "rescale": (True, odd_values((np.True_,), (0, 1, None, "no"), (False,))),
+            "batch": (16, odd_number(1, (1, 2, 3, 10**18))),
+        }
+
+    def _steering(self) -> dict:
+        edits = (None, 3, "ab", ("river",), ("", "x"), ("sea", "x"), (1, 2), (None, None), ("a", "b", "c"), b"ab", {})
+        strengths = ("a", None, [], ["x"], float("nan"), [float("inf")], [True], 10**400, 1j, [[0.5]], {}, b"1")
+        return {
+            "text": (TEXTS[0], odd_values((), (None, 3, [], ["x"], b"x", "", "\ud83d"), ("x", " \n", "a\0b"))),
+            "edit": (("river", "lake"), odd_values((["river", "lake"],), edits, (("river", ""), ("r", "r")))),
+            "token": (-1, odd_number(-(1 << 31), (np.int64(-1),), most=30)),
+            "explanation": ("The river turns.", odd_values((), (3, "", b"x", ["The river"], {}), (None, "river"))),
+            "strengths": ((0.5,), odd_values(([0.5], 0.5, np.float32(0.5), np.array([0.5])), strengths, (-1, 0, 1e30))),
+            "new_tokens": (3, odd_number(1, (np.int64(3),))),
         }
 
     def _models(self) -> dict:
@@ -310,18 +369,22 @@ class Calls:
 
     def draw(self, name: str, rng: random.Random) -> tuple[str, str]:
         """A call with odd arguments: what was done, and what breaks the rule."""
-        call, arguments = self.table[name]
+        arguments = self.table[name][1]
         chosen = rng.sample(sorted(arguments), rng.choice((1, 1, 1, 2)))
-        odd = {key: rng.choice(arguments[key][1]) for key in chosen}
+        return self.made(name, {key: rng.choice(arguments[key][1]) for key in chosen})
+
+    def made(self, name: str, odd: dict[str, Odd]) -> tuple[str, str]:
+        """A call with these odd arguments: what was done, and what breaks the rule."""
+        call, arguments = self.table[name]
         kinds = [kind for *_, kind in odd.values()]
         expected = WRONG if WRONG in kinds else EITHER if EITHER in kinds else SAME
 
-        def made() -> Any:
+        def result() -> Any:
             given = {key: value for key, (value, _) in arguments.items()}
             return call(**given | {key: make(given[key]) for key, (_, make, _) in odd.items()})
 
         done = f"{name}({', '.join(f'{key}={how}' for key, (how, *_) in odd.items())})"
-        return done, judged(made, expected, lambda: self.plain(name))
+        return done, judged(result, expected, lambda: self.plain(name))
 
 
 def judged(call: Callable, expected: str, plain: Callable) -> str:
@@ -358,8 +421,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("pair", "subject", "scratch"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--draw", required=True, help="the seed of its random choices")
+    parser.add_argument("--draw", default="", help="the seed of its random choices")
     parser.add_argument("--calls", type=int, default=60)
+    parser.add_argument("--each", action="store_true", help="every odd argument once, alone, instead of random ones")
     asked = parser.parse_args(argv)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     calls, rng = Calls(asked.pair, asked.subject, asked.scratch), random.Random(asked.draw)
@@ -368,9 +432,16 @@ def main(argv: list[str] | None = None) -> int:
         raise Hangs(f"no end after {SECONDS} s")
 
     signal.signal(signal.SIGALRM, hangs)
-    for _ in range(asked.calls):
+    drawn = (functools.partial(calls.draw, rng.choice(sorted(calls.table)), rng) for _ in range(asked.calls))
+    each = (
+        functools.partial(calls.made, name, {key: odd})
+        for name, (_, arguments) in calls.table.items()
+        for key, (_, odds) in arguments.items()
+        for odd in odds
+    )
+    for call in each if asked.each else drawn:
         signal.alarm(SECONDS)
-        found = calls.draw(rng.choice(sorted(calls.table)), rng)
+        found = call()
         signal.alarm(0)
         print(json.dumps(found), flush=True)
     return 0

@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,9 +19,12 @@ import yaml
 from absl import logging
 from conftest import CONFIG, LOOP, copy_before, flip, nla_main, one_line
 
-from nla_jax.cli import load_config, main
+import nla_jax as nla
+from nla_jax.cli import load_config, main, sentence
 from nla_jax.data.corpus import Document
+from nla_jax.io import hub
 from nla_jax.models.sharding import make_mesh
+from nla_jax.runtime import notes
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.check import check_batches, check_documents, check_functions
 from nla_jax.study import Study
@@ -30,6 +35,16 @@ QUICKSTART = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tin
 
 WRONG = {  # overrides, and what is said; nothing may have run
     "reward that is not there": (["rl.reward=mine:f"], "rl.reward names the module 'mine', which cannot be found"),
+    "a name that a built-in module does not have": (
+        ["rl.reward=sys:nobody"],
+        "rl.reward names 'nobody', but sys has no",
+    ),
+    "a list": (["rl.advantage=sys:path"], "rl.advantage names 'path' of sys, which is list, no function"),
+    "optimizer that takes no such setting": (
+        ["pretrain.optimizer.function=optax:adamw"],
+        "pretrain.optimizer.function = optax:adamw",
+    ),
+    "seed beyond 32 bits": (["seed=99999999999999999999"], "seed is 99999999999999999999; it must be at most"),
     "optimizer that is not there": (["pretrain.optimizer.function=optax:nobody"], "pretrain.optimizer.function names"),
     "learning rate that is none": (["rl.av_optimizer.lr=nan"], "rl.av_optimizer.lr is nan, expected a finite number"),
     "learning rate that is infinite": (["sft.ar.optimizer.lr=1e999"], "sft.ar.optimizer.lr is inf"),
@@ -258,6 +273,17 @@ def test_damaged_files_of_a_run_are_named(finished, corpus, tmp_path, capsys):
     assert json.loads((workdir / "evaluation.json").read_bytes()) == json.loads(page)
 
 
+def test_a_setting_without_its_sign_is_said_with_it(capsys):
+    assert main(["rl", "--config", CONFIG, "--config.rl.steps", "5"]) == 1
+    assert "Unknown argument '5' (write --config.rl.steps=5)" in one_line(capsys)
+
+
+def test_the_version_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith(f"nla_jax {nla.__version__}\n")
+
+
 def test_a_reader_that_has_enough_ends_the_command_quietly():
     """As in `nla settings | head -1`."""
     code = "import sys; from nla_jax.cli import main; sys.exit(main(['settings']))"
@@ -266,6 +292,22 @@ def test_a_reader_that_has_enough_ends_the_command_quietly():
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c_while_the_process_ends_is_no_error(tmp_path):
+    """JAX clears its caches then; a KeyboardInterrupt in that would print a trace behind a finished run."""
+    code = (
+        "import atexit, os, signal, sys; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT));"
+        "from nla_jax.cli import command; sys.argv[1:] = ['settings']; command()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, b"") and b"rl.steps" in ended.stdout
+
+
+def test_a_full_disk_is_said_with_its_cure():
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
+    assert sentence(error) == "/some/file: No space left on device; make room, and run the same command again."
+    assert sentence(FileNotFoundError(errno.ENOENT, "No such file", "/x")) == "/x: No such file."
 
 
 def no_corpus():
@@ -334,7 +376,6 @@ def test_damaged_weights_and_prompts_of_a_run_are_named(finished, corpus, tmp_pa
 
 
 def test_damage_to_a_pair_is_found_before_it_is_copied(finished, tmp_path, capsys):
-    """`nla explain` alone does not read a pair's weights twice."""
     pair = shutil.copytree(finished / "pair", tmp_path / "pair")
     av, ar = pair / "av", pair / "ar"
     flip(ar / "model.safetensors", -3)
@@ -352,6 +393,37 @@ def test_damage_to_a_pair_is_found_before_it_is_copied(finished, tmp_path, capsy
     said = capsys.readouterr().err
     for name in ("config.json", "nla_meta.yaml"):
         assert f"{av}/{name} has changed since it was written" in said
+
+
+def test_damage_to_a_pair_is_found_before_it_explains(finished, tmp_path, capsys, monkeypatch):
+    """Checksums are compared when files have changed since they were found whole, and only then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "SETTLED_SECONDS", -1.0)
+    looked, look = [], hub.check_bytes
+    monkeypatch.setattr(hub, "check_bytes", lambda *folders: looked.append(folders) or look(*folders))
+    subject = shutil.copytree(finished / "subject", tmp_path / "subject")
+    pair = shutil.copytree(finished / "pair", tmp_path / "pair")
+    for _ in range(2):
+        nla.load_pair(pair)
+        nla.load_subject(subject, 1)
+    assert looked == [(pair / "av", pair / "ar"), (subject,)]
+    for file in (pair / "av/model.safetensors", pair / "ar/value_head.safetensors", subject / "model.safetensors"):
+        flip(file, -3)
+        assert main(["explain", "--pair", str(pair), "--subject", str(subject), "--text", "a b"]) == 1
+        assert re.search(f"{file} is damaged|not the subject that .* was trained on", one_line(capsys))
+        flip(file, -3)
+    with pytest.raises(InputError, match="model.safetensors is damaged"):
+        flip(subject / "model.safetensors", -3)
+        nla.load_subject(subject, 1)
+    for name in ("av/nla_meta.yaml", "ar/config.json", "av/chat_template.jinja"):
+        file = pair / name
+        kept = file.read_bytes()
+        file.unlink() if name.endswith("jinja") else file.write_bytes(kept + b"\n")  # which a parser does not mind
+        for _ in range(2):
+            notes.note.cache_clear()
+            nla.load_pair(pair)
+            assert f"{file} has changed since it was written" in capsys.readouterr().err
+        file.write_bytes(kept)
 
 
 def test_a_mistaken_working_folder_or_marker_is_said_first(corpus, tmp_path, capsys):

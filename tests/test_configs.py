@@ -10,11 +10,12 @@ from pydoc_data.topics import topics
 import flax.linen as nn
 import jax
 import pytest
-from conftest import random_params
+from conftest import one_sentence, random_params
 
 from nla_jax.cli import load_config, main
 from nla_jax.data.rows import load_rows
 from nla_jax.io.folders import model_config, save_model
+from nla_jax.io.safetensors import check_bytes
 from nla_jax.models.sharding import AXES, device_mesh
 from nla_jax.models.transformer import abstract_params
 from nla_jax.runtime.errors import InputError
@@ -131,6 +132,20 @@ def test_the_tiny_variant_trains(name, tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.whole_run
+def test_the_tiny_quickstart_extracts_and_its_controls_differ(tmp_path):
+    assert main(["quickstart", "--config", f"{CONFIGS / 'quickstart.py'}:tiny", "--workdir", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["extraction_rate"] > 0.9
+    controls = [found[f"fve_{name}"] for name in ("shuffled", "no_injection", "empty")]
+    assert min(found["fve_rl"], found["fve_warm"]) > max(controls) + 0.05, found
+    said = json.loads((tmp_path / "stages/report.json").read_text())["result"]["warnings"]
+    assert not [
+        sentence for sentence in said if "No control scores lower" in sentence or "hold an explanation" in sentence
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.whole_run
 def test_the_smollm2_study_runs_on_documents_and_chats(subject_folder, tmp_path):
     """From its corpus to its report, on a random subject; every activation of a chat is where somebody speaks."""
     texts = [(id, text[:1200]) for id, text in sorted(topics.items()) if len(text) > 800][:40]
@@ -172,6 +187,22 @@ def test_numbers_that_mean_nothing_are_refused_before_anything_runs(name, value)
         load_config(f"{CONFIGS / 'quickstart.py'}", [f"--config.{name}={value}"])
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("rl.kl_coefficient", "nan"),
+        ("rl.kl_coefficient", "1e999"),
+        ("rl.kl_coefficient", "1" + "0" * 400),
+        ("rl.av_optimizer.lr", "1e999"),
+        ("rl.av_optimizer.final_lr", "1" + "0" * 400),
+    ],
+)
+def test_numbers_that_no_float_holds_are_refused_before_anything_runs(name, value):
+    with pytest.raises(InputError, match=f"{name} is .*, expected a finite number") as error:
+        load_config(f"{CONFIGS / 'quickstart.py'}", [f"--config.{name}={value}"])
+    one_sentence(error)
+
+
 def test_optimizers_take_settings_that_the_config_leaves_out():
     """They are an open mapping; everything else has a fixed set of names."""
     c = load_config(f"{CONFIGS / 'quickstart.py'}", ["--config.rl.av_optimizer.final_lr=1e-5"])
@@ -211,6 +242,10 @@ def test_the_benchmarks_shapes_are_whole_studies(variant):
     assert {"rollout", "joint_step"} < programs.keys()
     with pytest.raises(InputError, match="no variant 'none'"):
         config("benchmark", "none")
+
+
+def test_the_shipped_pair_carries_checksums():
+    assert check_bytes(*(ROOT / "nla_jax/quickstart/pair" / role for role in ("av", "ar"))) == (3, 0)
 
 
 def test_an_installed_package_has_its_configs_subject_and_pair(tmp_path):

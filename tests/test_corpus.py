@@ -162,6 +162,7 @@ def test_empty_folder(tmp_path):
         ("nla_jax.absent:corpus", r"corpus\.source names the module 'nla_jax\.absent', which cannot be found"),
         (f"{__name__}:absent", "corpus.source names 'absent', but .*test_corpus.py has no such name"),
         (f"{__name__}:broken_corpus", r"Item 1 of corpus.source = .*test_corpus.py, line \d+\) is int"),
+        (f"{__name__}:TEXTS", "corpus.source names 'TEXTS' of .*test_corpus.py, which is list, no function"),
         ("builtins:int", "builtins:int .* returns int, expected documents"),
         ("tfds:no_such_dataset", "TFDS knows no dataset 'no_such_dataset'"),
         ("tfds:not a name", "TFDS knows no dataset 'not a name'"),

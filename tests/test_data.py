@@ -18,6 +18,7 @@ from nla_jax.data.chats import chat_tokens
 from nla_jax.data.corpus import Document
 from nla_jax.data.rows import load_rows, shards_of, spread
 from nla_jax.fve import fve, row_fve
+from nla_jax.io.files import sealed
 from nla_jax.io.parquet import VECTORS, list_column, list_vectors, read_table, row_count, write_table
 from nla_jax.models.sharding import host_mesh, make_mesh
 from nla_jax.probes.fidelity import derangement
@@ -72,6 +73,12 @@ def test_batches_of_similar_length(n):
     assert all(lengths[rows].max() <= width <= 152 + 16 for rows, width in zip(cut, widths))
     real, padded = sum(lengths[rows].sum() for rows in cut), sum(widths) * batch
     assert 1 - real / padded < 0.15 and len(set(widths)) <= 8
+    for few in (1, 3):  # fewer programs, the same rows
+        others = LengthBatches(lengths, 16, seed=1, widths=few)
+        assert all(np.array_equal(rows, others.rows(step)) for step, rows in enumerate(cut))
+        assert len({others.width(rows) for rows in cut}) <= few and lengths.max() <= others.width(cut[0]) + 152 * (
+            few > 1
+        )
     # Lengths do not come in order: the batches of a window are shuffled.
     assert np.abs(np.diff([lengths[rows].mean() for rows in cut])).mean() > 10
 
@@ -274,7 +281,7 @@ def test_vectors_are_fixed_size_float32_lists(activations, tmp_path):
     assert np.array_equal(list_vectors(column[2:5], 32, file), activations.vectors[2:5])
     assert read.column("n_raw_tokens").to_pylist() == (activations.positions + 1).tolist()
     assert read.column("doc_id").to_pylist() == activations.doc_ids
-    assert file.with_name(file.name + ".nla_meta.yaml").read_text() == "kind: nla_dataset\n"
+    assert file.with_name(file.name + ".nla_meta.yaml").read_text() == sealed("kind: nla_dataset\n")
 
 
 def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
@@ -445,7 +452,7 @@ def test_batches_come_from_the_mapped_vectors(workdir):
     tokens, lengths, kept = fixed_width(iter([ids[:4], ids[4:]]), 8)
     assert kept.tolist() == [n for n in range(15) if n != 5] and tokens.shape == (14, 8)
     for step in range(4):
-        batch = text_batches(tokens, lengths, rows.vectors, kept, 6, seed=0)(step)
+        batch = text_batches(tokens, lengths, rows.vectors, kept, 6, seed=0, widths=8)(step)
         assert np.array_equal(batch.tokens[:, 0], batch.vectors[:, 0]) and 5 not in batch.tokens
     with pytest.raises(InputError, match="14 of 15 labels need more than prompts.max_new_tokens = 1 tokens") as error:
         fixed_width([[[1]], [[1, 2]] * 14], 1)

@@ -126,6 +126,12 @@ def test_a_terminal_is_told_that_it_is_read(explain, monkeypatch):
     assert "reading the text from the terminal" in explain()[1]
 
 
+def test_standard_input_that_is_no_text_is_one_sentence(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(b"\xff\xfe")))
+    assert main(["explain", "--pair", str(place / "pair")]) == 1
+    assert "Standard input cannot be read as text" in one_line(capsys)
+
+
 # Chats
 
 

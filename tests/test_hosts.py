@@ -285,6 +285,26 @@ def test_a_working_folder_that_is_not_shared(settings, tmp_path):
         assert f"Host 1 does not find in {tmp_path / 'elsewhere'} what host 0 wrote there" in said(output)
 
 
+ABORTED = """
+import ctypes, signal, threading, time
+from nla_jax.runtime import distributed
+
+distributed._speak_when_aborted()
+libc = ctypes.CDLL(None)
+libc.signal(signal.SIGALRM, libc.abort)
+threading.Thread(target=time.sleep, args=(99,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # another thread aborts
+libc.alarm(1)
+ctypes.PyDLL(None).sleep(99)  # without letting go of Python's lock
+"""
+
+
+def test_an_abort_waits_for_no_python_code():
+    """JAX's runtime aborts in a thread of its own, while Python's lock may be held for ever."""
+    process = subprocess.Popen([sys.executable, "-c", ABORTED], cwd=Path(__file__).parent.parent)
+    assert process.wait(60) == -signal.SIGABRT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killing_a_host_ends_the_others_and_another_count_continues(alone, settings, tmp_path, victim):

@@ -71,6 +71,45 @@ def test_the_records_before_a_damaged_line_are_read(tmp_path, damage):
     assert log.records == whole and (tmp_path / "metrics.jsonl").read_bytes() == lines
 
 
+def damages(content: bytes) -> list[bytes]:
+    """A file's content with each of its bytes changed, and cut at each."""
+    changed = [content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :] for i in range(len(content))]
+    return changed + [content[:i] for i in range(len(content))]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "texts.jsonl"])
+def test_no_changed_byte_of_a_log_is_read(tmp_path, name):
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": step / 2})
+        log.write_texts(step, [ROW])
+    log.close()
+    file, sums = tmp_path / name, tmp_path / f"{name}.crc32"
+    whole, content, stated = read_metrics(file), file.read_bytes(), sums.read_bytes()
+    assert len(whole) == 3
+    for damaged in damages(content):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{name} and {name}.crc32 beside it do not fit each other") as error:
+            read_metrics(file)
+        one_sentence(error)
+    file.unlink()
+    with pytest.raises(InputError, match="Delete both"):
+        MetricLog(tmp_path, 3)
+    file.write_bytes(content)
+    for damaged in damages(stated):
+        sums.write_bytes(damaged)
+        try:
+            assert read_metrics(file) == whole
+        except InputError as error:
+            assert damaged.count(b"\n") and "Delete both" in str(error)
+    sums.unlink()  # as in runs of earlier releases
+    MetricLog(tmp_path, 2).close()
+    assert read_metrics(file) == whole[:2] and sums.read_bytes() == stated[:18]
+    with open(file, "a") as stream:
+        stream.write('{"step": 3}\n{"step": 4, "lo')  # kills between a line and its checksum, and within a line
+    assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
+
+
 # Weights & Biases: the real package, offline
 
 

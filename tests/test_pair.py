@@ -294,6 +294,7 @@ def test_wrong_requests(pair, vectors, subject_folder, sidecar, tmp_path):
         (lambda: pair.verbalize(vectors, temperature=np.nan), "a temperature of 0 or more"),
         (lambda: pair.verbalize(vectors, temperature=np.inf), "a temperature of 0 or more"),
         (lambda: unchecked(pair, temperature=None), "a temperature of 0 or more"),
+        (lambda: unchecked(pair, temperature=10**400), "a temperature of 0 or more"),  # no float holds it
         (lambda: unchecked(pair, temperature="0"), "a temperature of 0 or more"),
         (lambda: unchecked(pair, max_new_tokens=36.0), "max_new_tokens of 1 or more"),
         (lambda: unchecked(pair, seed=None), "seed from 0 to 4294967295"),
@@ -398,6 +399,8 @@ def test_wrong_folders(copy):
     refused("role is 'ar', expected 'av'", copy / "ar", copy / "av")
     refused("role is 'av', expected 'ar'", copy / "av", copy / "av")
     refused("is not a pair", copy / "av")
+    with pytest.raises(InputError, match="is not a model folder|holds neither"):
+        load_subject(copy, 1)  # without a single file
     (copy / "ar" / "nla_meta.yaml").unlink()
     refused("has no nla_meta.yaml", copy)
 

@@ -154,6 +154,9 @@ def test_the_last_block_can_be_patched(subject_folder, rows, torch_subject):
         ({"vectors": {"mine": np.full((4, 32), np.nan)}}, "'mine' hold NaN"),
         ({"vectors": np.zeros((4, 32))}, "rescale=False"),
         ({"vectors": "x"}, "array of numbers"),
+        ({"vectors": np.full((4, 32), 1 + 2j)}, "array of numbers"),
+        ({"vectors": np.full((4, 32), "1")}, "array of numbers"),
+        ({"vectors": np.full((4, 32), "2026-01-01", "datetime64[s]")}, "array of numbers"),
         ({"token_rows": [[1], [], [2], [3]]}, "Row 1 must be"),
         ({"token_rows": [[1], [9999], [2], [3]]}, "id 9999"),
     ],
@@ -163,6 +166,14 @@ def test_wrong_input_is_named(subject, rows, change, said):
     with pytest.raises(nla.InputError, match=said) as error:
         patch(subject, **given)
     one_sentence(error)
+
+
+def test_extreme_lengths_and_batches_change_nothing(subject, rows):
+    vectors = np.random.default_rng(0).normal(size=(4, 32))
+    expected = patch(subject, rows, "last", vectors)
+    for given, batch in ((vectors * 1e-300, 16), (vectors * 1e300, 16), (vectors, 10**18)):
+        for a, b in zip(patch(subject, rows, "last", given, batch=batch), expected):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 # The probes

@@ -54,6 +54,22 @@ def test_the_turn_ends_where_the_chat_template_says(tokenizer, without_template)
     assert end_of_turn(without_template) == without_template.convert_tokens_to_ids("<|user|>")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if messages %}{{ messages[0]", "cannot render a chat"),
+        ("{{ messages[0].content.nothing() }}", "cannot render a chat"),
+        ("{{ raise_exception('no users') }}", r"cannot render a chat \(no users\)"),
+        ("{% for m in messages %}<|user|>{% endfor %}", "leaves out what the model says"),
+    ],
+)
+def test_a_broken_chat_template_is_one_sentence(without_template, template, message):
+    without_template.chat_template = template
+    with pytest.raises(InputError, match=message) as error:
+        end_of_turn(without_template)
+    one_sentence(error)
+
+
 def test_a_marker_must_be_one_token_that_stands_once(tokenizer):
     for template, char, problem in [
         (VERBALIZER_TEMPLATE, "㋿", "not one token"),

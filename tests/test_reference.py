@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import SENTENCES, TINY, one_sentence
+from conftest import SENTENCES, TINY, flip, one_sentence
 
 from nla_jax.data.activations import Activations
 from nla_jax.data.interchange import (
@@ -475,6 +475,25 @@ def test_an_unfinished_run_cannot_be_exported(workdir, pair, lost, message):
     with pytest.raises(InputError, match=message) as error:
         export_datasets(workdir, workdir / "out", dataclasses.replace(pair.sidecar, d_model=D))
     one_sentence(error)
+
+
+def test_a_changed_sidecar_of_a_dataset_is_named(workdir, pair, tmp_path):
+    """As a failing disk changes it; who changes it on purpose takes the checksum out."""
+    file = workdir / "activations/rl-00000-of-00002.parquet.nla_meta.yaml"
+    at = file.read_bytes().index(b"length: ") + len("length: ")
+    flip(file, at)
+    with pytest.raises(InputError, match=f"{file} is damaged") as error:
+        export_datasets(workdir, workdir / "out", dataclasses.replace(pair.sidecar, d_model=D))
+    one_sentence(error)
+    flip(file, at)
+    export_datasets(workdir, workdir / "out", dataclasses.replace(pair.sidecar, d_model=D))
+    exported = {split: workdir / "out" / f"{split}.parquet" for split in DOCUMENTS}
+    side = exported["rl"].with_name("rl.parquet.nla_meta.yaml")
+    side.write_text(side.read_text().replace("stage: rl", "stage: RL"))
+    with pytest.raises(InputError, match="rl.parquet.nla_meta.yaml is damaged: .* take that line out"):
+        read(exported, tmp_path / "new")
+    side.write_text("".join(line for line in side.open() if not line.startswith("checksum")))
+    read(exported, tmp_path / "new")
 
 
 # Memory

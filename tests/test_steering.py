@@ -123,6 +123,7 @@ def test_a_words_probability_is_that_of_its_first_tokens(steered):
         ({"token": 900}, "Position 900"),
         ({"strengths": [float("nan")]}, "strengths are finite"),
         ({"strengths": []}, "strengths are finite"),
+        ({"strengths": [10**400]}, "strengths are finite"),
         ({"new_tokens": 0}, "new_tokens"),
         ({"text": ""}, "empty"),
     ],
@@ -142,6 +143,8 @@ def test_the_pair_reads_the_subjects_layer(subject_folder, pair):
 def test_a_direction_has_the_subjects_width(subject):
     with pytest.raises(nla.InputError, match="32 finite numbers"):
         steer_along(subject, TEXT, {"mine": np.ones(8)})
+    with pytest.raises(nla.InputError, match="32 finite numbers"):
+        steer_along(subject, TEXT, {"mine": np.full(32, 1j)})
 
 
 # The verb

@@ -107,6 +107,20 @@ def test_what_is_planned_is_what_is_executed(mesh, config, finished, tmp_path, m
         assert run == plan, jax.tree_util.keystr(path)
 
 
+def test_without_a_kl_term_no_second_verbalizer_is_held(config, finished):
+    """In a plan, which is what is executed (above), and where a run makes it."""
+    model = read_config(finished / "subject", config.compute.dtype)
+    for coefficient, copies in ((0.0, 0), (0.1, 1)):
+        changed = dataclasses.replace(config, rl=dataclasses.replace(config.rl, kl_coefficient=coefficient))
+        study = Study.of_shapes(changed, make_mesh(1, 1, 1), model)
+        state, frozen, _ = study.programs()["joint_step"].arguments
+        params = state.models["verbalizer"].params
+        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        assert size(frozen) == copies * size(params)
+        if not copies:
+            assert study.frozen(params, None).reference is None
+
+
 def described(x) -> str:
     """Shape, dtype and layout of an array or of a planned one."""
     return f"{x.dtype}{list(x.shape)} {x.sharding.shard_shape(x.shape)}"

@@ -400,5 +400,6 @@ def test_a_program_that_is_not_optimized_computes_the_same():
     x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
     plain, quick = (jit_step(step, mesh, optimized)(jnp.eye(8), x) for optimized in (True, False))
     close(quick, plain, 1e-6)
+    close(jit_step(step, mesh, False, runs=1000)(jnp.eye(8), x), plain, 1e-6)
     assert load_config("configs/quickstart.py", []).compute.optimize  # tiny alone goes without
     assert not load_config("configs/quickstart.py:tiny", []).compute.optimize

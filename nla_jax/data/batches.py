@@ -39,12 +39,13 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 class LengthBatches:
     """Batches of rows of similar length, `lengths [n]`: as `rows_of_step`, but each epoch's permutation is sorted by
-    length within windows of `WINDOW` batches, whose order is then shuffled."""
+    length within windows of `WINDOW` batches, whose order is then shuffled. They have at most `widths` padded lengths,
+    for each of which programs are compiled."""
 
     WINDOW = 32
 
-    def __init__(self, lengths: np.ndarray, batch: int, seed: int):
-        self.lengths, self.batch, self.seed = lengths, batch, seed
+    def __init__(self, lengths: np.ndarray, batch: int, seed: int, widths: int = 8):
+        self.lengths, self.batch, self.seed, self.widths = lengths, batch, seed, widths
         self.order = functools.lru_cache(maxsize=2)(self._order)
 
     def rows(self, step: int) -> np.ndarray:
@@ -54,9 +55,9 @@ class LengthBatches:
         return np.array([self.order(epoch)[place] for epoch, place in zip((places // n).tolist(), places % n)])
 
     def width(self, rows: np.ndarray) -> int:
-        """The padded length of a batch: its longest row's, rounded up to an eighth of the longest of all rows (so that
-        programs are compiled for at most eight shapes) and to a multiple of 8."""
-        piece = -(-int(self.lengths.max()) // 64) * 8
+        """The padded length of a batch: its longest row's, rounded up to a part of the longest of all rows and to a
+        multiple of 8."""
+        piece = -(-int(self.lengths.max()) // (8 * self.widths)) * 8
         return -(-int(self.lengths[rows].max()) // piece) * piece
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -99,9 +100,10 @@ def text_batches(
     kept: Int[np.ndarray, "n"],
     batch: int,
     seed: int,
+    widths: int,
 ) -> Callable[[int], TextBatch]:
     """The batch of each step, of rows of similar length; row i of `tokens` belongs to row `kept[i]` of `vectors`."""
-    batches = LengthBatches(lengths, batch, seed)
+    batches = LengthBatches(lengths, batch, seed, widths)
 
     def of_step(step: int) -> TextBatch:
         rows = batches.rows(step)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.user_input import is_whole
 
 Messages = list[dict[str, str]]  # each with `role` and `content`
@@ -48,15 +48,22 @@ def checked(messages: Any, place: str) -> Messages:
     return list(messages)
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
+    """A conversation's text by the tokenizer's chat template. Raises `InputError` where that fails."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # of the template, also a broken one
+        raise InputError(
+            f"The chat template of {tokenizer.name_or_path} cannot render a chat ({first_line(error)})."
+        ) from None
+
+
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[str]]:
     """A conversation's token ids by the tokenizer's chat template, and for each who speaks there: "" for tokens of the
     template itself. Raises `InputError` where the tokenizer has no template, or it leaves out what is said."""
     if tokenizer.chat_template is None:
         raise InputError(f"The tokenizer of {tokenizer.name_or_path} has no chat template to read a chat with.")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # of the template
-        raise InputError(f"The chat template cannot render this chat ({str(error).splitlines()[0]}).") from None
+    text = rendered(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     roles, start = [""] * len(encoded.input_ids), 0
     for message in messages:

@@ -3,16 +3,18 @@
 import contextlib
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nla_jax.io.adapters import CONFIG, WEIGHTS
 from nla_jax.io.files import AnyName, cache_folder, is_folder, local, path_to, replacing
-from nla_jax.io.safetensors import stored_tensors
-from nla_jax.runtime.distributed import from_writer
+from nla_jax.io.safetensors import check_bytes, stored_tensors
+from nla_jax.runtime.distributed import from_writer, is_writer
 from nla_jax.runtime.errors import InputError, first_line
 
 HEADER = 1 << 16  # bytes of a file whose content is looked at on every call
 SETTLED_SECONDS = 2.0
+WHOLE = "0" * 32  # what is kept of files whose checksums fit
 WORDS = ["*.json", "*.jinja", "*.model", "*.txt", "*.yaml"]  # files that are fetched from the hub: tokenizer and config
 WEIGHTS_TOO = [*WORDS, "*.safetensors"]
 
@@ -83,21 +85,39 @@ def _hashed_files(folder: Path) -> list[Path]:
     return [folder / "config.json", *sorted({tensor.file for tensor in stored_tensors(folder).values()})]
 
 
+def check_once(*folders: Path) -> None:
+    """`check_bytes`, unless the cache knows that nothing about the files has changed since they were found whole. Of
+    several hosts the first one looks.
+
+    Raises `InputError` naming a weights file that is damaged."""
+    found = [file for folder in folders for pattern in WEIGHTS_TOO for file in sorted(folder.glob(pattern))]
+    files = [file for file in found if file.is_file()]
+    if files and is_writer():
+        _remembered(files, "whole", lambda: "" if check_bytes(*folders)[1] else WHOLE)
+
+
 def _known_hash(files: list[Path]) -> str:
     """The hash of the files' content, from the cache where nothing about them has changed."""
+    return _remembered(files, "fingerprints", lambda: _hash(files))
+
+
+def _remembered(files: list[Path], kind: str, make: Callable[[], str]) -> str:
+    """What `make` finds out about files, 32 characters, from the cache where nothing about them has changed. ("" is not
+    kept.)"""
     facts = hashlib.blake2b(digest_size=16)
     for file in files:
         of = file.stat()
         with open(file, "rb") as stream:
             facts.update(repr((str(file.resolve()), of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino)).encode())
             facts.update(stream.read(HEADER))
-    kept = cache_folder() / "fingerprints" / facts.hexdigest()
+    kept = cache_folder() / kind / facts.hexdigest()
     with contextlib.suppress(OSError):
-        if len(found := kept.read_text()) == 32:
+        if len(found := kept.read_text()) == len(WHOLE):
             return found
     newest = max(max(file.stat().st_mtime, file.stat().st_ctime) for file in files)
-    found = _hash(files)
-    if time.time() - newest > SETTLED_SECONDS:  # a file that is written to this very moment may keep its times
+    found = make()
+    settled = time.time() - newest > SETTLED_SECONDS  # a file that is written to this very moment may keep its times
+    if found and settled:
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept) as scratch:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from nla_jax.io.files import AnyPath, local, replacing
+from nla_jax.io.files import AnyPath, local, replacing, sealed
 from nla_jax.runtime.errors import InputError, first_line
 
 VECTORS = "activation_vector"
@@ -62,7 +62,8 @@ def write_tables(schema: pa.Schema, tables: Iterable[pa.Table], path: AnyPath, s
     path.parent.mkdir(parents=True, exist_ok=True)
     if sidecar is not None:
         with replacing(path.with_name(path.name + SIDECAR)) as scratch:
-            scratch.write_text(yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            text = yaml.safe_dump(sidecar, sort_keys=False, allow_unicode=True)
+            scratch.write_text(sealed(text), encoding="utf-8")
     said = {name: value for name, value in (schema.metadata or {}).items() if name != FORM}  # that is another file's
     schema = schema.with_metadata(said) if said else schema.remove_metadata()
     with replacing(path) as scratch, pq.ParquetWriter(scratch, schema, write_page_checksum=True) as writer:

@@ -31,6 +31,7 @@ INSIDE = "value_head.weight"  # how the name of an AR's head ends where it lies 
 SHARD_BYTES = 2 << 30  # of a saved file, at most
 CHECKSUM, UNKNOWN = "nla_jax_crc32", "00000000"  # among a file's metadata; what stands there while it is computed
 BESIDE = "nla_jax_beside"  # likewise: the checksums of the files that are written with it
+SEALED = "sealed"  # among these, of a file that holds its own
 LONGEST = 1 << 28  # bytes of a header that is worth reading
 NewTensor = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # to be saved: name, form, `read()` to the host
 
@@ -150,10 +151,10 @@ def write_file(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def checksums_beside(folder: Path) -> dict[str, str]:
-    """The checksum of each file in a folder that has none of its own."""
-    own = (".safetensors", ".yaml")
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in own]
-    return {file.name: checksum(file) for file in files}
+    """The checksum of each file in a folder; `SEALED` for those that hold one of their own (so that a weights file does
+    not depend on what a sidecar says of the place where it lies), none for weights."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".safetensors"]
+    return {file.name: SEALED if fits_seal(file.read_bytes()) else checksum(file) for file in files}
 
 
 def _write_file(file: Path, tensors: list[NewTensor], beside: dict[str, str]) -> None:
@@ -179,13 +180,13 @@ def _write_file(file: Path, tensors: list[NewTensor], beside: dict[str, str]) ->
             stream.write(f"{value:08x}".encode())
 
 
-def check_bytes(*folders: Path) -> int:
+def check_bytes(*folders: Path) -> tuple[int, int]:
     """Reads the weights files in some folders, and returns of how many it knows that they are whole: of those that this
     package has written. Says which of the files written with them (config, tokenizer, sidecar), which people may change
-    on purpose, is another one by now.
+    on purpose, is another one by now, and returns how many are.
 
     Raises `InputError` naming the first weights file whose bytes are not those that were written."""
-    known = 0
+    known, other = 0, []
     for file in [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]:
         with open(file, "rb") as stream:
             text = stream.read(8)
@@ -202,10 +203,13 @@ def check_bytes(*folders: Path) -> int:
                 f"or delete its folder and have it made again."
             )
         known += 1
-        beside = json.loads(json.loads(text[8:])["__metadata__"].get(BESIDE, "{}"))
-        others = [file.with_name(name) for name in beside]
-        changed = [other for other in others if other.is_file() and checksum(other) != beside[other.name]]
-        changed += [other for other in file.parent.glob("*.yaml") if fits_seal(other.read_bytes()) is False]
-        for other in changed:
-            note(f"{other} has changed since it was written; if nobody has meant to, it is damaged: copy it again.")
-    return known
+        other += _changed_beside(file, json.loads(json.loads(text[8:])["__metadata__"].get(BESIDE, "{}")))
+    for path in dict.fromkeys(other):
+        note(f"{path} has changed since it was written; if nobody has meant to, it is damaged: copy it again.")
+    return known, len(other)
+
+
+def _changed_beside(file: Path, beside: dict[str, str]) -> list[Path]:
+    """Which of the files that were written with a weights file, and have these checksums, are others now, or gone."""
+    now = lambda path: None if not path.is_file() else SEALED if fits_seal(path.read_bytes()) else checksum(path)
+    return [path for name, made in beside.items() if now(path := file.with_name(name)) != made]

@@ -50,7 +50,7 @@ def trained(study: Study, pair: Pair, texts: Sequence[str], vectors: Float[np.nd
     program, batch and optimiser of the warm start."""
     mesh, step, c = study.mesh, study.sft_ar, study.config
     tokens, lengths = pair.prompts.reconstructor_batch(list(texts), study.text_width)
-    batch_of_step = text_batches(tokens, lengths, vectors, np.arange(len(texts)), c.sft.ar.batch, c.seed)
+    batch_of_step = text_batches(tokens, lengths, vectors, np.arange(len(texts)), c.sft.ar.batch, c.seed, c.sft.widths)
     progress = Progress("fresh AR", c.sft.ar.steps)
     with jax.set_mesh(mesh):
         state = first_state(step, mesh, study.boxed[1], pair.reconstructor_params)

@@ -25,7 +25,9 @@ COMPILER_OPTIONS = {
 }
 
 
-# Where programs are not to be optimized (`optimize`): a training step for CPUs then compiles in a tenth of the time.
+# Where programs are not to be optimized (`optimize`): a training step for CPUs then compiles in a tenth of the time. At
+# level 1 it takes three times that tenth, and a step half the time: worth it from `OFTEN` steps on.
+OFTEN = 20
 UNOPTIMIZED = {
     "cpu": {
         "xla_backend_optimization_level": 0,
@@ -35,12 +37,14 @@ UNOPTIMIZED = {
 }
 
 
-def jit_step(step: Callable, mesh: Mesh, optimized: bool = True) -> Callable:
-    """The compiled training step for the devices of `mesh`; the state, its first argument, is consumed."""
+def jit_step(step: Callable, mesh: Mesh, optimized: bool = True, runs: int = 1) -> Callable:
+    """The compiled training step for the devices of `mesh`, which will run `runs` times; the state, its first argument,
+    is consumed."""
     platform = mesh.devices.flat[0].platform
     options = None if platform == "cpu" and mesh.size > 1 else COMPILER_OPTIONS.get(platform)
     if not optimized:
-        options = UNOPTIMIZED.get(platform)
+        options = dict(UNOPTIMIZED.get(platform, {}))
+        options |= {"xla_backend_optimization_level": 1} if options and runs > OFTEN else {}
     program = jax.jit(step, donate_argnums=0, compiler_options=known(options or {}, mesh) or None)
     return OnCpu(program) if platform == "cpu" else program
 

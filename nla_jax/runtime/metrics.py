@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from nla_jax.runtime.errors import InputError, first_line
 
 UPLOAD_SECONDS = 60
 METRICS, TEXTS = "metrics.jsonl", "texts.jsonl"
+SUMS = ".crc32"  # ends the name of the file that holds a checksum of each line of another
 
 
 class MetricLog:
     """The metrics of each step in `{folder}/metrics.jsonl` and a few of its texts in `{folder}/texts.jsonl`, one JSON
-    object a line. TensorBoard's files show both. So does Weights & Biases if `wandb` gives its settings (project, name,
-    mode), with `config` as a snapshot of the run's. Of several hosts the first one writes; on all of them `records`
-    holds the metrics.
+    object a line; a file beside each holds a checksum of every line. TensorBoard's files show both. So does Weights &
+    Biases if `wandb` gives its settings (project, name, mode), with `config` as a snapshot of the run's. Of several hosts
+    the first one writes; on all of them `records` holds the metrics.
 
     Opening it at `step` drops what was logged after that step: a resumed run continues at its checkpoint, and the files
     read as if it had never stopped. On Weights & Biases it continues the same run.
@@ -50,7 +52,8 @@ class MetricLog:
         self.written.mkdir(parents=True, exist_ok=True)
         for name, records in kept.items():
             if (folder / name).exists():
-                write_atomically(self.written / name, "".join(json.dumps(record) + "\n" for record in records))
+                for path, lines in _files(self.written / name, records).items():
+                    write_atomically(path, "".join(lines))
         self.board = Board(self.written / "tensorboard", step)
         self.wandb = _start_wandb(folder, self.written, wandb, config) if wandb else None
 
@@ -99,8 +102,9 @@ class MetricLog:
             ) from None
 
     def _append(self, name: str, records: list[dict]) -> None:
-        with open(self.written / name, "a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record) + "\n" for record in records)
+        for path, lines in _files(self.written / name, records).items():
+            with open(path, "a", encoding="utf-8") as stream:
+                stream.writelines(lines)
 
     def flush(self) -> None:
         """Returns when everything logged so far is in the folder (which matters on a bucket only)."""
@@ -170,11 +174,29 @@ def _number(value: Any) -> float | int | str | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _files(path: AnyPath, records: list[dict]) -> dict[AnyPath, list[str]]:
+    """The lines that records are in a file, and those of its checksums: written after them, so that a kill in between
+    leaves a line without a checksum, never a checksum without its line."""
+    lines = [json.dumps(record) + "\n" for record in records]
+    return {path: lines, path.with_name(path.name + SUMS): [f"{zlib.crc32(line.encode()):08x}\n" for line in lines]}
+
+
 def read_metrics(path: AnyPath) -> list[dict]:
     """The records of a `metrics.jsonl` or `texts.jsonl`, up to the first line that a kill has cut short or that is
-    damaged."""
+    damaged.
+
+    Raises `InputError` where the checksums beside the file are not those of its lines."""
+    sums = path.with_name(path.name + SUMS)
+    lines, stated = (file.read_bytes().splitlines(keepends=True) if file.exists() else [] for file in (path, sums))
+    made = [b"%08x\n" % zlib.crc32(line) for line in lines]
+    whole = [line for line in stated if line.endswith(b"\n")]  # the last one may have been cut by a kill or a full disk
+    if whole != made[: len(whole)]:
+        raise InputError(
+            f"{path} and {sums.name} beside it do not fit each other: one of them is damaged. Delete both (with them go "
+            f"the records of the steps so far), and run the same command again."
+        )
     records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in lines:
         try:
             record = json.loads(line)
         except ValueError:  # no JSON, or no UTF-8

@@ -65,11 +65,11 @@ def resolve(path: str, what: str) -> UserFunction:
         raise InputError(
             f"{what}: the module {module!r} cannot be imported: {type(error).__name__}{at}: {first_line(error)}."
         ) from error
-    function = getattr(found, name, None)
+    function, file = getattr(found, name, None), getattr(found, "__file__", None) or module  # built-in ones have none
     if function is None:
-        raise InputError(f"{what} names {name!r}, but {found.__file__} has no such name.")
+        raise InputError(f"{what} names {name!r}, but {file} has no such name.")
     if not callable(function):
-        raise InputError(f"{what} names {name!r} of {found.__file__}, which is {type(function).__name__}, no function.")
+        raise InputError(f"{what} names {name!r} of {file}, which is {type(function).__name__}, no function.")
     return UserFunction(what, path, function)
 
 

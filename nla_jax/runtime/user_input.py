@@ -59,9 +59,17 @@ def is_whole(text: str) -> bool:
     return True
 
 
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold, which not every whole number is."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def sampling_temperature(value: Any) -> float:
     """`value` as a float. Raises `InputError` where it is no finite number of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    if not is_finite(value) or value < 0:
         raise InputError(f"Sampling needs a temperature of 0 or more, a finite number; found {value!r:.50}.")
     return float(value)
 
@@ -85,17 +93,33 @@ def of_class(name: str, value: Any, kind: type) -> None:
         raise InputError(f"{name} must be of the class {kind.__name__}; found {value!r:.50}.")
 
 
+def real_array(given: Any) -> np.ndarray | None:
+    """`given` as an array of real numbers. None for what is none, of which NumPy would make numbers: dates, complex
+    numbers, numerals."""
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError):
+        return None
+    # bfloat16 has a kind of its own.
+    return found if found.dtype.kind in "fiub" or jnp.issubdtype(found.dtype, jnp.floating) else None
+
+
+def of_ordinary_length(rows: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
+    """Rows in which those of an extreme length have an ordinary one, in float64 if there are any."""
+    largest = np.abs(rows).max(-1, keepdims=True, initial=0)
+    extreme = (largest > 0) & ((largest < 1e-3) | (largest > 1e15))
+    if not extreme.any():
+        return rows
+    return np.where(extreme, rows.astype(np.float64) / np.where(extreme, largest, 1), rows)
+
+
 def usable_rows(vectors: ArrayLike, shape: list[int], keeps_length: bool = False) -> Float[np.ndarray, "n *slots D"]:
     """Rows `[n, *shape]` of any real dtype as float32, in which their squares neither overflow nor vanish: rows of an
     extreme length get an ordinary one, which changes nothing where only the direction counts (not `keeps_length`).
 
     Raises `InputError` for what is no array of numbers, for another shape, and for a row that is not finite, or zero."""
     expected = ", ".join(map(str, ["n", *shape]))
-    try:
-        rows = np.asarray(vectors)
-    except (TypeError, ValueError):
-        rows = np.empty((0,), object)
-    if not (rows.dtype.kind in "fiub" or jnp.issubdtype(rows.dtype, jnp.floating)):  # bfloat16 has a kind of its own
+    if (rows := real_array(vectors)) is None:
         raise InputError(f"Activations must be an array of numbers of shape [{expected}].")
     if list(rows.shape[1:]) != shape or rows.ndim < 2:
         raise InputError(f"Activations must be of shape [{expected}], found shape {list(rows.shape)}.")
@@ -103,13 +127,10 @@ def usable_rows(vectors: ArrayLike, shape: list[int], keeps_length: bool = False
         rows = rows.astype(np.float64)
     if not (finite := np.isfinite(rows).all(tuple(range(1, rows.ndim)))).all():
         raise InputError(f"Row {int(np.argmin(finite))} of the activations holds NaN or infinite values.")
-    largest = np.abs(rows).max(-1, keepdims=True, initial=0)
-    if not (largest > 0).all():
-        row = int(np.argwhere(largest == 0)[0, 0])
+    if not (some := rows.any(-1)).all():
+        row = int(np.argwhere(~some)[0, 0])
         raise InputError(f"Row {row} of the activations is zero: it has no direction that could be explained.")
-    extreme = (largest < 1e-3) | (largest > 1e15)
-    if extreme.any() and not keeps_length:
-        rows = np.where(extreme, rows.astype(np.float64) / largest, rows)
+    rows = rows if keeps_length else of_ordinary_length(rows)
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from nla_jax.patching import resized
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.serve.models import Document, Served, explanation_of
-from nla_jax.steering import EDIT, UNRELATED, directions, first_tokens, said_with, steer_tokens
+from nla_jax.steering import EDIT, UNRELATED, directions, first_tokens, normalised, said_with, steer_tokens
 from nla_jax.subject import Subject
 
 NEW_TOKENS = 20  # of a continuation
@@ -98,7 +98,7 @@ def steering(served: Served, number: int, document: Document, row: int, edited: 
         raise InputError("The explanation is not changed; write something else into it.")
     load_whole(served.subject)
     subject, h = served.subject, document.vectors[number][row]
-    along = directions(served.pair, explanation, edited, served.unrelated)
+    along = directions(served.pair, explanation, edited, normalised(explanation), served.unrelated)
     original = served.pair.reconstruct([explanation])[0].astype(np.float64)
     new, length = original + along[EDIT], np.linalg.norm
     words = {word: first_tokens(subject.tokenizer, word) for word in changed_words(explanation, edited)}

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from nla_jax.config import Config
 from nla_jax.config import Prompts as PromptSettings
 from nla_jax.data.corpus import IMPORT_PATH, Document, split_of
-from nla_jax.data.interchange import check_marker, check_sources, templates_of
+from nla_jax.data.dataset_sidecar import check_marker, read_facts, templates_of
+from nla_jax.data.interchange import check_sources
 from nla_jax.io.files import AnyName, path_to
 from nla_jax.io.folders import load_tokenizer
 from nla_jax.io.parquet import SIDECAR
@@ -28,7 +29,6 @@ from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import UserFunction, resolve
-from nla_jax.sidecar import read_yaml
 from nla_jax.stages.deciding import check_decisions
 from nla_jax.stages.reading import read_by
 from nla_jax.study import compute_features, injections, make_optimizer
@@ -181,7 +181,7 @@ def check_prompts(config: Config, workdir: AnyName, stages: Sequence[str]) -> No
     datasets were made for. Says where these have another marker than `prompts.marker`."""
     c, sources = config.prompts, config.extract.source.to_dict() if "extract" in stages else {}
     files = [path.with_name(path.name + SIDECAR) for path in map(Path, filter(None, sources.values()))]
-    made_for = {file: read_yaml(file, "") for file in map(Path.expanduser, files) if file.is_file()}
+    made_for = {file: read_facts(file) for file in map(Path.expanduser, files) if file.is_file()}
     if not made_for and "sft" not in stages or (folder := tokenizer_folder(config, workdir)) is None:
         return
     tokenizer = load_tokenizer(folder)

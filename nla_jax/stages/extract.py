@@ -10,7 +10,8 @@ import numpy as np
 
 from nla_jax.data.chats import chat_tokens
 from nla_jax.data.corpus import Document
-from nla_jax.data.interchange import Origin, import_datasets, sidecar_content
+from nla_jax.data.dataset_sidecar import Origin, sidecar_content
+from nla_jax.data.interchange import import_datasets
 from nla_jax.data.rows import Rows, load_rows
 from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate

@@ -65,14 +65,14 @@ def sft(run: Run) -> None:
         tokens, lengths, kept = fixed_width(map(pair.prompts.response_ids, labels_of(av_rows)), limit)
         result["labels_too_long"] = say_dropped(len(there) - len(kept), len(there), limit)
         kept = there[kept]
-        batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed)
+        batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed, c.widths)
         with Loop(run, "sft", "sft_av", c.av.steps, subject) as loop:
             av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
 
         there = labelled(ar_rows, "ar_sft")
         inputs = [pair.prompts.reconstructor_batch(labels, study.text_width) for labels in labels_of(ar_rows)]
         tokens, lengths = map(np.concatenate, zip(*inputs))
-        batches = text_batches(tokens, lengths, ar_rows.vectors, there, c.ar.batch, run.config.seed)
+        batches = text_batches(tokens, lengths, ar_rows.vectors, there, c.ar.batch, run.config.seed, c.widths)
         with Loop(run, "sft", "sft_ar", c.ar.steps, subject) as loop:
             ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base)
 
@@ -117,7 +117,7 @@ def fit(
     and where the loss stays NaN."""
     mesh, boxed = loop.run.mesh, jax.eval_shape(step.init, abstract)
     state = loop.resume(placed(mesh, boxed), lambda: first_state(step, mesh, abstract, params), params)
-    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize), time.monotonic()
+    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize, loop.total), time.monotonic()
     for i in loop.steps():
         batch = place_batch(mesh, batch_of_step(i))
         loop.phases.enter("train step")

@@ -24,8 +24,6 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.injection:  # which may be a function of the user's
         import_transformers_alone()
     from nla_jax.io.files import path_to
-    from nla_jax.io.pairs import pair_folders
-    from nla_jax.io.safetensors import check_bytes
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
     from nla_jax.runtime.user_input import whole_number
@@ -35,7 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     dump, rows = read_dump(Path(arguments.dump)), whole_number("--rows", arguments.rows, 1)
     enable_compile_cache()
     conventions = given_conventions(arguments)
-    check_bytes(*pair_folders(arguments.av, arguments.ar))
     pair = load_pair(arguments.av, arguments.ar, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
     subject = subject_of(pair, path_to(arguments.av), arguments.subject, arguments.dtype)
     checks = accept(pair, subject, dump, rows)

@@ -157,7 +157,8 @@ def weights(config: "Config", folder: str) -> None:
 
     if isinstance(place := path_to(folder), Path):
         pairs = [place / pair / role for pair in ("pair_warm", "pair") for role in ("av", "ar")]
-        if known := check_bytes(Path(config.subject.path) if config.subject.path else place / "subject", *pairs):
+        known, _ = check_bytes(Path(config.subject.path) if config.subject.path else place / "subject", *pairs)
+        if known:
             say("weights", f"{known} files that are here already are whole")
 
 

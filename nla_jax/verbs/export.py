@@ -28,8 +28,6 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.data.interchange import export_datasets
     from nla_jax.io.files import new_folder, path_to
     from nla_jax.io.hub import push, reserve
-    from nla_jax.io.pairs import pair_folders
-    from nla_jax.io.safetensors import check_bytes
     from nla_jax.pair import open_pair
     from nla_jax.runtime.errors import InputError
     from nla_jax.tools.claims import file_beside
@@ -38,7 +36,6 @@ def run(arguments: argparse.Namespace) -> None:
     out, folder = empty_folder(arguments.out), path_to(arguments.pair or path_to(arguments.workdir) / "pair")
     if arguments.workdir and not folder.is_dir():
         raise InputError(f"{arguments.workdir} holds no trained pair; run `nla rl` with its config first.")
-    check_bytes(*pair_folders(folder, None))
     pair = open_pair(folder, dtype=arguments.dtype, conventions=given_conventions(arguments))
     workdir = path_to(arguments.workdir) if arguments.workdir else None
     card = model_card(arguments.push or out.name, pair.sidecar, workdir)

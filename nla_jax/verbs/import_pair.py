@@ -26,15 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Reads an AV and an AR with all checks, and writes them as whole models with complete sidecars."""
     from nla_jax.io.files import new_folder, path_to
-    from nla_jax.io.pairs import pair_folders
-    from nla_jax.io.safetensors import check_bytes
     from nla_jax.pair import load_pair, open_pair
     from nla_jax.runtime.errors import InputError
     from nla_jax.tools.explain import calibrated, subject_of
 
     out, conventions = empty_folder(arguments.out), given_conventions(arguments)
     texts = read_files(arguments.calibrate or [])
-    check_bytes(*pair_folders(arguments.av, arguments.ar))
     read = load_pair if texts else open_pair  # whose weights stay in their files
     pair = read(arguments.av, arguments.ar, base=arguments.base, conventions=conventions)
     if arguments.base and pair.base is None:
