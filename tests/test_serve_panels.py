@@ -76,7 +76,7 @@ def test_patch_and_steer(opened, desk, talking, tmp_path):
     edited.fill(f"The market is open. {HOSTILE}")
     edited.press("Control+Enter")
     expect(steer.locator("tbody tr")).to_have_count(5, timeout=30_000)
-    assert [row[0] for row in cells(steer)] == ["unsteered", "edit", "no edit", "unrelated edit", "random direction"]
+    assert [row[0] for row in cells(steer)] == ["unsteered", "edit", "no edit", "paraphrase", "unrelated edit", "random direction"]
     (_, none, *_), (_, edit, *_), (_, nothing, *_), *_ = cells(steer)
     assert none == nothing == "0.00" and float(edit) > 0
     expect(steer.locator("#delta")).to_contain_text(HOSTILE)
