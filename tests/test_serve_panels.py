@@ -75,8 +75,15 @@ def test_patch_and_steer(opened, desk, talking, tmp_path):
     expect(steer.get_by_role("status")).to_contain_text("The explanation is not changed")
     edited.fill(f"The market is open. {HOSTILE}")
     edited.press("Control+Enter")
-    expect(steer.locator("tbody tr")).to_have_count(5, timeout=30_000)
-    assert [row[0] for row in cells(steer)] == ["unsteered", "edit", "no edit", "paraphrase", "unrelated edit", "random direction"]
+    expect(steer.locator("tbody tr")).to_have_count(6, timeout=30_000)
+    assert [row[0] for row in cells(steer)] == [
+        "unsteered",
+        "edit",
+        "no edit",
+        "paraphrase",
+        "unrelated edit",
+        "random direction",
+    ]
     (_, none, *_), (_, edit, *_), (_, nothing, *_), *_ = cells(steer)
     assert none == nothing == "0.00" and float(edit) > 0
     expect(steer.locator("#delta")).to_contain_text(HOSTILE)
@@ -179,7 +186,7 @@ def test_a_phone_shows_the_panels_without_scrolling_sideways(opened, talking):
     tab.get_by_label("The explanation, to be edited").fill("The market is open, and nothing else is said here.")
     tab.get_by_role("button", name="Steer", exact=True).tap()
     expect(panel(tab, "Patch").locator("tbody tr")).to_have_count(4, timeout=30_000)
-    expect(panel(tab, "Steer").locator("tbody tr")).to_have_count(5, timeout=30_000)
+    expect(panel(tab, "Steer").locator("tbody tr")).to_have_count(6, timeout=30_000)
     tab.locator(".said").first.get_by_role("listitem").first.tap()
     expect(tab.locator(".said").first.get_by_role("listitem").first).to_contain_text("without it")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
