@@ -18,7 +18,7 @@ from nla_jax.serve import interventions, models, nearest
 from nla_jax.serve.actions import Desk, Limits
 from nla_jax.serve.claims import claims_of, without_each
 from nla_jax.serve.worker import Worker
-from nla_jax.steering import EDIT, NOTHING, RANDOM, UNRELATED, UNSTEERED
+from nla_jax.steering import EDIT, NOTHING, PARAPHRASE, RANDOM, UNRELATED, UNSTEERED
 from nla_jax.subject import extract, load_subject
 
 ROW = 6
@@ -139,7 +139,7 @@ def test_steering_is_that_of_nla_steer(served, desk, client, document, upto):
     steered = lambda strength: nla.steer(served[0].subject, served[0].pair, text, strengths=[strength], **options)
     recon = served[0].pair.reconstruct([original, edited])
     for answer in answers:
-        assert [row["direction"] for row in answer["steered"]] == [UNSTEERED, EDIT, NOTHING, UNRELATED, RANDOM]
+        assert [row["direction"] for row in answer["steered"]] == [UNSTEERED, EDIT, NOTHING, PARAPHRASE, UNRELATED, RANDOM]
         found = steered(answer["strength"])
         for row, one in zip(answer["steered"], found.rows):
             assert (row["direction"], row["continuation"]) == (one.direction, one.continuation)
