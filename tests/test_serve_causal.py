@@ -139,7 +139,14 @@ def test_steering_is_that_of_nla_steer(served, desk, client, document, upto):
     steered = lambda strength: nla.steer(served[0].subject, served[0].pair, text, strengths=[strength], **options)
     recon = served[0].pair.reconstruct([original, edited])
     for answer in answers:
-        assert [row["direction"] for row in answer["steered"]] == [UNSTEERED, EDIT, NOTHING, PARAPHRASE, UNRELATED, RANDOM]
+        assert [row["direction"] for row in answer["steered"]] == [
+            UNSTEERED,
+            EDIT,
+            NOTHING,
+            PARAPHRASE,
+            UNRELATED,
+            RANDOM,
+        ]
         found = steered(answer["strength"])
         for row, one in zip(answer["steered"], found.rows):
             assert (row["direction"], row["continuation"]) == (one.direction, one.continuation)
