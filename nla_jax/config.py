@@ -398,6 +398,24 @@ def settings(kind: type = Config, path: str = "") -> Iterator[tuple[str, datacla
             yield path + field.name, field
 
 
+def completed(recorded: Mapping) -> dict:
+    """Sections of settings that a run has recorded, with the defaults of those that its version did not have yet."""
+    found = {name: _copied(section) for name, section in recorded.items()}
+    for name, field in settings():
+        *path, last = name.split(".")
+        section = found
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and path and last not in section:
+            value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            section[last] = dict(value) if isinstance(value, Mapping) else value
+    return found
+
+
+def _copied(tree: Any) -> Any:
+    return {name: _copied(value) for name, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
 def is_free(name: str) -> bool:
     """Whether the setting with this dotted name may differ when a run is resumed."""
     kind, free = Config, False

@@ -20,7 +20,7 @@ import pytest
 from conftest import flip, one_sentence, supervised_loop
 from flax import struct
 
-from nla_jax.config import is_free
+from nla_jax.config import Config, completed, is_free
 from nla_jax.joint_step import JointStep, SupervisedStep
 from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.runtime.checkpoint import Checkpoints, _weighted, differences
@@ -160,6 +160,18 @@ def test_other_settings_are_refused_with_all_that_differ(tmp_path):
     assert Checkpoints(tmp_path, every=1, settings=new, free=free).restore(shapes({"a": jnp.ones(2)}), 9)[0] == 1
     del new["rl"]["kl"]
     assert differences(old, new | {"rl": new["rl"] | {"lr": 0.1}}, is_free) == ["rl.steps = 5 -> 9"]
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default_there():
+    """Else every run of an earlier version would be refused."""
+    now = Config().to_dict()
+    old = json.loads(json.dumps(now))
+    del old["rl"]["probe_every"], old["label"]["splits"], old["evaluate"]["provider"]["rows"]
+    assert not differences(old, now)
+    assert differences(old, now | {"rl": now["rl"] | {"probe_every": 7}}) == ["rl.probe_every = 0 -> 7"]
+    del old["rl"]["reward"]
+    assert not differences(old, now)
+    assert completed({"base": {"warm": "1"}, "seed": 3}) == {"base": {"warm": "1"}, "seed": 3}
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from nla_jax.config import completed
 from nla_jax.io.files import AnyPath
 from nla_jax.runtime.errors import InputError, Stopped, first_line
 
@@ -28,8 +29,10 @@ DAMAGE_STATUS = "DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE",
 
 
 def differences(made: dict, now: dict, free: Callable[[str], bool] = lambda name: False) -> list[str]:
-    """`name = old -> new` for each setting of two nested dictionaries that differs and is not `free(name)`."""
-    made, now = flat(made), flat(now)
+    """`name = old -> new` for each setting of two nested dictionaries that differs and is not `free(name)`.
+
+    A setting that was not there yet when the old ones were recorded had its default."""
+    made, now = flat(completed(made)), flat(completed(now))
     names = [name for name in sorted(made.keys() | now.keys()) if not free(name)]
     shown = lambda tree, name: repr(tree[name]) if name in tree else "(not there)"
     return [
