@@ -1,5 +1,6 @@
 """`nla report` at any time: of a finished run, with another title; amid training; before anything."""
 
+import html
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ def workdir(finished, tmp_path):
 def draw(workdir, *flags) -> str:
     """The page that `nla report --workdir` draws, and no other flag: it knows the settings of the run."""
     assert main(["report", "--workdir", str(workdir), *flags]) == 0
-    return (workdir / "report.html").read_text(encoding="utf-8")
+    return html.unescape((workdir / "report.html").read_text(encoding="utf-8"))
 
 
 def test_a_finished_run_is_drawn_again(workdir, corpus, capsys):
@@ -33,12 +34,9 @@ def test_a_finished_run_is_drawn_again(workdir, corpus, capsys):
     assert "<h1>Under another name</h1>" in page
     assert "Held-out FVE" in capsys.readouterr().out
     assert json.loads((workdir / "summary.json").read_text()) == kept
-    rows = [
-        row
-        for document in json.loads((workdir / "evaluation.json").read_text())["documents"]
-        for row in document["rows"]
-    ]
-    assert page.count('role="option"') == len(rows) > 0 and f"nla serve --pair '{workdir}/pair' --open" in page
+    documents = json.loads((workdir / "evaluation.json").read_text())["documents"]
+    assert page.count('role="option"') == sum(len(document["rows"]) for document in documents) > 0
+    assert f"nla serve --pair '{workdir}/pair' --open" in page
     assert f"nla serve --pair '{workdir}/pair_warm' --pair '{workdir}/pair' --open" in page
     assert draw(workdir).count("Under another name") == 2 + 1  # title, headline, settings: recorded as the run's
     (workdir / "report.html").write_text("damaged")
