@@ -22,8 +22,8 @@ from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import make_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
 from nla_jax.objective import UNCORRELATED, Scored
-from nla_jax.probes.probe import NEEDS, load_probes
-from nla_jax.probes.provider import chosen_probes, provider_of
+from nla_jax.probes.probe import ASKS, WHO_ASKS, chosen_probes, load_probes, there
+from nla_jax.probes.provider import provider_of
 from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
@@ -63,8 +63,9 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         if config.evaluate.provider.kind:
             provider_of(config.evaluate.provider, "").ready()
         for function, probe in load_probes(chosen_probes(config.evaluate)):
-            if absent := set(probe.needs) - set(NEEDS):
-                raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
+            if absent := set(probe.needs) - set(found := there(config.evaluate)):
+                hint = f" ({WHO_ASKS})" if absent & set(ASKS) else ""
+                raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(found)}{hint}.")
 
 
 def check_batches(config: Config, mesh: Mesh, stages: Sequence[str]) -> None:
