@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import SENTENCES, nla_main, one_line
+from conftest import SENTENCES, copy_before, nla_main, one_line
 from fake_llm import FakeLLM
 
 import nla_jax as nla
 from nla_jax.cli import main
 from nla_jax.config import Evaluate
 from nla_jax.data.corpus import Document
+from nla_jax.labels.asking import Question
 from nla_jax.probes.probe import Probe, asks, clustered_interval, probe
 from nla_jax.probes.retrieval import hits
+from nla_jax.probes.writing import RATED
 from nla_jax.runtime.errors import InputError
 from nla_jax.tools.probe import PairContext, activations_of
 
@@ -62,6 +64,18 @@ def letters(context):
 def judged(context):
     """Never run."""
     raise AssertionError
+
+
+@probe("Asks a judge about documents", needs=("pair", "judge"))
+def rated(context):
+    """How the judge rates them."""
+    documents, found = context.column("detokenized_text_truncated"), np.full(len(context.vectors), np.nan)
+    at = context.provider.looked_at(len(found))
+    answers = context.provider.judge(
+        "documents", [Question(f"<text>\n{documents[i]}\n</text>", "x", RATED) for i in at]
+    )
+    found[at] = [answer["rating"] for answer in answers]
+    return {"rated": found}
 
 
 def nothing(context):
@@ -257,13 +271,11 @@ def test_a_judge_that_cannot_be_asked_gets_one_sentence(nla_probe, place, tmp_pa
 
 
 def test_a_run_is_judged_as_its_config_says(finished, corpus, tmp_path, capsys):
-    """`evaluate` runs the provider's probes beside its own; without one it names what it leaves out."""
+    """`evaluate` runs the provider's probes beside its own; without a provider it names what lacks one."""
     server = FakeLLM()
-    server.calls = lambda tool, prompt: {"passage": 1} if tool == "pick_passage" else {"rating": 7}
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished, workdir)
-    (workdir / "stages/evaluate.json").unlink()
-    judged = "nla_jax.probes.judged_matches:judged_source"
+    server.calls = lambda tool, prompt: {"rating": 7}
+    workdir = copy_before(finished, tmp_path, "evaluate")
+    judged = "test_probe_verb:rated"
     flags = [f"--config.evaluate.probes=('{FIDELITY}after_rl',)"]
     ours = [f"--config.evaluate.provider.probes=('{judged}', 'nla_jax.probes.writing:warm_writing')"]
     ours += ["--config.evaluate.provider.kind=openai", "--config.evaluate.provider.model=m"]
@@ -271,23 +283,22 @@ def test_a_run_is_judged_as_its_config_says(finished, corpus, tmp_path, capsys):
     try:
         assert nla_main("evaluate", workdir, corpus, *flags, *ours) == 0
         found = {one["name"]: one for one in json.loads((workdir / "evaluation.json").read_text())["probes"]}
-        assert list(found) == ["after_rl", "judged_source", "warm_writing"]
-        assert "questions answered" in found["judged_source"]["about"] and "answers" not in found["after_rl"]
+        assert list(found) == ["after_rl", "rated", "warm_writing"]
+        assert found["rated"]["about"] == "How the judge rates them. documents: 8 of 8 questions answered."
+        assert "answers" not in found["after_rl"]
+        rows = pq.read_table(workdir / "evaluation/probes/rated.parquet").column("rated").to_pylist()
+        assert len(rows) == 16 and sum(value == 7 for value in rows) == 8
         assert len(list((workdir / "evaluation/answers").glob("*.jsonl"))) >= 1
         number = server.prompts.total()
+        assert number >= 8
         assert main(["probe", "--workdir", str(workdir), *probes(judged)]) == 0
         assert server.prompts.total() == number  # the same answers serve `nla probe`
         assert nla_main("report", workdir, corpus, *flags, *ours) == 0
     finally:
         server.close()
-    (workdir / "stages/evaluate.json").unlink()
     capsys.readouterr()
-    both = [f"--config.evaluate.probes=('{FIDELITY}after_rl', '{judged}')"]
-    assert nla_main("evaluate", workdir, corpus, *both) == 0
-    assert (
-        "Left out: judged_source needs judge (evaluate.provider of a config, or --judge, names"
-        in capsys.readouterr().err
-    )
+    assert nla_main("evaluate", workdir, corpus, f"--config.evaluate.probes=('{judged}',)") == 1
+    assert "needs 'judge'; a run has pair, warm, labels, training, subject (evaluate.provider" in one_line(capsys)
 
 
 def test_the_documentation_lists_every_probe():

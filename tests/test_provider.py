@@ -266,4 +266,5 @@ def test_what_fits_a_schema():
     assert fits(3, number) and not any(fits(value, number) for value in (0, 4, True, 2.0, "2", None))
     assert fits(True, {"type": "boolean"}) and not fits(1, {"type": "boolean"})
     assert read_call('{"rating": 3, "why": "more"}', RATE) == {"rating": 3, "why": "more"}
+    assert read_call('{"a":' * 10**5 + "1" + "}" * 10**5, RATE).why == "malformed"
     assert read_call("[3]", RATE).why == "no tool call" and read_call('{"ratings": 3}', RATE).why == "malformed"

@@ -148,7 +148,7 @@ def read_call(text: str, tool: Tool) -> dict | NoLabel:
         return NoLabel("no tool call", f"it says: {text:.80}")
     try:
         found = json.loads(text[start:end])
-    except ValueError:
+    except (ValueError, RecursionError):
         return NoLabel("malformed", f"no JSON: {text:.80}")
     return found if fits(found, tool.schema) else NoLabel("malformed", f"another form: {text:.80}")
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from nla_jax.config import Evaluate
 from nla_jax.data.rows import Rows
 from nla_jax.labels.labeller import Labeller
 from nla_jax.pair import Pair
@@ -114,6 +115,16 @@ def load_probes(chosen: Sequence[str | Callable], what: str = "evaluate.probes")
             raise InputError(f"{what} names {given.name!r} twice.")
         found.append((function, given))
     return found
+
+
+def chosen_probes(c: Evaluate) -> tuple[str, ...]:
+    """What a config measures: with a provider more than without one."""
+    return tuple(dict.fromkeys(c.probes + (c.provider.probes if c.provider.kind else ())))
+
+
+def there(c: Evaluate) -> tuple[str, ...]:
+    """What probes of a run find, of `NEEDS`: a provider where the config names one."""
+    return tuple(need for need in NEEDS if c.provider.kind or need not in ASKS)
 
 
 def by_needs(

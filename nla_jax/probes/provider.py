@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from nla_jax.config import Evaluate
 from nla_jax.config import Provider as Settings
 from nla_jax.io.files import AnyName, path_to
 from nla_jax.labels.asking import Question, read_call
@@ -157,11 +156,6 @@ class Provider:
         if len(answers) != len(asked):
             raise InputError(f"{self.model.function} gives {len(answers)} replies to {len(asked)} questions.")
         return answers
-
-
-def chosen_probes(c: Evaluate) -> tuple[str, ...]:
-    """What a config measures: with a provider more than without one."""
-    return tuple(dict.fromkeys(c.probes + (c.provider.probes if c.provider.kind else ())))
 
 
 def provider_of(c: Settings, folder: AnyName) -> Provider:

@@ -23,8 +23,8 @@ from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import make_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
 from nla_jax.objective import UNCORRELATED, Scored
-from nla_jax.probes.probe import NEEDS, load_probes
-from nla_jax.probes.provider import chosen_probes, provider_of
+from nla_jax.probes.probe import ASKS, WHO_ASKS, chosen_probes, load_probes, there
+from nla_jax.probes.provider import provider_of
 from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
@@ -60,19 +60,20 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer")
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
         check_objective(config)
-        check_probes(config.rl.probes if config.rl.probe_every else (), "rl.probes")
+        check_probes(config.rl.probes if config.rl.probe_every else (), config, "rl.probes")
         check_decisions(config)
     if "evaluate" in stages:
         if config.evaluate.provider.kind:
             provider_of(config.evaluate.provider, "").ready()
-        check_probes(chosen_probes(config.evaluate), "evaluate.probes")
+        check_probes(chosen_probes(config.evaluate), config, "evaluate.probes")
 
 
-def check_probes(chosen: Sequence[str], what: str) -> None:
-    """Each probe is there, and needs nothing that a run has not."""
+def check_probes(chosen: Sequence[str], config: Config, what: str) -> None:
+    """Each probe is there, and needs nothing that the run has not."""
     for function, probe in load_probes(chosen, what):
-        if absent := set(probe.needs) - set(NEEDS):
-            raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(NEEDS)}.")
+        if absent := set(probe.needs) - set(found := there(config.evaluate)):
+            hint = f" ({WHO_ASKS})" if absent & set(ASKS) else ""
+            raise InputError(f"{function} needs {min(absent)!r}; a run has {', '.join(found)}{hint}.")
 
 
 def check_batches(config: Config, mesh: Mesh, stages: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nla_jax.config import Config
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows, load_rows, spread
 from nla_jax.fve import row_fve
@@ -20,12 +19,11 @@ from nla_jax.io.parquet import read_table, write_table
 from nla_jax.labels.labeller import Labeller, make_labeller
 from nla_jax.models.sharding import host_mesh
 from nla_jax.pair import Pair, new_pair
-from nla_jax.probes.probe import ASKS, NEEDS, Context, asks, by_needs, figures, left_out, load_probes, run_probe, told
-from nla_jax.probes.provider import Provider, chosen_probes, provider_of
+from nla_jax.probes.probe import Context, asks, chosen_probes, figures, load_probes, run_probe, told
+from nla_jax.probes.provider import Provider, provider_of
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
-from nla_jax.runtime.notes import note
 from nla_jax.runtime.run import Run
 from nla_jax.stages.sft import load
 from nla_jax.stages.shown import DOCUMENTS, Shown
@@ -41,21 +39,20 @@ def evaluate(run: Run) -> None:
         if result is None:
             return
         run.require("rl")
+        probes = load_probes(chosen_probes(run.config.evaluate))
         context = RunContext(run)
-        probes, lacking = by_needs(load_probes(chosen_probes(run.config.evaluate)), there(run.config))
-        if lacking:
-            note(left_out(lacking))
         if any(asks(probe) for _, probe in probes):
             context.provider.ready()
         progress, scores, drawn = Progress("evaluate", len(probes)), {}, []
         for function, probe in probes:
-            if not (own := run_probe(function, probe, context)):
+            own, answers = run_probe(function, probe, context), told(probe, context)
+            if not own:
                 progress.update()
                 continue
             if is_writer():
                 ids = {"doc_id": context.column("doc_id")}
                 write_table(pa.table(ids | own), run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet")
-            drawn.append(figures(probe, own, context.documents, told(probe, context)))
+            drawn.append(figures(probe, own, context.documents, answers))
             scores |= own
             progress.update()
         progress.close()
@@ -67,11 +64,6 @@ def evaluate(run: Run) -> None:
         page = {"probes": drawn, "examples": shown.examples(count), "documents": shown.documents(min(count, DOCUMENTS))}
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def there(config: Config) -> tuple[str, ...]:
-    """What probes of a run find, of `probes.probe.NEEDS`."""
-    return tuple(need for need in NEEDS if config.evaluate.provider.kind or need not in ASKS)
 
 
 TRAINING = 20_000  # rows of the warm start that baselines and linear probes are fitted to, at most

@@ -69,11 +69,10 @@ def of_run(arguments: argparse.Namespace) -> None:
     from nla_jax.config import read
     from nla_jax.io.folders import load_tokenizer
     from nla_jax.io.hub import locate
-    from nla_jax.probes.probe import asks, by_needs, load_probes
-    from nla_jax.probes.provider import chosen_probes
+    from nla_jax.probes.probe import asks, by_needs, chosen_probes, load_probes, there
     from nla_jax.runtime.compiler import enable_compile_cache, optimize
     from nla_jax.runtime.run import Run, read_json
-    from nla_jax.stages.evaluate import RunContext, there
+    from nla_jax.stages.evaluate import RunContext
     from nla_jax.stages.table import STAGES
     from nla_jax.tools.probe import measured
 
@@ -95,7 +94,7 @@ def of_run(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, provider=provider))
     named, usual = chosen(arguments.probes), provider.probes if arguments.judge else chosen_probes(config.evaluate)
     probes = load_probes(named, "--probes") if named else load_probes(usual)
-    able, lacking = by_needs(probes, there(config))
+    able, lacking = by_needs(probes, there(config.evaluate))
     enable_compile_cache()
     optimize(config.compute.optimize)
     study = Run(config, folder, STAGES, arguments.command)
