@@ -434,7 +434,7 @@ def test_figures_of_probes_in_training_have_panels_together():
     for title, told in lines.items():
         drawn = figure_of(html, title)
         assert drawn.count('class="line"') == max(1, len(told)) and all(f">{line}<" in drawn for line in told), title
-    assert "missing" not in html and "seconds_probes" not in html and html.count("<h3>Probes: ") == 4
+    assert "are missing or not" not in html and "seconds_probes" not in html and html.count("<h3>Probes: ") == 4
     assert figure_of(html, "Reward") == figure_of(page_of(fake_data(steps=6)), "Reward")
 
 
