@@ -127,7 +127,9 @@ def read(subject: Subject, text: str | Messages, token: int | None) -> tuple[lis
         return acts.token_ids[-1], int(acts.positions[0])
     messages = checked(text, "The conversation")
     ids, roles = chat_tokens(subject.tokenizer, messages)
-    position = spoken_positions(roles, "last" if token is None else [token], "the conversation")[0]
+    if not any(roles):
+        raise InputError("In the conversation nobody says anything.")
+    (position,) = spoken_positions(roles, "last" if token is None else [token], "the conversation")
     return [*ids, *answer_tokens(subject.tokenizer, messages)], position
 
 

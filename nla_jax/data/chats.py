@@ -91,10 +91,8 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
 
 def spoken_positions(roles: Sequence[str], tokens: str | Sequence[int], place: str) -> list[int]:
     """Of the tokens of a conversation those at which somebody speaks: "last", "all", or the indices given (negative from
-    its end). Raises `InputError`, naming the `place`, where nobody does."""
+    its end). Raises `InputError`, naming the `place`, for an index at which nobody does."""
     spoken = [i for i, role in enumerate(roles) if role]
-    if not spoken:
-        raise InputError(f"In {place} nobody says anything.")
     if isinstance(tokens, str):
         return spoken if tokens == "all" else spoken[-1:]
     chosen = [i + len(roles) if i < 0 else i for i in tokens]
