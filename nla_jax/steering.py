@@ -184,10 +184,8 @@ def steer_along(
     if not isinstance(along, Mapping):
         raise InputError(f"along must be a mapping of names to directions; found {along!r:.50}.")
     ids, position = read(subject, text, token)
-    h, new_tokens = (
-        activations_at(subject, [ids], [[position]], ["0"]).vectors[0],
-        whole_number("new_tokens", new_tokens, 1),
-    )
+    h = activations_at(subject, [ids], [[position]], ["0"]).vectors[0]
+    new_tokens = whole_number("new_tokens", new_tokens, 1)
     return steer_tokens(subject, ids, position, h, along, _strengths(strengths), new_tokens)
 
 

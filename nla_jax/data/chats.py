@@ -83,8 +83,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
     template knows no such beginning."""
     if messages[-1]["role"] == "assistant":
         return []
-    rendered = lambda begin: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
-    said, begun = rendered(False), rendered(True)
+    said, begun = (rendered(tokenizer, messages, add_generation_prompt=begin) for begin in (False, True))
     more = begun.removeprefix(said) if begun.startswith(said) else ""
     return list(tokenizer(more, add_special_tokens=False).input_ids) if more else []
 
