@@ -127,7 +127,9 @@ def read(subject: Subject, text: str | Messages, token: int | None) -> tuple[lis
         return acts.token_ids[-1], int(acts.positions[0])
     messages = checked(text, "The conversation")
     ids, roles = chat_tokens(subject.tokenizer, messages)
-    position = spoken_positions(roles, "last" if token is None else [token], "the conversation")[0]
+    if not any(roles):
+        raise InputError("In the conversation nobody says anything.")
+    (position,) = spoken_positions(roles, "last" if token is None else [token], "the conversation")
     return [*ids, *answer_tokens(subject.tokenizer, messages)], position
 
 
@@ -182,10 +184,8 @@ def steer_along(
     if not isinstance(along, Mapping):
         raise InputError(f"along must be a mapping of names to directions; found {along!r:.50}.")
     ids, position = read(subject, text, token)
-    h, new_tokens = (
-        activations_at(subject, [ids], [[position]], ["0"]).vectors[0],
-        whole_number("new_tokens", new_tokens, 1),
-    )
+    h = activations_at(subject, [ids], [[position]], ["0"]).vectors[0]
+    new_tokens = whole_number("new_tokens", new_tokens, 1)
     return steer_tokens(subject, ids, position, h, along, _strengths(strengths), new_tokens)
 
 

@@ -111,7 +111,7 @@ def test_a_confidence_beside_the_pair_is_used(explain, learned, material, subjec
     expected = learned.of(found := evidence(pair, Letters(), acts.vectors, said, samples, before))
     printed = explain("--confidence", SAMPLES, "--json", "--labeller", learned.labeller)
     claims = [claim for row in rows_of(printed.out) for claim in row["claims"]]
-    assert [(claim["kind"], claim["text"]) for claim in claims] == [one.claim for one in found] and len(found) > 5
+    assert [(claim["kind"], claim["text"]) for claim in claims] == [one.claim for one in found] and len(found) > 3
     np.testing.assert_allclose([claim["confidence"] for claim in claims], expected, atol=2e-4)
     assert "fitted to 70 claims of 9 documents with 5 samples each; on others its AUROC was 0.71" in printed.err
 

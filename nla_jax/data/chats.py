@@ -83,18 +83,15 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
     template knows no such beginning."""
     if messages[-1]["role"] == "assistant":
         return []
-    rendered = lambda begin: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
-    said, begun = rendered(False), rendered(True)
+    said, begun = (rendered(tokenizer, messages, add_generation_prompt=begin) for begin in (False, True))
     more = begun.removeprefix(said) if begun.startswith(said) else ""
     return list(tokenizer(more, add_special_tokens=False).input_ids) if more else []
 
 
 def spoken_positions(roles: Sequence[str], tokens: str | Sequence[int], place: str) -> list[int]:
     """Of the tokens of a conversation those at which somebody speaks: "last", "all", or the indices given (negative from
-    its end). Raises `InputError`, naming the `place`, where nobody does."""
+    its end). Raises `InputError`, naming the `place`, for an index at which nobody does."""
     spoken = [i for i, role in enumerate(roles) if role]
-    if not spoken:
-        raise InputError(f"In {place} nobody says anything.")
     if isinstance(tokens, str):
         return spoken if tokens == "all" else spoken[-1:]
     chosen = [i + len(roles) if i < 0 else i for i in tokens]
