@@ -482,6 +482,8 @@ def test_a_run_that_means_little_says_so_at_its_top(html):
     for row in data["history"][-20:]:
         row["identical_texts"] = 0.95
     assert "The AV has collapsed: at the end of RL 95.0 % of its texts equal another sample" in warned(data)
+    data["history"][-1]["identical_texts"] = None  # of a step that was skipped
+    assert "The AV has collapsed: at the end of RL 95.0 %" in warned(data)
     data["history"][-1]["identical_texts"] = -20.0  # their mean counts
     assert 'role="alert"' not in page_of(data)
 

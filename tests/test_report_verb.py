@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import copy_before, nla_main, one_line
 
 from nla_jax.cli import main
+from nla_jax.runtime.metrics import read_metrics
 
 HOLDER = (
     "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); input()"
@@ -62,8 +64,9 @@ def test_amid_training_another_process_holds_the_folder(finished, tmp_path, caps
     record = json.loads((workdir / "stages/rl.json").read_text())
     del record["result"], record["checksum"]  # as it stands while RL runs
     (workdir / "stages/rl.json").write_text(json.dumps(record))
-    lines = (workdir / "train/rl/metrics.jsonl").read_text().splitlines()
-    (workdir / "train/rl/metrics.jsonl").write_text("\n".join(lines[:2]) + '\n{"step": 3, "rew')  # a line half written
+    for name, half in (("metrics.jsonl", '{"step": 3, "rew'), ("metrics.jsonl.crc32", "")):  # a line is being written
+        file = workdir / "train/rl" / name
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]) + half)
     for made in ("summary.json", "report.html", "evaluation.json"):
         (workdir / made).unlink(missing_ok=True)
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, workdir / "lock"], stdin=-1, stdout=-1)
@@ -78,6 +81,25 @@ def test_amid_training_another_process_holds_the_folder(finished, tmp_path, caps
     assert "The run is not evaluated yet. Report: " in capsys.readouterr().out
     assert not (workdir / "summary.json").exists() and not (workdir / "stages/report.json").exists()
     assert re.search(r'<th scope="row">rl</th>.*?<td>\d{4}-', page)
+
+
+def test_metrics_are_read_while_they_are_written(finished, tmp_path, monkeypatch):
+    """Before each look into a file another step is complete."""
+    names = ("metrics.jsonl", "metrics.jsonl.crc32")
+    lines = {name: (finished / "train/rl" / name).read_bytes().splitlines(keepends=True) for name in names}
+    read, seen = Path.read_bytes, []
+
+    def read_after_a_step(file):
+        seen.append(file)
+        for name in names:
+            (tmp_path / name).write_bytes(b"".join(lines[name][: 1 + len(seen)]))
+        return read(file)
+
+    for name in names:
+        (tmp_path / name).write_bytes(lines[name][0])
+    monkeypatch.setattr(Path, "read_bytes", read_after_a_step)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert len(seen) == 2
 
 
 def test_before_training_and_with_other_settings(finished, corpus, tmp_path, capsys):

@@ -187,7 +187,8 @@ def read_metrics(path: AnyPath) -> list[dict]:
 
     Raises `InputError` where the checksums beside the file are not those of its lines."""
     sums = path.with_name(path.name + SUMS)
-    lines, stated = (file.read_bytes().splitlines(keepends=True) if file.exists() else [] for file in (path, sums))
+    # The checksums first: a run that is at work adds a line before its checksum, so there is a line for each of them.
+    stated, lines = (file.read_bytes().splitlines(keepends=True) if file.exists() else [] for file in (sums, path))
     made = [b"%08x\n" % zlib.crc32(line) for line in lines]
     whole = [line for line in stated if line.endswith(b"\n")]  # the last one may have been cut by a kill or a full disk
     if whole != made[: len(whole)]:

@@ -98,7 +98,7 @@ def measured(run: Run, hash: str | None) -> dict:
 
 def state(run: Run) -> str:
     """How far a run is that has not been evaluated."""
-    steps = len(read_metrics(run.workdir / "train/rl/metrics.jsonl"))
+    steps = max((row["step"] for row in read_metrics(run.workdir / "train/rl/metrics.jsonl")), default=0)
     stages = [name for name in run.stages if name != "pretrain" or not run.config.subject.path]
     stage = next(name for name in stages if run.result(name) is None)
     done = f", of which {steps} of {run.config.rl.steps} steps are recorded" if stage == "rl" else ""

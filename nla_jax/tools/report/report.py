@@ -90,9 +90,9 @@ def steps_of(report: Report) -> Sequence[Mapping]:
 
 
 def lately(report: Report, metric: str) -> Number:
-    """The mean of a metric over the last 20 steps of RL; NaN where one of them lacks it."""
-    tail = [row.get(metric) for row in steps_of(report)[-20:]]
-    return sum(filter(known, tail)) / len(tail) if tail and all(map(known, tail)) else math.nan
+    """The mean of a metric over those of the last 20 steps of RL that have it; NaN where none has."""
+    tail = list(filter(known, (row.get(metric) for row in report.history[-20:])))
+    return sum(tail) / len(tail) if tail else math.nan
 
 
 def best_of_tokens(report: Report) -> str:
