@@ -298,7 +298,8 @@ def test_a_run_is_judged_as_its_config_says(finished, corpus, tmp_path, capsys):
         server.close()
     capsys.readouterr()
     assert nla_main("evaluate", workdir, corpus, f"--config.evaluate.probes=('{judged}',)") == 1
-    assert "needs 'judge'; a run has pair, warm, labels, training, subject (evaluate.provider" in one_line(capsys)
+    said = one_line(capsys)
+    assert "needs 'judge'; a run has pair, warm, labels, training, subject, study (evaluate.provider" in said
 
 
 def test_the_documentation_lists_every_probe():
