@@ -30,6 +30,7 @@ from nla_jax.probes.hidden_codes import statements
 from nla_jax.probes.linear import logistic
 from nla_jax.runtime.distributed import to_host
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import write_atomically
 from nla_jax.subject import Subject, activations_at
 
 FILE = "confidence.json"
@@ -165,8 +166,6 @@ class Confidence:
 
     def write(self, file: AnyPath) -> None:
         """Writes it as JSON."""
-        from nla_jax.runtime.metrics import write_atomically  # with TensorBoard's writer, which who reads does not need
-
         write_atomically(file, json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n")
 
     @classmethod

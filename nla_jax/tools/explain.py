@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
 from nla_jax.subject import ROWS, SINK, Subject, activations_at, attention_sinks, extract, load_subject
-from nla_jax.tools.claims import ClaimReader
 
 RELEASED = {  # of the subjects of released pairs, whose sidecars do not say it: as the reference's examples print it
     ("qwen2.5-7b-instruct", 20): 0.7335,
@@ -152,10 +151,10 @@ def calibrated(pair: Pair, subject: Subject, documents: Sequence[tuple[str, str]
 
 
 def explain_rows(
-    pair: Pair, found: Iterable[Activations], sampling: Sampling, claims: ClaimReader | None = None
+    pair: Pair, found: Iterable[Activations], sampling: Sampling, claims: Callable | None = None
 ) -> Iterator[list[dict]]:
     """For each batch of activations its rows: `document, position, token, role, explanation, cut, cosine, fve`, and
-    `claims` where they are asked for (`tools.claims`).
+    `claims` where a function is given that reads them (`ClaimReader.read` of tools/claims.py).
 
     `cut`: the text had not ended at the limit. fve = 1 - mse / variance, with the variance of the pair's training
     activations (None where its sidecar records none). Where there is no text there is no score."""
@@ -172,7 +171,7 @@ def explain_rows(
             scores = pair.score([said[i].text for i in written], vectors[written]) if written else {}
             of = {i: {name: float(values[j]) for name, values in scores.items()} for j, i in enumerate(written)}
             more = {"max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, **options}
-            made = claims.read(pair, activations[rows.start : rows.stop], said, **more) if claims else []
+            made = claims(pair, activations[rows.start : rows.stop], said, **more) if claims else []
             yield [
                 {
                     "document": activations.doc_ids[row],

@@ -77,7 +77,6 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.io.pairs import place_of
     from nla_jax.pair import load_pair
     from nla_jax.runtime.compiler import enable_compile_cache
-    from nla_jax.tools.claims import claim_reader
     from nla_jax.tools.explain import (
         Sampling,
         calibrated,
@@ -108,7 +107,9 @@ def run(arguments: argparse.Namespace) -> None:
         total = expected_rows(subject, material, tokens)
     claims = None
     if arguments.confidence is not None:
-        claims = claim_reader(pair, arguments.pair, arguments.confidence, arguments.labeller, subject)
+        from nla_jax.tools.claims import claim_reader  # which loads what only training needs
+
+        claims = claim_reader(pair, arguments.pair, arguments.confidence, arguments.labeller, subject).read
     batches = counted(explain_rows(pair, found, sampling, claims), total, arguments.max_new_tokens)
     write(batches, out, arguments.json, spelt)
 
