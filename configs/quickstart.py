@@ -116,7 +116,7 @@ QUICKSTART = {
         "heldout_every": 10,
         "heldout_rows": 256,
         # Is it still true, and would another reader understand it? On documents that RL does not see (docs/probes.md).
-        "probe_every": 18,
+        "probe_every": 0,  # steps between rounds of probes in training; they set documents aside (docs/probes.md)
         "probe_rows": 256,
         "keep_best": {},  # or weights of their figures, such as {"fve_rl": 1, "true_after_rl": 1}: which pair is kept
     },
@@ -145,7 +145,6 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
         "heldout_every": 4,
         "heldout_rows": 64,
         "heldout_temperature": 0.0,
-        "probe_every": 0,
     },
     "evaluate": {
         "rows": 64,
