@@ -5,10 +5,12 @@ import random
 import re
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 
-from nla_jax.labels.extractive import BLANK, WINDOW, Extractive
+from nla_jax.labels.extractive import BLANK, WINDOW, Extractive, true_share
 from nla_jax.labels.labeller import Claim, LabelRow
+from nla_jax.objective import Scored, truthful
 
 
 def label(texts):
@@ -176,3 +178,25 @@ def test_claims_of_texts_that_a_verbalizer_might_write():
 )
 def test_what_is_true_of_a_text(kind, value, true):
     assert Extractive().true(Claim(kind, value), LabelRow(NUMPY_DOC, "", 0, "", "")) is true
+
+
+def test_true_claims_can_be_paid_for():
+    """The share of a text's claims that hold is a feature, and `truthful` adds it to the reward."""
+    ends = ["The river turns north at the old mill", "Every function in this module returns a new list and"]
+    labels = Extractive().label([LabelRow(text, "", 0, "", "a") for text in ends])
+    rows = [{"text": ends[0]}, {"text": ends[1]}, {"text": ends[0]}, {"text": ends[0]}]
+    found = true_share([labels[0], labels[1], labels[1], "nothing of that kind"], rows)
+    claims = Extractive().claims(labels[1])
+    held = [Extractive().true(claim, LabelRow(ends[0], "", 0, "", "a")) for claim in claims]
+    assert 0 < len(claims) and sum(held) < len(held)
+    assert found["truth"].tolist() == pytest.approx([1, 1, sum(held) / len(held), 0])
+    scored = Scored(
+        mse=np.array([0.5, 0.5, 0.5, 2.0]),
+        cosine=np.zeros(4),
+        valid=np.array([True, True, True, False]),
+        mask=np.ones((4, 1), bool),
+        logprobs=np.zeros((4, 1)),
+        features=found,
+    )
+    rewards = np.asarray(truthful(scored))
+    assert rewards[0] == rewards[1] > rewards[2] and rewards[0] == pytest.approx(-0.3) and rewards[3] == -2
