@@ -283,10 +283,11 @@ class Calls:
     def _steering(self) -> dict:
         edits = (None, 3, "ab", ("river",), ("", "x"), ("sea", "x"), (1, 2), (None, None), ("a", "b", "c"), b"ab", {})
         strengths = ("a", None, [], ["x"], float("nan"), [float("inf")], [True], 10**400, 1j, [[0.5]], {}, b"1")
+        numbers = [odd for odd in odd_number(-(1 << 31), (np.int64(-1),), most=30) if odd[0] != "None"]
         return {
             "text": (TEXTS[0], odd_values((), (None, 3, [], ["x"], b"x", "", "\ud83d"), ("x", " \n", "a\0b"))),
             "edit": (("river", "lake"), odd_values((["river", "lake"],), edits, (("river", ""), ("r", "r")))),
-            "token": (-1, odd_number(-(1 << 31), (np.int64(-1),), most=30)),
+            "token": (-1, [*odd_values((None,)), *numbers]),  # None: the last
             "explanation": ("The river turns.", odd_values((), (3, "", b"x", ["The river"], {}), (None, "river"))),
             "strengths": ((0.5,), odd_values(([0.5], 0.5, np.float32(0.5), np.array([0.5])), strengths, (-1, 0, 1e30))),
             "new_tokens": (3, odd_number(1, (np.int64(3),))),

@@ -152,7 +152,7 @@ def talkative(params: dict, tokenizer) -> dict:
     return params
 
 
-CORE = 3  # tests of a file, with --core
+CORE = 1  # tests of a file, with --core
 
 
 def pytest_addoption(parser):

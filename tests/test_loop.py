@@ -212,7 +212,7 @@ def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corp
     ours, theirs = ([p for p in page["probes"] if p["name"] not in lacking] for page in (before, after))
     assert ours == theirs and len(ours) > 15
     for old, new in zip(before["examples"], after["examples"]):
-        assert old["context"] and new == old | {"context": "", "token": "", "after": ""}
+        assert old["context"] and new == old | {"context": "", "token": "", "after": "", "kinds": []}
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
 
     other = copy_before(tmp_path / "run", tmp_path, "sft")

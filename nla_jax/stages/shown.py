@@ -60,7 +60,8 @@ class Shown:
         return [first[i] for i in np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
 
     def _row(self, i: int) -> dict:
-        kinds = [kind_of(self.tokens[i]), f"spoken by the {self.role[i]}" if self.role[i] else ""]
+        token = self.tokens[i]  # "" where the rows came without texts
+        kinds = [kind_of(token) if token else "", f"spoken by the {self.role[i]}" if self.role[i] else ""]
         scores = {name: float(values[i]) for name, values in self.scores.items()}
         return {name: texts[i] for name, texts in self.said.items()} | scores | {"kinds": [k for k in kinds if k]}
 
