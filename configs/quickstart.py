@@ -115,8 +115,9 @@ QUICKSTART = {
         "checkpoint_every": 20,
         "heldout_every": 10,
         "heldout_rows": 256,
-        # Is it still true, and would another reader understand it? On documents that RL does not see (docs/probes.md).
-        "probe_every": 0,  # steps between rounds of probes in training; they set documents aside (docs/probes.md)
+        # Steps between rounds of probes: is it still true, and would another reader understand it? They are of documents
+        # that RL then does not see (docs/probes.md).
+        "probe_every": 0,
         "probe_rows": 256,
         "keep_best": {},  # or weights of their figures, such as {"fve_rl": 1, "true_after_rl": 1}: which pair is kept
     },

@@ -183,10 +183,10 @@ def steer_along(
     Raises `InputError` for directions of another width or not finite, and for a subject on several devices."""
     if not isinstance(along, Mapping):
         raise InputError(f"along must be a mapping of names to directions; found {along!r:.50}.")
+    strengths, new_tokens = _strengths(strengths), whole_number("new_tokens", new_tokens, 1)
     ids, position = read(subject, text, token)
     h = activations_at(subject, [ids], [[position]], ["0"]).vectors[0]
-    new_tokens = whole_number("new_tokens", new_tokens, 1)
-    return steer_tokens(subject, ids, position, h, along, _strengths(strengths), new_tokens)
+    return steer_tokens(subject, ids, position, h, along, strengths, new_tokens)
 
 
 def steer_tokens(

@@ -179,6 +179,20 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium. Where there is none, tests that ask for it are skipped."""
+    from playwright.sync_api import sync_playwright
+
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("There is no Chromium: install it (apt-get install chromium), or name it in CHROMIUM.")
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
 MOST_MAPS = 15_000  # Linux allows a process 65,530
 
 

@@ -1,28 +1,15 @@
 """The report page in a real browser. Without one these tests are skipped, and pytest and .ci/run say so."""
 
 import copy
-import os
-import shutil
 
 import pytest
 from fake_report import fake_data
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from nla_jax.tools.report.page import render
 from nla_jax.tools.report.report import Report
 
 HOSTILE = '<img src=x onerror="hacked=1"><script>hacked=1</script></script><b>bold</b>'
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("There is no Chromium: install it (apt-get install chromium), or name it in CHROMIUM.")
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import os
-import shutil
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from test_serve import CHAT, running, within
 
 from nla_jax.serve import actions
@@ -16,17 +14,6 @@ from nla_jax.serve.worker import Worker
 
 TEXT = "The river turns north.\nOnly bread is left."
 HOSTILE = '<img src=x onerror="hacked=1"><script>hacked=1</script></script><b>bold</b> {{SCRIPT}}'
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("There is no Chromium: install it (apt-get install chromium), or name it in CHROMIUM.")
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture

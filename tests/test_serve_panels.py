@@ -17,9 +17,7 @@ from nla_jax.subject import extract
 
 ROW = 4
 HOSTILE = "<b>bold</b><script>hacked=1</script>"
-browser, desk, address, opened = (
-    getattr(test_serve_browser, name) for name in ("browser", "desk", "address", "opened")
-)  # fixtures
+desk, address, opened = (getattr(test_serve_browser, name) for name in ("desk", "address", "opened"))  # fixtures
 
 
 @pytest.fixture

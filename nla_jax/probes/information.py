@@ -26,15 +26,16 @@ MULTIPLE = 256  # tokens that are scored together are padded to a multiple of it
 TIED = 1e-6  # bits a token by which two scores may differ, and count as equal
 
 
+def _labels(name: str) -> dict[str, str]:
+    """What the three scores of `_gains` are called."""
+    return {name: "own text", f"{name}_shuffled": "text of another document", f"{name}_difference": "difference"}
+
+
 @probe(
     "What the explanation says of the words that follow",
     needs=("pair", "subject"),
     unit="bits a token that the subject gains",
-    labels={
-        "suffix_gain": "own text",
-        "suffix_gain_shuffled": "text of another document",
-        "suffix_gain_difference": "difference",
-    },
+    labels=_labels("suffix_gain"),
 )
 def suffix_prediction(context: Context) -> dict[str, np.ndarray]:
     """By how many bits a token the subject expects the words that truly come next more with the explanation in its prompt
@@ -46,11 +47,7 @@ def suffix_prediction(context: Context) -> dict[str, np.ndarray]:
     "What the explanation says of the text before",
     needs=("pair", "subject"),
     unit="bits a token that the subject gains",
-    labels={
-        "source_gain": "own text",
-        "source_gain_shuffled": "text of another document",
-        "source_gain_difference": "difference",
-    },
+    labels=_labels("source_gain"),
 )
 def source_gain(context: Context) -> dict[str, np.ndarray]:
     """By how many bits a token the subject expects the end of the text, up to the activation's token, more with the

@@ -30,12 +30,10 @@ class Report:
     stages: Mapping[str, Mapping]  # of each stage: how it was made, with its command, date, versions, commit, devices
     open_with: Mapping[str, str]  # commands that open the pair, by what they show
     probes: Sequence[Mapping]  # what `probes.probe.figures` gives
-    examples: Sequence[
-        Mapping
-    ]  # document, context, token, after, kinds; the TEXTS; of the TAGS those that were measured
-    documents: (
-        Sequence[Mapping] | None
-    )  # document, text, tokens, and rows (start, end, place, and as above); None: not kept
+    # document, context, token, after, kinds; the TEXTS; of the TAGS those that were measured
+    examples: Sequence[Mapping]
+    # document, text, tokens, and rows (start, end, place, and as above); None: not kept
+    documents: Sequence[Mapping] | None
     history: Sequence[Mapping]  # of each RL step: `step`, from 1, and its metrics; figures of probes begin at step 0
     losses: Mapping[str, Sequence[Mapping]]  # the same of each training loop before RL
 
