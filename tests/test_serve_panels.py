@@ -155,6 +155,23 @@ def test_claims_are_weighed_under_the_pointer_and_by_keys(opened, desk, talking,
     assert worth(offline) == worth(tab)
 
 
+def test_a_pointer_that_rests_takes_nothing_from_the_keys(opened, desk, talking):
+    """Where the panel is drawn again beneath it, it enters another claim without having moved."""
+    tab = opened()
+    read(tab)
+    tab.locator(".token").nth(ROW).click()
+    claim = tab.locator(".said").first.get_by_role("listitem").nth(1)
+    claim.hover()
+    expect(claim).to_contain_text("without it: FVE ", timeout=20_000)  # so nothing more is asked for this pair
+    tab.evaluate("""() => {
+        const [ours, other] = [...document.querySelectorAll(".said")].map((said) => said.querySelectorAll("li"));
+        other[0].focus();
+        ours[1].dispatchEvent(new MouseEvent("mouseenter"));
+    }""")
+    other = tab.locator(".said").nth(1).get_by_role("listitem").first
+    expect(other).to_contain_text("without it: FVE ", timeout=20_000)
+
+
 def test_the_nearest_training_activations(trained, opened, desk, talking, tmp_path):
     tab = opened()
     read(tab)

@@ -12,7 +12,6 @@ const gauge = (name, value) => [
 ];
 
 const LINGER = 150; // milliseconds over a claim before its worth is asked for
-let lingering = 0;
 
 // What the claims of an explanation are worth to the reconstructor; asked for once a claim has the pointer, or the focus.
 function weigh(pair, row) {
@@ -20,6 +19,13 @@ function weigh(pair, row) {
   demand(`ablate ${pair} ${row}`, { do: "ablate", row, pair }, ({ ablations }) => {
     state.ablations[pair][row] = ablations;
   }, () => drawPanels({ ablations: true, row }));
+}
+
+// Asks once something has stayed where it is; the pointer and the focus each have one, and do not disturb each other.
+function lingering(pair, row) {
+  let timer = 0;
+  const leave = () => clearTimeout(timer);
+  return { enter: () => { leave(); timer = setTimeout(() => weigh(pair, row), LINGER); }, leave };
 }
 
 function worth(pair, row, index) {
@@ -31,9 +37,9 @@ function worth(pair, row, index) {
 
 function claimLine({ kind, value, true: holds }, pair, row, index) {
   const [mark, css, said] = { true: ["✓", "yes", "true"], false: ["✗", "no", "false"], null: ["·", "", "not checked"] }[holds];
-  const linger = () => { clearTimeout(lingering); lingering = setTimeout(() => weigh(pair, row), LINGER); };
+  const pointer = lingering(pair, row), focus = lingering(pair, row);
   const line = { tabindex: 0, "data-key": `claim ${pair} ${index}`, title: state.ablations[pair][row]?.[index].text,
-    mouseenter: linger, focus: linger, mouseleave: () => clearTimeout(lingering) };
+    mouseenter: pointer.enter, mouseleave: pointer.leave, focus: focus.enter, blur: focus.leave };
   return element("li", line, element("span", { class: css, role: "img", "aria-label": said, title: said }, mark),
     element("span", { class: "kind" }, kind),
     element("span", {}, value, element("span", { class: "worth meta" }, worth(pair, row, index))));
