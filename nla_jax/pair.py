@@ -36,6 +36,7 @@ from nla_jax.runtime.distributed import from_writer, is_writer, to_host
 from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.user_input import (
     of_class,
+    padded_limit,
     padded_rows,
     row_number,
     sampling,
@@ -159,7 +160,8 @@ class Pair:
         parts = [vectors[start : start + batch] for start in range(0, len(vectors), batch)]
         with self._on_mesh() as mesh:
             sampler, found = self.sampler, []
-            rows = batch if len(parts) > 1 else padded_rows(len(vectors), batch, mesh)
+            # A CPU multiplies by two rows sooner than by one.
+            rows = batch if len(parts) > 1 else max(2, padded_rows(len(vectors), batch, mesh))
 
             def sample(i: int) -> Rollout:
                 padding = [(0, rows - len(parts[i])), *[(0, 0)] * (vectors.ndim - 1)]
@@ -169,8 +171,9 @@ class Pair:
                     place_batch(mesh, np.pad(parts[i], padding, mode="edge")),
                     jax.random.key(seed),
                     first + i * batch,
+                    limit,
                     group=1,
-                    max_new_tokens=limit,
+                    max_new_tokens=padded_limit(limit),
                     temperature=temperature,
                 )
 

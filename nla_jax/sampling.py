@@ -166,12 +166,15 @@ def rollout(
     vectors: Float[Array, "A *n D"],
     rng: Array,
     first_row: Int[Array, ""] | int = 0,
+    limit: Int[Array, ""] | int | None = None,
     *,
     group: int,
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> Rollout:
     """`group` responses for each activation, at most `max_new_tokens` tokens; the loop ends when every row has ended.
+
+    `limit` (None: `max_new_tokens`) cuts responses earlier. One compiled program serves all limits.
 
     On a mesh `params` must be laid out by `decoding_layout`. Row i draws from `fold_in(rng, first_row + i)`: the text
     does not depend on how a batch is cut or sharded. Raises `InputError` for a number that means nothing."""
@@ -188,7 +191,7 @@ def rollout(
     cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x
     params = jax.tree_util.tree_map_with_path(cast, params)  # adapters: once, not for every token
     past, first = dataclasses.replace(verbalizer, model=model).read_prompt(params, cut_batch(vectors, rules=DECODE))
-    decoder = _Decoder(model, verbalizer.end, verbalizer.prompt_length, max_new_tokens, temperature)
+    decoder = _Decoder(model, verbalizer.end, verbalizer.prompt_length, max_new_tokens, temperature, limit=limit)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(len(vectors) * group))
     return decoder.respond(params, keys, past, jnp.repeat(first, group, axis=0))
 
@@ -247,19 +250,20 @@ def _read(
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """The decode loop: `limit` tokens at most, the first at position `start`; `real [B, start]` marks what is no
-    padding in the prompts (None: all of it)."""
+    """The decode loop: `length` tokens at most, the first at position `start`; `real [B, start]` marks what is no
+    padding in the prompts (None: all of it). It ends after `limit` tokens (None: `length`)."""
 
     model: Transformer
     end: int
     start: int
-    limit: int
+    length: int
     temperature: float
     real: Array | None = None
+    limit: Array | int | None = None
 
     def respond(self, params: dict, keys: Array, past: list, first: Float[Array, "B D"]) -> Rollout:
         """Responses to prompts whose keys and values are `past`; `first` predicts their first token."""
-        B, R = len(first), self.limit
+        B, R = len(first), self.length
         empty = Rollout(
             tokens=jnp.full((B, R), self.end, jnp.int32),
             logprobs=jnp.zeros((B, R)),
@@ -302,7 +306,8 @@ class _Decoder:
             hidden, cache = apply(x, past, cache, self.start, t - 1, self.real, method="decode")
             return t + 1, self.write(state, t, *self.sample(params, keys, t, hidden[:, 0])), cache
 
-        running = lambda carry: (carry[0] < self.limit) & ~jnp.all(carry[1].finished)
+        limit = self.length if self.limit is None else self.limit
+        running = lambda carry: (carry[0] < limit) & ~jnp.all(carry[1].finished)
         with jax.named_scope("decode"):
             return jax.lax.while_loop(running, step, (jnp.int32(1), state, cache))[1]
 

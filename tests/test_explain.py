@@ -73,6 +73,8 @@ def test_every_token_of_a_text(explain, place):
         if row["explanation"]:
             assert row["cosine"] == pytest.approx(scores["cosine"][i], abs=1e-5)
             assert row["fve"] == pytest.approx(1 - scores["mse"][i] / 0.7, abs=1e-4)
+    of_tokens = pair.score([row["token"].strip() for row in rows], acts.vectors)["mse"]
+    np.testing.assert_allclose([row["fve_token"] for row in rows], 1 - of_tokens / 0.7, atol=1e-4)
     again, _ = explain("--text", TEXT, "--tokens", "all", "--batch", 3)
     assert [row["explanation"] for row in again] == texts
 
@@ -83,6 +85,12 @@ def test_there_is_no_score_without_a_text(explain):
     assert f"{len(rows)} of {len(rows)} responses hold no explanation" in said
     shown, _ = explain("--text", TEXT, "--max-new-tokens", 1, json_rows=False)
     assert "(no explanation)" in shown and "FVE" not in shown
+
+
+def test_a_score_is_shown_beside_that_of_the_token_alone(explain):
+    (row,), _ = explain("--text", TEXT)
+    shown, _ = explain("--text", TEXT, json_rows=False)
+    assert f"FVE {row['fve']:.2f} (its token alone: {row['fve_token']:.2f})" in shown
 
 
 def test_cut_texts_are_kept_marked_and_counted(explain):

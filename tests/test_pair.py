@@ -24,8 +24,9 @@ from nla_jax.losses import reconstructor_loss
 from nla_jax.models.sharding import make_mesh
 from nla_jax.pair import HEAD, Pair, Training, load_pair, new_pair
 from nla_jax.probes.fidelity import derangement
+from nla_jax.runtime.compiler import compilations
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import similar_lengths
+from nla_jax.runtime.user_input import padded_limit, similar_lengths
 from nla_jax.subject import extract, load_subject
 
 TEXTS = ["The river turns north.", "By noon the fish are gone and only bread is left.", "é", ""]
@@ -209,6 +210,24 @@ def test_any_number_of_rows_gives_the_rows_of_the_whole(pair, vectors, count):
     options = SAMPLE | {"max_new_tokens": 12}
     assert pair.verbalize(many[:count], **options) == pair.verbalize(many, **options)[:count]
     close(pair.reconstruct((TEXTS * 2)[:count]), pair.reconstruct(TEXTS * 2)[:count], 1e-5)
+
+
+def test_other_limits_find_the_program_compiled(pair, vectors):
+    """And a text that is cut earlier is the beginning of the longer one."""
+    whole = pair.explain(vectors, 20, seed=3)
+    assert any(not x.cut for x in whole) and len({x.text for x in whole}) > 1
+    with compilations() as compiled:
+        cut = {limit: pair.explain(vectors, limit, seed=3) for limit in (1, 5, 25)}
+    assert not compiled
+    assert all(a == b for a, b in zip(cut[25], whole) if not b.cut)
+    for limit in (1, 5):
+        assert all(b.text.startswith(a.text) for a, b in zip(cut[limit], whole))
+        assert any(a.cut and not b.cut for a, b in zip(cut[limit], whole))
+
+
+@pytest.mark.parametrize("limit, length", [(1, 25), (25, 25), (26, 50), (100, 100), (150, 200), (200, 200), (201, 400)])
+def test_lengths_of_which_programs_are_compiled(limit, length):
+    assert padded_limit(limit) == length
 
 
 @pytest.mark.parametrize("factor", [1e37, 1e-30, 1e-200, 1e200], ids=str)

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from nla_jax.runtime.errors import InputError
 
 LAST_ROW = 1 << 30
+USUAL = 200  # new tokens: the limit where nobody gives another
 ATTENDED = 64 << 20  # pairs of positions that one program attends over, at most: 64 rows of 1024 tokens
 
 
@@ -157,3 +158,14 @@ def padded_rows(n: int, batch: int, mesh: Mesh | AbstractMesh) -> int:
     and on a mesh a multiple of its devices."""
     rows, devices = min(batch, 1 << max(n - 1, 0).bit_length()), max(mesh.size, 1)
     return -(-rows // devices) * devices
+
+
+def padded_limit(max_new_tokens: int) -> int:
+    """The length for which a sampling program is compiled, given a limit: `USUAL` tokens, or that halved or doubled
+    until the limit just fits. Limits that are near each other share a program."""
+    length = USUAL
+    while max_new_tokens <= length // 2 and length % 2 == 0:
+        length //= 2
+    while max_new_tokens > length:
+        length *= 2
+    return length

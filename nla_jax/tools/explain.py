@@ -153,11 +153,12 @@ def calibrated(pair: Pair, subject: Subject, documents: Sequence[tuple[str, str]
 def explain_rows(
     pair: Pair, found: Iterable[Activations], sampling: Sampling, claims: Callable | None = None
 ) -> Iterator[list[dict]]:
-    """For each batch of activations its rows: `document, position, token, role, explanation, cut, cosine, fve`, and
-    `claims` where a function is given that reads them (`ClaimReader.read` of tools/claims.py).
+    """For each batch of activations its rows: `document, position, token, role, explanation, cut, cosine, fve,
+    fve_token`, and `claims` where a function is given that reads them (`ClaimReader.read` of tools/claims.py).
 
     `cut`: the text had not ended at the limit. fve = 1 - mse / variance, with the variance of the pair's training
-    activations (None where its sidecar records none). Where there is no text there is no score."""
+    activations (None where its sidecar records none). `fve_token` is a control: the FVE where the AR reads the row's
+    token alone (None for vectors, which have none). Where there is no text there is no score."""
     variance, first = training_variance(pair), itertools.count()
     for activations in found:
         for start in range(0, len(activations), sampling.batch):
@@ -167,9 +168,8 @@ def explain_rows(
             numbers = [next(first) for _ in rows]
             options = {"batch": sampling.batch, "first": numbers[0]}
             said = pair.explain(vectors, sampling.max_new_tokens, sampling.temperature, sampling.seed, **options)
-            written = [i for i, explanation in enumerate(said) if explanation.text]
-            scores = pair.score([said[i].text for i in written], vectors[written]) if written else {}
-            of = {i: {name: float(values[j]) for name, values in scores.items()} for j, i in enumerate(written)}
+            tokens = activations.tokens[rows.start : rows.stop]
+            scores = measured(pair, [x.text for x in said], tokens, vectors, variance)
             more = {"max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, **options}
             made = claims(pair, activations[rows.start : rows.stop], said, **more) if claims else []
             yield [
@@ -180,12 +180,34 @@ def explain_rows(
                     "role": activations.roles[row],
                     "explanation": said[i].text,
                     "cut": said[i].cut,
-                    "cosine": of[i]["cosine"] if i in of else None,
-                    "fve": 1 - of[i]["mse"] / variance if i in of and variance else None,
                 }
+                | scores[i]
                 | ({"claims": made[i]} if claims else {})
                 for i, row in enumerate(rows)
             ]
+
+
+def measured(
+    pair: Pair, texts: list[str], tokens: list[str], vectors: np.ndarray, variance: float | None
+) -> list[dict[str, float | None]]:
+    """`cosine`, `fve` and `fve_token` of each row: of its text, and of its token in place of the text. None where there
+    is no text, no token, or no variance."""
+    read = [(i, "text", text) for i, text in enumerate(texts) if text]
+    read += [(i, "token", token.strip()) for i, token in enumerate(tokens) if token]
+    found = pair.score([text for *_, text in read], vectors[[i for i, *_ in read]]) if read else {}
+    score = {(i, of): j for j, (i, of, _) in enumerate(read)}
+
+    def value(i: int, of: str, name: str) -> float | None:
+        return float(found[name][score[i, of]]) if (i, of) in score else None
+
+    def fve(i: int, of: str) -> float | None:
+        mse = value(i, of, "mse")
+        return None if mse is None or not variance else 1 - mse / variance
+
+    return [
+        {"cosine": value(i, "text", "cosine"), "fve": fve(i, "text"), "fve_token": fve(i, "token")}
+        for i in range(len(texts))
+    ]
 
 
 def note_sinks(pair: Pair, activations: Activations, rows: range, vectors: np.ndarray) -> None:

@@ -246,6 +246,7 @@ def show(batches: Iterator[list[dict]], spelt: Callable[[dict], str]) -> None:
 def spelt(row: dict) -> str:
     """A row as people read it."""
     fve = "FVE unknown" if row["fve"] is None else f"FVE {row['fve']:.2f}"
+    fve += "" if row["fve"] is None or row["fve_token"] is None else f" (its token alone: {row['fve_token']:.2f})"
     score = "" if row["cosine"] is None else f"   {fve}, cosine {row['cosine']:.2f}"
     place = f"[{row['position']}] {row['token']!r}" if row["token"] else f"{row['document']}[{row['position']}]"
     text = row["explanation"] or "(no explanation)"
@@ -271,7 +272,7 @@ def write_parquet(batches: Iterator[list[dict]], out: Path) -> None:
 
     claim = pa.struct([("text", pa.string()), ("kind", pa.string()), ("confidence", pa.float64())])
     kinds = {"position": pa.int32(), "cut": pa.bool_(), "claims": pa.list_(claim)}
-    kinds |= dict.fromkeys(("cosine", "fve", "norm_ratio"), pa.float64())
+    kinds |= dict.fromkeys(("cosine", "fve", "fve_token", "norm_ratio"), pa.float64())
     first = next(batches)
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in first[0]])
     batches = itertools.chain([first], batches)
