@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nla_jax.config import Config, read, settings
-from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line, silence_unfinished_work
+from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line, handle_unraisable
 
 DEFAULT_CONFIG = "configs/quickstart.py"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # why a file cannot become larger
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         parse(argv, arguments)
         if (here := os.getcwd()) not in sys.path:
             sys.path.append(here)  # a config may name functions of the user's, by import path
-        silence_unfinished_work()
+        handle_unraisable()
         with sigterm_raises():
             importlib.import_module(VERBS[arguments.verb][0]).run(arguments)
         return 0

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,12 +21,12 @@ from absl import logging
 from conftest import CONFIG, LOOP, copy_before, flip, nla_main, one_line
 
 import nla_jax as nla
-from nla_jax.cli import load_config, main, sentence
+from nla_jax.cli import load_config, main, sentence, sigterm_raises
 from nla_jax.data.corpus import Document
 from nla_jax.io import hub
 from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime import notes
-from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.errors import InputError, Terminated, handle_unraisable
 from nla_jax.stages.check import check_batches, check_documents, check_functions
 from nla_jax.study import Study
 from nla_jax.subject import subject_config
@@ -302,6 +303,24 @@ def test_ctrl_c_while_the_process_ends_is_no_error(tmp_path):
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, b"") and b"rl.steps" in ended.stdout
+
+
+@pytest.mark.parametrize("number, raised", [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_in_a_destructor_is_not_lost(number, raised, monkeypatch):
+    """Python prints the exception that a handler raises there, and goes on."""
+
+    class Unlucky:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handle_unraisable()
+    survived = False
+    with sigterm_raises(), pytest.raises(raised):
+        Unlucky()
+        survived = True
+        time.sleep(30)
+    assert survived
 
 
 def test_a_full_disk_is_said_with_its_cure():

@@ -24,7 +24,7 @@ from nla_jax.config import Config, completed, is_free
 from nla_jax.joint_step import JointStep, SupervisedStep
 from nla_jax.models.sharding import make_mesh, shardings
 from nla_jax.runtime.checkpoint import Checkpoints, _weighted, differences
-from nla_jax.runtime.errors import InputError, Stopped, silence_unfinished_work
+from nla_jax.runtime.errors import InputError, Stopped, handle_unraisable
 from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
 from nla_jax.runtime.run import free_until_finished
 from nla_jax.stages import sft
@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "__unraisablehook__", traces.append)
     monkeypatch.setattr(sys, "unraisablehook", traces.append)
     monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.ERROR)
-    silence_unfinished_work()
+    handle_unraisable()
     for _ in range(5):
         checkpoints = Checkpoints(tmp_path, every=1)
         with pytest.raises(InputError, match="File too large") as error, full_disk(8000), checkpoints:

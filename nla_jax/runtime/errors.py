@@ -1,7 +1,9 @@
 """The exceptions that a user reads as one sentence."""
 
 import logging
+import signal
 import sys
+import threading
 from typing import Any
 
 
@@ -14,14 +16,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def silence_unfinished_work() -> None:
-    """For a process that ends with a sentence: drops the traces that Python would print around it because, after the
-    first error, Orbax and TensorBoard fail in what they still have under way."""
+def handle_unraisable() -> None:
+    """Handles errors that Python only prints, because they arise where none can be raised (in destructors, say).
+
+    A signal that arrives there is sent again: the exception that should end the process would be lost. Of a process that
+    ends with a sentence, this drops the traces of what Orbax and TensorBoard still have under way."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unless_unfinished_work
+    sys.unraisablehook = _handled
 
 
-def _unless_unfinished_work(event: Any) -> None:
+def _handled(event: Any) -> None:
+    if number := SIGNALS.get(event.exc_type):
+        main, handler = threading.main_thread().ident, signal.getsignal(number)
+        again = lambda: signal.getsignal(number) is handler and signal.pthread_kill(main, number)
+        timer = threading.Timer(0.05, again)  # the destructor has ended by then
+        timer.daemon = True
+        timer.start()
+        return
     source = event.exc_traceback.tb_frame.f_code.co_filename if event.exc_traceback else ""
     if not any(f"/{package}/" in source for package in ("asyncio", "orbax", "tensorboardX")):
         sys.__unraisablehook__(event)
@@ -41,3 +52,6 @@ class Stopped(RuntimeError):
 class Terminated(BaseException):
     """Raised on SIGTERM outside a training loop. A BaseException, so that a library's `except Exception` cannot swallow
     it."""
+
+
+SIGNALS = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}  # what their handlers raise
