@@ -202,6 +202,7 @@ def fake_data(steps: int = 300, seed: int = 0) -> dict:
             "injection_scale": None,
         },
         "seconds": {"pretrain": 412.7, "extract": 11.2, "sft": 93.4, "rl": 633.1, "evaluate": 41.9},
+        "seconds_by_probe": {"extraction": 0.01, "after_rl": 22.5, "warm_start": 12.3},
         "history": fake_history(steps, rng),
         "probes": fake_probes(rng),
         "examples": fake_examples(rng),

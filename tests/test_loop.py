@@ -58,7 +58,12 @@ def test_summary_report_and_pair(finished):
     assert summary["fve_rl_ci95"][0] <= summary["fve_rl"] <= summary["fve_rl_ci95"][1] <= 1
     assert summary["logprob_gap_max"] < 1e-4
     assert set(summary["seconds_by_stage"]) == set(LOOP) - {"report"}
+    record, config = (json.loads((finished / name).read_text()) for name in ("stages/evaluate.json", "config.json"))
+    seconds = record["result"]["seconds_by_probe"]
+    assert list(seconds) == [path.rpartition(":")[2] for path in config["evaluate"]["probes"]]
+    assert 0 < sum(seconds.values()) <= record["seconds"] and all(value >= 0 for value in seconds.values())
     page = (finished / "report.html").read_text()
+    assert "Seconds of each probe" in page
     rows = load_rows(finished, "heldout")
     assert any(id in page for id in rows.column("doc_id"))
     assert "http://" not in page.replace("http://www.w3.org", "") and "src=" not in page

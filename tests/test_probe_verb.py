@@ -166,6 +166,8 @@ def test_a_finished_run_is_probed_without_its_evaluation(finished, corpus, tmp_p
     for name in ("after_rl", "hits", "surface_form", "suffix_prediction", "source_match"):
         table = pq.read_table(workdir / f"probes/{name}.parquet")
         assert len(table) == 16 and f"{name}: " in said
+        seconds = json.loads((workdir / f"probes/{name}.json").read_text())["seconds"]
+        assert seconds >= 0 and f"; {seconds:.1f} s)" in said
     same = pq.read_table(workdir / "evaluation/probes/after_rl.parquet").column("fve_rl").to_pylist()
     assert pq.read_table(workdir / "probes/after_rl.parquet").column("fve_rl").to_pylist() == pytest.approx(same)
     assert (workdir / "evaluation.json").read_bytes() == evaluated

@@ -188,6 +188,15 @@ class HeatMap(HTMLParser):
             self.strips[-1].append((text, self.token))
 
 
+def test_seconds_of_probes_are_shown_the_longest_first(html):
+    shown = text_of(html)
+    assert "Seconds of each probe" in shown
+    rows = ["after rl22.5", "warm start12.3", "extraction0.010", "total34.8"]
+    places = [shown.index(row) for row in rows]
+    assert places == sorted(places)
+    assert "Seconds of each probe" not in page_of(fake_data(steps=5) | {"seconds_by_probe": {}})
+
+
 def test_documents_are_heat_maps(html):
     documents, strips = fake_data()["documents"], HeatMap(html).strips
     assert len(strips) == len(documents) == 2
@@ -285,7 +294,7 @@ def test_strings_are_escaped(html, hostile):
 
     data = broken(fake_data(steps=5), replaced)
     data["figures"][hostile] = data["run"][hostile] = hostile
-    data["seconds"] = {hostile: 1.0}
+    data["seconds"] = data["seconds_by_probe"] = {hostile: 1.0}
     for row in data["history"]:
         row[hostile] = 1.0
     other = copy.deepcopy(data["probes"])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from nla_jax.io.parquet import read_table, write_table
 from nla_jax.labels.labeller import Labeller, make_labeller
 from nla_jax.models.sharding import host_mesh
 from nla_jax.pair import Pair, new_pair
-from nla_jax.probes.probe import Context, asks, chosen_probes, figures, load_probes, run_probe, told
+from nla_jax.probes.probe import Context, asks, chosen_probes, load_probes, measure
 from nla_jax.probes.provider import Provider, provider_of
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
@@ -43,16 +44,16 @@ def evaluate(run: Run) -> None:
         context = RunContext(run)
         if any(asks(probe) for _, probe in probes):
             context.provider.ready()
-        progress, scores, drawn = Progress("evaluate", len(probes)), {}, []
+        progress, scores, drawn, seconds = Progress("evaluate", len(probes)), {}, [], {}
         for function, probe in probes:
-            own, answers = run_probe(function, probe, context), told(probe, context)
+            own, found, seconds[probe.name] = measure(function, probe, context)
             if not own:
                 progress.update()
                 continue
             if is_writer():
                 ids = {"doc_id": context.column("doc_id")}
                 write_table(pa.table(ids | own), run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet")
-            drawn.append(figures(probe, own, context.documents, answers))
+            drawn.append(found)
             scores |= own
             progress.update()
         progress.close()
@@ -63,7 +64,17 @@ def evaluate(run: Run) -> None:
         shown, count = Shown(context, scores), run.config.evaluate.examples
         page = {"probes": drawn, "examples": shown.examples(count), "documents": shown.documents(min(count, DOCUMENTS))}
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
+        result["seconds_by_probe"] = seconds
+        tell_longest(seconds)
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def tell_longest(seconds: dict[str, float], count: int = 5) -> None:
+    """Says which probes took most of the time."""
+    longest = sorted(seconds, key=seconds.get, reverse=True)[:count]
+    if is_writer() and longest:
+        said = ", ".join(f"{name} {seconds[name]:.1f}" for name in longest)
+        print(f"evaluate: seconds of the longest of {len(seconds)} probes: {said}.", file=sys.stderr)
 
 
 TRAINING = 20_000  # rows of the warm start that baselines and linear probes are fitted to, at most

@@ -78,6 +78,7 @@ def gather(run: Run, evaluated: dict, state: str = "") -> Report:
         }
         | {name: result("rl")[name] for name in ("kept_step", "seconds_probes") if name in result("rl")},
         seconds={stage: made["seconds"] for stage, made in begun.items()},
+        seconds_by_probe=result("evaluate").get("seconds_by_probe", {}),
         stages=begun,
         open_with=commands(run),
         **evaluated,

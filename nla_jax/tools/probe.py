@@ -17,7 +17,7 @@ from nla_jax.fve import row_fve
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import write_table
 from nla_jax.pair import Pair
-from nla_jax.probes.probe import ASKS, Context, Probe, by_needs, figures, left_out, load_probes, run_probe, told
+from nla_jax.probes.probe import ASKS, Context, Probe, by_needs, left_out, load_probes, measure
 from nla_jax.probes.provider import Provider
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
@@ -34,11 +34,13 @@ HAS = ("pair", "subject")  # of `probes.probe.NEEDS`: what there is of a pair wi
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What a probe has found: `rows` holds the scores of each row, `figures` their means and intervals."""
+    """What a probe has found: `rows` holds the scores of each row, `figures` their means and intervals. `seconds`: what it
+    took."""
 
     probe: Probe
     rows: dict[str, Float[np.ndarray, "n"]]
     figures: dict  # see `probes.probe.figures`
+    seconds: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,14 +156,15 @@ def measured(
     if len(context.vectors) < FEW:
         note(f"There are only {len(context.vectors)} activations; intervals from fewer than {FEW} say little.")
     for function, one in probes:
-        rows = run_probe(function, one, context)
-        found = Measurement(one, rows, figures(one, rows, context.documents, told(one, context)))
-        if out and rows:
+        found = Measurement(one, *measure(function, one, context))
+        if out and found.rows:
             table = pa.table(
-                {"doc_id": context.column("doc_id"), "n_raw_tokens": context.column("n_raw_tokens")} | rows
+                {"doc_id": context.column("doc_id"), "n_raw_tokens": context.column("n_raw_tokens")} | found.rows
             )
             write_table(table, out / f"{one.name}.parquet")
-            write_atomically(out / f"{one.name}.json", json.dumps(found.figures, indent=1) + "\n")
+            write_atomically(
+                out / f"{one.name}.json", json.dumps(found.figures | {"seconds": found.seconds}, indent=1) + "\n"
+            )
         yield found
 
 

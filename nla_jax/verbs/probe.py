@@ -179,7 +179,7 @@ def show(found: Iterable, lacking: dict[str, str], out: AnyPath | None) -> None:
     silent = []
     for measurement in found:
         if is_writer():
-            print("\n".join(lines(measurement.figures)), flush=True)
+            print("\n".join(lines(measurement.figures, measurement.seconds)), flush=True)
         silent += [measurement.probe.name] * (not measurement.figures["scores"])
     if not is_writer():
         return
@@ -193,14 +193,14 @@ def show(found: Iterable, lacking: dict[str, str], out: AnyPath | None) -> None:
         print(f"Rows and intervals: {out}")
 
 
-def lines(figures: dict) -> Iterator[str]:
-    """The table of one probe: score, mean, 95 % interval."""
+def lines(figures: dict, seconds: float) -> Iterator[str]:
+    """The table of one probe: score, mean, 95 % interval; and the seconds that it took."""
     from nla_jax.tools.report.pieces import interval, written
 
     if not figures["scores"]:
         return
     unit = figures["unit"]
-    yield f"{figures['name']}: {figures['title']} ({figures['axis'] or 'score'}; {unit}; mean, 95 % interval)"
+    yield f"{figures['name']}: {figures['title']} ({figures['axis'] or 'score'}; {unit}; mean, 95 % interval; {seconds:.1f} s)"
     for score in figures["scores"]:
         yield f"  {score['label']:<48}  {written(score['mean'], unit):>9}  {interval(score['ci95'], unit)}"
     yield from (f"  {sentence}" for sentence in figures.get("answers", ()))

@@ -27,6 +27,7 @@ class Report:
     config: str  # every setting
     figures: Mapping[str, Any]  # those that are no scores; of them heldout_rows and heldout_documents
     seconds: Mapping[str, Number]  # of each stage
+    seconds_by_probe: Mapping[str, Number]  # of each probe of the evaluation; a text that several read counts once
     stages: Mapping[str, Mapping]  # of each stage: how it was made, with its command, date, versions, commit, devices
     open_with: Mapping[str, str]  # commands that open the pair, by what they show
     probes: Sequence[Mapping]  # what `probes.probe.figures` gives

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from .charts import known
 from .pieces import MISSING, table, written
 from .report import Report
 
@@ -29,7 +30,7 @@ def the_run(report: Report) -> str:
     tables = "".join(table((title, ""), [(k, written(v)) for k, v in rows.items()]) for title, rows in facts.items())
     commands = "\n".join(dict.fromkeys(made["command"] for made in report.stages.values() if made.get("command")))
     return (
-        f'<pre>{escape(commands)}</pre>{stages(report)}<div class="tables">{tables}</div>'
+        f'<pre>{escape(commands)}</pre>{stages(report)}{probes(report)}<div class="tables">{tables}</div>'
         f"<details><summary>Every setting</summary><pre>{escape(report.config)}</pre></details>"
     )
 
@@ -43,3 +44,17 @@ def stages(report: Report) -> str:
         rows.append((name, written(report.seconds.get(name)), *facts))
     rows.append(("total", written(sum(report.seconds.values())), *[""] * (1 + len(VERSIONS))))
     return table(("Stage", "seconds", "begun", *VERSIONS), rows)
+
+
+def probes(report: Report) -> str:
+    """What each probe of the evaluation took, the longest first."""
+    taken = {name: seconds for name, seconds in report.seconds_by_probe.items() if known(seconds)}
+    if not taken:
+        return ""
+    longest = sorted(taken, key=taken.get, reverse=True)
+    rows = [(name.replace("_", " "), written(taken[name])) for name in longest]
+    rows.append(("total", written(sum(taken.values()))))
+    about = "A text or reconstruction that several probes read counts as the time of the first of them."
+    return (
+        f"<details><summary>Seconds of each probe</summary><p>{about}</p>{table(('Probe', 'seconds'), rows)}</details>"
+    )
