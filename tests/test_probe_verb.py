@@ -167,7 +167,7 @@ def test_a_finished_run_is_probed_without_its_evaluation(finished, corpus, tmp_p
         table = pq.read_table(workdir / f"probes/{name}.parquet")
         assert len(table) == 16 and f"{name}: " in said
         seconds = json.loads((workdir / f"probes/{name}.json").read_text())["seconds"]
-        assert seconds >= 0 and f"; {seconds:.1f} s)" in said
+        assert seconds >= 0 and f"95 % interval), {seconds:.1f} s\n" in said
     same = pq.read_table(workdir / "evaluation/probes/after_rl.parquet").column("fve_rl").to_pylist()
     assert pq.read_table(workdir / "probes/after_rl.parquet").column("fve_rl").to_pylist() == pytest.approx(same)
     assert (workdir / "evaluation.json").read_bytes() == evaluated

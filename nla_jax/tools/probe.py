@@ -149,8 +149,8 @@ def there(provider: Any) -> tuple[str, ...]:
 def measured(
     context: Context, probes: Sequence[tuple[UserFunction, Probe]], out: AnyPath | None = None
 ) -> Iterator[Measurement]:
-    """What each probe finds, one after another; `out`: a folder for `NAME.parquet`, the rows, and `NAME.json`, means and
-    intervals. Raises `InputError` where there is no probe."""
+    """What each probe finds, one after another; `out`: a folder for `NAME.parquet`, the rows, and `NAME.json`, means,
+    intervals and seconds. Raises `InputError` where there is no probe."""
     if not probes:
         raise InputError("There is no probe to run: none is named, or none has what it needs here.")
     if len(context.vectors) < FEW:
@@ -158,13 +158,10 @@ def measured(
     for function, one in probes:
         found = Measurement(one, *measure(function, one, context))
         if out and found.rows:
-            table = pa.table(
-                {"doc_id": context.column("doc_id"), "n_raw_tokens": context.column("n_raw_tokens")} | found.rows
-            )
-            write_table(table, out / f"{one.name}.parquet")
-            write_atomically(
-                out / f"{one.name}.json", json.dumps(found.figures | {"seconds": found.seconds}, indent=1) + "\n"
-            )
+            rows = {"doc_id": context.column("doc_id"), "n_raw_tokens": context.column("n_raw_tokens")} | found.rows
+            write_table(pa.table(rows), out / f"{one.name}.parquet")
+            facts = found.figures | {"seconds": found.seconds}
+            write_atomically(out / f"{one.name}.json", json.dumps(facts, indent=1) + "\n")
         yield found
 
 

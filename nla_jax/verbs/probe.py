@@ -200,7 +200,8 @@ def lines(figures: dict, seconds: float) -> Iterator[str]:
     if not figures["scores"]:
         return
     unit = figures["unit"]
-    yield f"{figures['name']}: {figures['title']} ({figures['axis'] or 'score'}; {unit}; mean, 95 % interval; {seconds:.1f} s)"
+    measured = f"{figures['axis'] or 'score'}; {unit}; mean, 95 % interval"
+    yield f"{figures['name']}: {figures['title']} ({measured}), {seconds:.1f} s"
     for score in figures["scores"]:
         yield f"  {score['label']:<48}  {written(score['mean'], unit):>9}  {interval(score['ci95'], unit)}"
     yield from (f"  {sentence}" for sentence in figures.get("answers", ()))
