@@ -18,6 +18,7 @@ setup(
     package_data={
         "nla_jax": [
             "quickstart/subject/*",
+            "quickstart/pair/*.json",
             "quickstart/pair/*/*",
             "serve/browser/*",
             "serve/browser/panels/*",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 from conftest import SENTENCES, one_line
 
 from nla_jax.cli import main
+from nla_jax.io.pairs import SHIPPED
 from nla_jax.labels.labeller import Claim
 from nla_jax.pair import load_pair
 from nla_jax.probes.evidence import FILE, Confidence, Sentences, evidence, explained_before, mark_of
@@ -114,6 +116,17 @@ def test_a_confidence_beside_the_pair_is_used(explain, learned, material, subjec
     assert [(claim["kind"], claim["text"]) for claim in claims] == [one.claim for one in found] and len(found) > 3
     np.testing.assert_allclose([claim["confidence"] for claim in claims], expected, atol=2e-4)
     assert "fitted to 70 claims of 9 documents with 5 samples each; on others its AUROC was 0.71" in printed.err
+
+
+def test_the_shipped_pair_has_a_confidence_of_its_own(capsys):
+    note.cache_clear()
+    text = "Return the sum of the array elements"
+    assert main(["explain", "--pair", "quickstart", "--text", text, "--confidence", "5", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"fitted to \d{3} claims of \d{3} documents with 5 samples each", printed.err)
+    (row,) = rows_of(printed.out)
+    assert {claim["kind"] for claim in row["claims"]} <= set(Confidence.read(SHIPPED / FILE).kinds) and row["claims"]
+    assert all(0 < claim["confidence"] < 1 for claim in row["claims"])
 
 
 @pytest.mark.parametrize("path, settings", zip(GRAMMARS, ({}, {"subject": "nowhere"})))
