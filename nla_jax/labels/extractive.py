@@ -12,7 +12,6 @@ No model and no network: a run needs no API key, and a small verbalizer can lear
 by a formula can be read by it, and checked against the text: `claims` and `true`.
 """
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -147,7 +146,7 @@ class Extractive:
 
         Kind of passage and position: the labeller finds the same there. Last word or words: the text ends with
         these whole words."""
-        return holds(claim, described(row.text))
+        return holds(claim, describe(row.text))
 
     def without(self, text: str, claim: Claim) -> str:
         """The text without what makes it claim so."""
@@ -215,9 +214,6 @@ def describe(text: str) -> dict[str, str | None]:
         return {"passage": "A blank start", "position": None, "last words": None}
     passage = "A code block" if fenced else kind(text, opening)
     return {"passage": passage, "position": position(text, passage in CODE), "last words": tail}
-
-
-described = functools.lru_cache(maxsize=4096)(describe)  # several probes check several claims of each held-out text
 
 
 def last_words(text: str, words: int = TAIL_WORDS, characters: int = TAIL_CHARS) -> str:
