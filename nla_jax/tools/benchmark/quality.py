@@ -19,12 +19,11 @@ from nla_jax.runtime.run import CLOCKS, read_json
 from nla_jax.tools.report.charts import known
 from nla_jax.tools.report.pieces import written
 
-MEASURES = ("fve", "fve_frozen", "true", "length")  # of a point, on held-out rows
-RECORDED = {  # where a step's record has them; the first one that is there
-    "fve": ("heldout_fve",),
-    "fve_frozen": ("probe/fve_rl_frozen",),
-    "true": ("heldout_true",),
-    "length": ("heldout_length",),
+MEASURES = {  # of a point, with the name in a step's record
+    "fve": "heldout_fve",
+    "fve_frozen": "probe/fve_rl_frozen",
+    "true": "heldout_true",
+    "length": "heldout_length",
 }
 PHASES = ("seconds_rollout", "seconds_host", "seconds_train")
 
@@ -97,7 +96,7 @@ def total(*seconds: float | None) -> float | None:
 
 def measured(record: Mapping) -> dict[str, float | None]:
     """The measures of a step."""
-    return {name: next(filter(known, map(record.get, keys)), None) for name, keys in RECORDED.items()}
+    return {name: record.get(key) for name, key in MEASURES.items()}
 
 
 def warm_start(summary: Mapping) -> dict[str, float | None]:
@@ -123,7 +122,7 @@ def reached(curve: Curve, fve: float) -> dict | None:
     rise = after["fve"] - before["fve"]
     part = (fve - before["fve"]) / rise if rise else 1.0
     between = lambda a, b: a + part * (b - a) if known(a) and known(b) else None
-    names = (*CLOCKS, *MEASURES[1:])
+    names = (*CLOCKS, *MEASURES.keys() - {"fve"})
     return {"step": after["step"]} | {name: between(before[name], after[name]) for name in names}
 
 
