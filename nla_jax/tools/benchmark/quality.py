@@ -122,7 +122,7 @@ def reached(curve: Curve, fve: float) -> dict | None:
     rise = after["fve"] - before["fve"]
     part = (fve - before["fve"]) / rise if rise else 1.0
     between = lambda a, b: a + part * (b - a) if known(a) and known(b) else None
-    names = (*CLOCKS, *MEASURES.keys() - {"fve"})
+    names = (*CLOCKS, *[name for name in MEASURES if name != "fve"])
     return {"step": after["step"]} | {name: between(before[name], after[name]) for name in names}
 
 

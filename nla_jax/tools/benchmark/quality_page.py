@@ -1,7 +1,6 @@
 """The chart of `nla benchmark quality`: the report's charts, a line for each run, in one page without a script."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from nla_jax.tools.report.charts import Line, axis, known, line_chart
 from nla_jax.tools.report.measurements import PALETTE
@@ -78,7 +77,7 @@ def numbers(report: Mapping, names: Sequence[str]) -> str:
             (name, *map(written, facts), step, *(written(x, "share") for x in shares), written(run["best_fve"]))
         )
     head = (
-        f"FVE {escape(written(report['fve']))}",
+        f"FVE {written(report['fve'])}",
         "seconds",
         "times the first’s",
         "of computing",
