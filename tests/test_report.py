@@ -423,8 +423,9 @@ def test_what_held_out_texts_are_has_panels_of_the_steps_that_measure_it():
     clocks = {"seconds_so_far": 5.0, "cpu_seconds_so_far": 7.0}
     data["history"] = [row | clocks | told(row["step"]) for row in data["history"]]
     html = page_of(data)
-    assert "0.6" in figure_of(html, "Held-out texts: claims that hold")
-    assert "26" in figure_of(html, "Held-out texts: length of an explanation")
+    path = lambda title: re.search('class="line" d="(.*?)"', figure_of(html, title))[1]  # in % of axes to 1 and to 30
+    assert path("Held-out texts: claims that hold") == "M33.33,80.0h0L66.67,60.0L100.0,40.0"
+    assert path("Held-out texts: length of an explanation") == "M33.33,26.67h0L66.67,20.0L100.0,13.33"
     assert "are missing or not" not in html and "so_far" not in html.replace("_<wbr>", "_")
     assert "Held-out texts" not in page_of(fake_data(steps=6))
 
