@@ -60,6 +60,7 @@ MODULES = (
 )
 LOOPS = ("sft_av", "sft_ar", "rl")
 TIMES = ("seconds", "seconds_rollout", "seconds_host", "seconds_train", "samples_per_second")
+TIMES += ("seconds_so_far", "cpu_seconds_so_far")
 FIGURES = ("fve_rl", "fve_warm", "fve_empty", "fve_gold_text", "extraction_rate", "subject_loss", "injection_scale")
 
 

@@ -292,6 +292,7 @@ CONFIG = str(Path(__file__).parent / "study.py") + ":tiny"
 LOOP = tuple(STAGES)
 SPLITS = ("av_sft", "ar_sft", "rl", "heldout")
 TIMES = ("seconds_rollout", "seconds_host", "seconds_train", "seconds_probes", "samples_per_second")
+TIMES += ("seconds_so_far", "cpu_seconds_so_far")  # of the stage
 
 
 @pytest.fixture(scope="session")

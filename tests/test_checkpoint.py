@@ -393,7 +393,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
         trained("cut", interrupted)
     assert bits(trained("cut", resumed)) == bits(whole)
     records = lambda folder: read_metrics(tmp_path / folder / "train/test/metrics.jsonl")
-    values = lambda folder: [{k: v for k, v in record.items() if k != "seconds"} for record in records(folder)]
+    values = lambda folder: [{k: v for k, v in record.items() if "seconds" not in k} for record in records(folder)]
     assert values("cut") == values("whole") and [record["step"] for record in values("whole")] == [2, 4, 6, 8, 9]
     assert bits(trained("whole", lambda step: pytest.fail("a finished loop runs no step"))) == bits(whole)
 

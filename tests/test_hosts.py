@@ -43,6 +43,7 @@ def get_config(variant=""):
 """
 DEVICES = 4  # of the whole run, on however many hosts
 TIMES = {"seconds", "seconds_rollout", "seconds_host", "seconds_train", "samples_per_second"}
+TIMES |= {"seconds_so_far", "cpu_seconds_so_far"}
 
 
 @pytest.fixture(scope="module")

@@ -425,6 +425,20 @@ def test_probes_of_one_title_and_unit_share_a_chart():
     assert shared.count('class="line"') == 2 and "one way" in shared and "other way" in shared
 
 
+def test_what_held_out_texts_are_has_panels_of_the_steps_that_measure_it():
+    """Steps between them miss nothing, and the time of the stage has no panel."""
+    data = fake_data(steps=6)
+    told = lambda step: {"heldout_true": 0.1 * step, "heldout_length": 20.0 + step} if step % 2 == 0 else {}
+    clocks = {"seconds_so_far": 5.0, "cpu_seconds_so_far": 7.0}
+    data["history"] = [row | clocks | told(row["step"]) for row in data["history"]]
+    html = page_of(data)
+    path = lambda title: re.search('class="line" d="(.*?)"', figure_of(html, title))[1]  # in % of axes to 1 and to 30
+    assert path("Held-out texts: claims that hold") == "M33.33,80.0h0L66.67,60.0L100.0,40.0"
+    assert path("Held-out texts: length of an explanation") == "M33.33,26.67h0L66.67,20.0L100.0,13.33"
+    assert "are missing or not" not in html and "so_far" not in html.replace("_<wbr>", "_")
+    assert "Held-out texts" not in page_of(fake_data(steps=6))
+
+
 def test_figures_of_probes_in_training_have_panels_together():
     """Measured before the first step and after every second one; the other panels begin at step 1 and miss nothing."""
     data = fake_data(steps=6)

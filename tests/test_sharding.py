@@ -26,7 +26,7 @@ from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.pair import Pair, new_pair
 from nla_jax.runtime.compiler import compilations
 from nla_jax.sampling import decoding_layout, rollout
-from nla_jax.stages.rl import heldout_fve
+from nla_jax.stages.heldout import explained, fve_of
 from nla_jax.study import Study
 
 A, G, R, T = 8, 2, 4, 8
@@ -247,7 +247,7 @@ def test_a_pair_decodes_from_a_copy_made_once(any_pair, monkeypatch):
         )
     config = Config(prompts=Prompts(max_new_tokens=12), rl=Rl(heldout_temperature=1.0))
     assert placed.verbalize(vectors, 12) == texts
-    assert heldout_fve(config, placed, vectors) == pytest.approx(expected, abs=1e-5)
+    assert fve_of(placed, explained(config, placed, vectors), vectors) == pytest.approx(expected, abs=1e-5)
     assert len(copies) == 1 and len(programs) == 4 and collectives(programs[0]) == {"all-reduce"}
 
 

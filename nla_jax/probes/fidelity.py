@@ -1,6 +1,9 @@
 """How much of an activation its explanation carries, and the controls that would show a cheat."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from jaxtyping import Float
 
 from nla_jax.fve import cosine, row_fve
 from nla_jax.pair import Pair
@@ -106,8 +109,7 @@ def per_activation(context: Context) -> dict[str, np.ndarray]:
 @probe("Explanation length", chart="histogram", unit="tokens", labels={"mean_length": "after RL"})
 def length(context: Context) -> dict[str, np.ndarray]:
     """Tokens of the explanation alone, without tags and end."""
-    tokens = context.pair.prompts.tokenizer(context.texts("rl"), add_special_tokens=False).input_ids
-    return {"mean_length": np.array([len(ids) for ids in tokens], float)}
+    return {"mean_length": token_counts(context.pair, context.texts("rl"))}
 
 
 @probe("Cosine", unit="cosine", labels={"cos_rl": "AV after RL"})
@@ -126,6 +128,13 @@ def extraction(context: Context) -> dict[str, np.ndarray]:
     """A response without an explanation, or cut at the length limit, counts as an empty text."""
     found = lambda name: np.array([text != "" for text in context.texts(name)], float)
     return {"extraction_rate": found("rl"), "extraction_rate_warm": found("warm")}
+
+
+def token_counts(pair: Pair, texts: Sequence[str]) -> Float[np.ndarray, "n"]:
+    """Tokens of each text."""
+    return np.array(
+        [len(ids) for ids in pair.prompts.tokenizer(list(texts), add_special_tokens=False).input_ids], float
+    )
 
 
 def derangement(documents: list[str], seed: int) -> np.ndarray:

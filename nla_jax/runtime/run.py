@@ -26,6 +26,8 @@ from nla_jax.runtime.environment import environment
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import write_atomically
 
+CLOCKS = ("seconds", "cpu_seconds")  # what a stage records of the time that it took
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -47,6 +49,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: str | Path, stages: Mapping[str, Stage], command: str = ""):
         self.config, self.workdir, self.stages, self.command = config, path_to(workdir), stages, command
+        self._before, self._start = dict.fromkeys(CLOCKS, 0.0), clocks()
         with self._writing():
             self.workdir.mkdir(parents=True, exist_ok=True)
         self._check_shared()
@@ -153,7 +156,7 @@ class Run:
         A finished stage runs again where its files are gone, and goes on where more steps are asked for. Raises
         `InputError` where the folder holds this stage, or a part of it, made with other settings that are not free
         (`config.is_free`; the number of steps is free until the stage has finished)."""
-        previous, start = self._record(name), time.monotonic()
+        previous, self._start = self._record(name), clocks()
         if previous and "result" in previous and self._is_whole(previous) and not self._goes_on(name, previous):
             self._check(name, is_free)
             if changed := self._changed(name, previous):
@@ -165,8 +168,8 @@ class Run:
             self._check(name, free_until_finished)
         with self._writing():
             write_atomically(self.workdir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
-        spent = previous["seconds"] if previous else 0.0
-        record = {"basis": self.basis(name), "made": self.made(), "seconds": spent}
+        self._before = {clock: (previous or {}).get(clock, 0.0) for clock in CLOCKS}
+        record = {"basis": self.basis(name), "made": self.made(), **self._before}
         self._write(name, record)
         result = {}
         try:
@@ -175,9 +178,19 @@ class Run:
             record["files"] = {pattern: self._count(pattern) for pattern in self.stages[name].makes}
             record["checksums"] = from_writer(lambda: {file: self._sum(file) for file in self._made(name)})
         finally:
-            record["seconds"] = round(spent + time.monotonic() - start, 2)
+            record |= {clock: round(seconds, 2) for clock, seconds in self.spent().items()}
             self._write(name, record)
         barrier(f"the end of {name}")
+
+    def spent(self) -> dict[str, float]:
+        """What the stage under way has taken so far, with the processes that worked on it before: `seconds`, and the
+        `cpu_seconds` of this host, which other work on it hardly changes."""
+        return {clock: self._before[clock] + now - self._start[clock] for clock, now in clocks().items()}
+
+    def spent_at_least(self, recorded: Mapping[str, float]) -> None:
+        """A process that was killed wrote no record of its stage: what its last step had taken counts all the same."""
+        for clock, seconds in self.spent().items():
+            self._before[clock] += max(0.0, recorded.get(clock, 0.0) - seconds)
 
     def _count(self, pattern: str) -> int:
         return from_writer(lambda: len(list(self.workdir.glob(pattern))))
@@ -281,6 +294,11 @@ class Run:
     def subject_folder(self) -> str | AnyPath:
         """The folder or hub id of the subject."""
         return self.config.subject.path or self.workdir / "subject"
+
+
+def clocks() -> dict[str, float]:
+    """What the clocks of a stage show now."""
+    return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
 
 
 def _seal(record: dict) -> str:

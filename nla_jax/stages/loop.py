@@ -12,6 +12,8 @@ from nla_jax.runtime.metrics import MetricLog, Progress
 from nla_jax.runtime.run import Run
 from nla_jax.runtime.watchdog import Phases, Tripwires, Watchdog
 
+SO_FAR = "_so_far"  # ends the names of the metrics that say what the stage has taken up to a step
+
 
 class Loop(contextlib.AbstractContextManager):
     """One training loop of `steps` steps, as a context: on the run's mesh, under `{workdir}/train/{name}`.
@@ -53,6 +55,8 @@ class Loop(contextlib.AbstractContextManager):
         project = self.run.config.log.wandb
         wandb = {"project": project, "name": f"{self.run.workdir.name} {self.name}"} if project else None
         self.log = MetricLog(self.folder, self.start, wandb, self.run.config.to_dict())
+        last = self.log.records[-1] if self.log.records else {}
+        self.run.spent_at_least({name.removesuffix(SO_FAR): last[name] for name in last if name.endswith(SO_FAR)})
         self.progress = Progress(self.phases.name, self.total, self.start)
         window, records = self.run.config.watchdog.window, self.log.records
         self.watchdog = Watchdog(self.checkpoints, window, self.limits, records, self.tripwires)
@@ -67,8 +71,10 @@ class Loop(contextlib.AbstractContextManager):
         self.log.close()
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Logs the metrics of a step. Raises `Stopped` where they show that training has broken down."""
-        self.watchdog.observe(self.log.write(step, metrics))
+        """Logs the metrics of a step, and what the stage has taken so far. Raises `Stopped` where they show that training
+        has broken down."""
+        spent = {f"{name}{SO_FAR}": seconds for name, seconds in self.run.spent().items()}
+        self.watchdog.observe(self.log.write(step, dict(metrics) | spent))
 
     def end_step(self, step: int, state: TrainState, keep: bool = False, **shown: float) -> None:
         """Shows progress, and saves the state where the interval says so (always after the last step, and with

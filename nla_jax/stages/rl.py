@@ -1,7 +1,6 @@
 """The `rl` stage: joint training of the warm-started pair. Read top to bottom."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable
 
@@ -9,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax.config import Config
 from nla_jax.data.batches import rows_of_step
-from nla_jax.data.rows import load_rows, spread
-from nla_jax.fve import fve
+from nla_jax.data.rows import load_rows
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.joint_step import JointBatch, TrainState
 from nla_jax.models.sharding import RowsOf, cut_batch, place_batch
@@ -20,6 +17,7 @@ from nla_jax.pair import Pair
 from nla_jax.runtime.distributed import is_writer
 from nla_jax.runtime.run import Run
 from nla_jax.stages.deciding import SCORE, best_step, tripwires
+from nla_jax.stages.heldout import Heldout
 from nla_jax.stages.loop import Loop, healthy
 from nla_jax.stages.probing import Probing
 from nla_jax.stages.reading import Reading
@@ -38,7 +36,7 @@ def rl(run: Run) -> None:
             return
         run.require("sft")
         data = load_rows(run.workdir, "rl")
-        heldout = spread(load_rows(run.workdir, "heldout"), c.heldout_rows).vectors
+        heldout = Heldout(run)
         pair = load(run, "pair_warm")
         width = pair.prompts.text_width(run.config.prompts.max_new_tokens)
         study = Study(run.config, mesh, pair.verbalizer, pair.reconstructor, width)
@@ -67,7 +65,7 @@ def rl(run: Run) -> None:
                 loop.phases.enter("evaluation")
                 metrics |= seconds_of(loop, c.activations * c.group) | {"texts_cut": reading.cut_share()}
                 if (i + 1) % c.heldout_every == 0 or i + 1 == c.steps:
-                    metrics["heldout_fve"] = heldout_fve(run.config, trained(pair, state), heldout)
+                    metrics |= heldout.measure(trained(pair, state))
                 metrics |= probing.measure(i + 1, trained(pair, state))
                 loop.log.write_texts(i + 1, reading.examples(samples, run.config.log.texts))
                 loop.record(i + 1, metrics)
@@ -155,11 +153,3 @@ def seconds_of(loop: Loop, samples: int) -> dict[str, float]:
     phases = {"rollout": "rollout", "host": "reading texts", "train": "train step"}
     seconds = {f"seconds_{name}": loop.phases.seconds[phase] for name, phase in phases.items()}
     return seconds | {"samples_per_second": samples / sum(seconds.values())}
-
-
-def heldout_fve(config: Config, pair: Pair, vectors: np.ndarray) -> float:
-    """FVE of the AV's explanations of held-out activations; NaN where the AR has broken down."""
-    limit, temperature = config.prompts.max_new_tokens, config.rl.heldout_temperature
-    texts = [found.accepted or "" for found in pair.explain(vectors, limit, temperature)]
-    recon = pair.reconstruct(texts)
-    return fve(recon, vectors) if np.isfinite(recon).all() else math.nan

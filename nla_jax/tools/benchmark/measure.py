@@ -68,7 +68,7 @@ def run(name: str, study: Study, timing: Timing, interactive: bool = False, comm
     `interactive`: see `serve`. Raises `InputError` for a benchmark that there is not, a study that it cannot run, and
     where memory does not suffice."""
     if name not in BENCHMARKS:
-        raise InputError(f"What to measure must be one of {', '.join(BENCHMARKS)}; found {name!r}.")
+        raise InputError(f"What to measure must be one of {', '.join(BENCHMARKS)} and quality; found {name!r}.")
     if name in ("rl", "rollout") and study.config.prompts.max_new_tokens < 2:
         raise InputError("prompts.max_new_tokens is 1; decoding is measured on at least 2 tokens.")
     try:

@@ -23,6 +23,10 @@ PANELS = (  # title, unit and lines of metrics; any other metric has a panel of 
     ("Seconds per phase", "seconds", {f"seconds_{name}": name for name in ("rollout", "host", "train")}),
     ("Throughput", "samples per second", {"samples_per_second": "throughput"}),
 )
+HELDOUT = {  # panels of what is measured beside held-out FVE, every few steps: title, unit, name of the line
+    "heldout_true": ("Held-out texts: claims that hold", "share", "true"),
+    "heldout_length": ("Held-out texts: length of an explanation", "tokens", "length"),
+}
 PROBED = (  # figures of probes in training that share a panel: a pattern of names, which also names the line; title, unit
     (r"(fve_.+|gap_frozen_critic)", "Probes: FVE", "FVE"),
     (r"gap_(?P<of>.+)_(live|warm|difference)", "Probes: lost by {of}", "FVE"),
@@ -30,6 +34,7 @@ PROBED = (  # figures of probes in training that share a panel: a pattern of nam
     (r"hit_at_1_(.+)", "Probes: activations found first", "share"),
 )
 ELSEWHERE = {*"step fve heldout_fve mse skipped av_skipped ar_skipped seconds_probes".split()}  # without a panel
+ELSEWHERE |= {"seconds_so_far", "cpu_seconds_so_far", *HELDOUT}
 
 
 def training(report: Report) -> str:
@@ -48,9 +53,15 @@ def reinforcement(report: Report) -> str:
     placed = ELSEWHERE.union(*(lines for _, _, lines in PANELS))
     others = dict.fromkeys(key for row in history for key in row if key not in placed and not key.startswith("probe/"))
     drawn = [(history, window, *facts) for facts in (*PANELS, *((key, "", {key: key}) for key in others))]
-    panels = "".join(panel(*facts) for facts in drawn + probed(report.history))
+    panels = "".join(panel(*facts) for facts in drawn + of_heldout(history) + probed(report.history))
     said = f"<p>Faint lines are single steps, strong ones running means over {window} steps.</p>" if window > 1 else ""
     return f'{said}{learning_curve(report, window)}<div class="panels">{panels}</div>'
+
+
+def of_heldout(history: Sequence[Mapping]) -> list[tuple]:
+    """What `panel` draws of the steps that measure held-out texts."""
+    rows = {key: [row for row in history if key in row] for key in HELDOUT}
+    return [(rows[key], 1, *facts, {key: line}) for key, (*facts, line) in HELDOUT.items() if rows[key]]
 
 
 def probed(history: Sequence[Mapping]) -> list[tuple]:
