@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -114,6 +115,25 @@ def test_a_confidence_beside_the_pair_is_used(explain, learned, material, subjec
     assert [(claim["kind"], claim["text"]) for claim in claims] == [one.claim for one in found] and len(found) > 3
     np.testing.assert_allclose([claim["confidence"] for claim in claims], expected, atol=2e-4)
     assert "fitted to 70 claims of 9 documents with 5 samples each; on others its AUROC was 0.71" in printed.err
+
+
+def test_an_exported_page_says_what_the_command_says(explain, learned, place, tmp_path):
+    flags = ["--confidence", SAMPLES, "--labeller", learned.labeller]
+    rows = rows_of(explain(*flags, "--json", "--max-new-tokens", 200).out)
+    (tmp_path / "text.txt").write_text(TEXT)
+    files = ["--export", tmp_path / "text.txt", "--out", tmp_path / "page.html"]
+    assert main(["serve", "--pair", str(place), *map(str, [*flags, *files])]) == 0
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data">(.*?)</script>', html)[1])
+    (about,), (answers,), (sure,) = data["pairs"], data["answers"], data["confidence"]
+    assert about["confidence"]["fitted"] and "fitted to 70 claims" in about["confidence"]["about"]
+    assert [answers[str(i)]["explanation"] for i in range(len(rows))] == [row["explanation"] for row in rows]
+    without_number = lambda claims: [(claim["kind"], claim["text"]) for claim in claims]
+    for i, row in enumerate(rows):
+        assert without_number(sure[str(i)]) == without_number(row["claims"])
+        numbers = lambda claims: [claim["confidence"] for claim in claims]
+        np.testing.assert_allclose(numbers(sure[str(i)]), numbers(row["claims"]), atol=2e-4)
+    assert sum(map(len, sure.values())) > 3
 
 
 @pytest.mark.parametrize("path, settings", zip(GRAMMARS, ({}, {"subject": "nowhere"})))
