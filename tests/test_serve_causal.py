@@ -79,17 +79,21 @@ def test_the_confidence_of_a_claim_is_the_share_of_samples_that_make_it(served, 
     sure = [served[0], dataclasses.replace(served[1], claims=ClaimReader(grammar, 3))]
     monkeypatch.setattr(desk, "served", sure)
     assert sure[1].about["confidence"]["samples"] == 3 and sure[0].about["confidence"] is None
-    (answer,) = ask(client, "confidence", document=document, row=ROW, pair=1)
-    (said,) = ask(client, "explain", document=document, rows=[ROW], pairs=[1])
-    vectors = np.repeat(desk.documents[document].vectors[1][[ROW]], 3, axis=0)
-    samples = [grammar.claims(text) for text in pair.verbalize(vectors, LIMIT, 1.0, 1, first=3 * ROW)]
+    known = desk.documents[document]
+    known.answers.clear()  # what other tests have put there
+    answers = ask(client, "explain", document=document, rows=list(range(len(known.vectors[1]))), pairs=[1])
+    said = next(one for one in answers if grammar.claims(one["explanation"]))
+    row = said["row"]
+    (answer,) = ask(client, "confidence", document=document, row=row, pair=1)
+    vectors = np.repeat(known.vectors[1][[row]], 3, axis=0)
+    samples = [grammar.claims(text) for text in pair.verbalize(vectors, LIMIT, 1.0, 1, first=3 * row)]
     makes = lambda claim, of: any(grammar.same(claim, other) for other in of)
     share = {
         claim.value: np.mean([makes(claim, of) for of in samples]) for claim in grammar.claims(said["explanation"])
     }
     assert {one["text"]: one["confidence"] for one in answer["confidence"]} == pytest.approx(share, abs=1e-4) and share
     monkeypatch.setattr(actions, "confidence", lambda *_: 1 / 0)
-    assert ask(client, "confidence", document=document, row=ROW, pair=1) == [answer]  # it is kept
+    assert ask(client, "confidence", document=document, row=row, pair=1) == [answer]  # it is kept
     assert "without the confidence" in refused(client, "confidence", document=document, row=ROW)
 
 
