@@ -129,6 +129,25 @@ def test_the_shipped_pair_has_a_confidence_of_its_own(capsys):
     assert all(0 < claim["confidence"] < 1 for claim in row["claims"])
 
 
+def test_an_exported_page_says_what_the_command_says(explain, learned, place, tmp_path):
+    flags = ["--confidence", SAMPLES, "--labeller", learned.labeller]
+    rows = rows_of(explain(*flags, "--json", "--max-new-tokens", 200).out)
+    (tmp_path / "text.txt").write_text(TEXT)
+    files = ["--export", tmp_path / "text.txt", "--out", tmp_path / "page.html"]
+    assert main(["serve", "--pair", str(place), *map(str, [*flags, *files])]) == 0
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data">(.*?)</script>', html)[1])
+    (about,), (answers,), (sure,) = data["pairs"], data["answers"], data["confidence"]
+    assert about["confidence"]["fitted"] and "fitted to 70 claims" in about["confidence"]["about"]
+    assert [answers[str(i)]["explanation"] for i in range(len(rows))] == [row["explanation"] for row in rows]
+    without_number = lambda claims: [(claim["kind"], claim["text"]) for claim in claims]
+    for i, row in enumerate(rows):
+        assert without_number(sure[str(i)]) == without_number(row["claims"])
+        numbers = lambda claims: [claim["confidence"] for claim in claims]
+        np.testing.assert_allclose(numbers(sure[str(i)]), numbers(row["claims"]), atol=2e-4)
+    assert sum(map(len, sure.values())) > 3
+
+
 @pytest.mark.parametrize("path, settings", zip(GRAMMARS, ({}, {"subject": "nowhere"})))
 def test_the_grammars_of_the_package_need_no_flag(learned, place, path, settings):
     dataclasses.replace(learned, labeller=path, settings=settings).write(place / FILE)

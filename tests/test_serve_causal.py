@@ -7,19 +7,21 @@ import math
 import numpy as np
 import pytest
 import test_serve
-from conftest import SENTENCES, VARIANCE, one_sentence
+from conftest import LIMIT, SENTENCES, VARIANCE, one_sentence
 from test_serve import CHAT, TEXT, ask, refused
 
 import nla_jax as nla
 from nla_jax.io.parquet import SIDECAR, write_table
 from nla_jax.labels.extractive import label_one
+from nla_jax.probes.evidence import Sentences
 from nla_jax.runtime.errors import InputError
-from nla_jax.serve import interventions, models, nearest
+from nla_jax.serve import actions, interventions, models, nearest
 from nla_jax.serve.actions import Desk, Limits
 from nla_jax.serve.claims import claims_of, without_each
 from nla_jax.serve.worker import Worker
 from nla_jax.steering import EDIT, NOTHING, PARAPHRASE, RANDOM, UNRELATED, UNSTEERED
 from nla_jax.subject import extract, load_subject
+from nla_jax.tools.claims import ClaimReader
 
 ROW = 6
 
@@ -70,6 +72,35 @@ def test_an_explanation_without_claims_has_none_to_take_out(desk, client, docume
     desk.documents[document].answers[1, ROW] = {"explanation": "It is about rivers."}
     (answer,) = ask(client, "ablate", document=document, row=ROW, pair=1)
     assert answer == {"pair": 1, "row": ROW, "ablations": []}
+
+
+def test_the_confidence_of_a_claim_is_the_share_of_samples_that_make_it(served, desk, client, document, monkeypatch):
+    grammar, pair = Sentences(), served[1].pair
+    sure = [served[0], dataclasses.replace(served[1], claims=ClaimReader(grammar, 3))]
+    monkeypatch.setattr(desk, "served", sure)
+    assert sure[1].about["confidence"]["samples"] == 3 and sure[0].about["confidence"] is None
+    known = desk.documents[document]
+    known.answers.clear()  # what other tests have put there
+    answers = ask(client, "explain", document=document, rows=list(range(len(known.vectors[1]))), pairs=[1])
+    said = next(one for one in answers if grammar.claims(one["explanation"]))
+    row = said["row"]
+    (answer,) = ask(client, "confidence", document=document, row=row, pair=1)
+    vectors = np.repeat(known.vectors[1][[row]], 3, axis=0)
+    samples = [grammar.claims(text) for text in pair.verbalize(vectors, LIMIT, 1.0, 1, first=3 * row)]
+    makes = lambda claim, of: any(grammar.same(claim, other) for other in of)
+    share = {
+        claim.value: np.mean([makes(claim, of) for of in samples]) for claim in grammar.claims(said["explanation"])
+    }
+    assert {one["text"]: one["confidence"] for one in answer["confidence"]} == pytest.approx(share, abs=1e-4) and share
+    monkeypatch.setattr(actions, "confidence", lambda *_: 1 / 0)
+    assert ask(client, "confidence", document=document, row=row, pair=1) == [answer]  # it is kept
+    assert "without the confidence" in refused(client, "confidence", document=document, row=ROW)
+
+
+def test_where_nothing_is_said_there_are_no_claims_to_be_sure_of(served, desk, document):
+    silent = dataclasses.replace(served[0], max_new_tokens=1, claims=ClaimReader(Sentences(), 2))
+    desk.documents[document].answers[0, 1] = {"explanation": "", "cut": True}
+    assert models.confidence(silent, 0, desk.documents[document], 1) == {"pair": 0, "row": 1, "confidence": []}
 
 
 # Patching

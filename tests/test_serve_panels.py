@@ -1,19 +1,24 @@
 """The panels of the served page that ask the subject and the reconstructor, in a real browser."""
 
 import dataclasses
+import json
+import re
+import threading
 
 import pytest
 import test_serve_browser
 from conftest import SENTENCES
 from playwright.sync_api import expect
+from test_serve import within
 from test_serve_browser import explanations, read, saved
 
 from nla_jax.io.parquet import write_table
-from nla_jax.labels.extractive import label_one
+from nla_jax.labels.extractive import Extractive, label_one
 from nla_jax.serve import actions
 from nla_jax.serve.claims import claims_of
 from nla_jax.serve.nearest import training_of
 from nla_jax.subject import extract
+from nla_jax.tools.claims import ClaimReader
 
 ROW = 4
 HOSTILE = "<b>bold</b><script>hacked=1</script>"
@@ -170,6 +175,82 @@ def test_a_pointer_that_rests_takes_nothing_from_the_keys(opened, desk, talking)
     }""")
     other = tab.locator(".said").nth(1).get_by_role("listitem").first
     expect(other).to_contain_text("without it: FVE ", timeout=20_000)
+
+
+@pytest.fixture
+def sure(desk, monkeypatch):
+    """The server knows how sure one may be of claims: of the last word little, and of a claim that has no check."""
+
+    def confidence(one, number, document, row):
+        usual = 0.9 if row else 0.2
+        claims = [(claim["kind"], claim["value"], usual) for claim in document.answers[number, row]["claims"]]
+        claims[-1:] = [(*claims[-1][:2], 0.1), ("sentence", HOSTILE, 0.4)]
+        made = [{"kind": kind, "text": text, "confidence": p} for kind, text, p in claims]
+        return {"pair": number, "row": row, "confidence": made}
+
+    monkeypatch.setattr(actions, "confidence", confidence)
+    desk.served = [dataclasses.replace(one, claims=ClaimReader(Extractive(), 3)) for one in desk.served]
+
+
+def test_doubtful_claims_are_marked_in_words(sure, opened, desk, talking, tmp_path):
+    tab = opened()
+    read(tab)
+    tab.locator(".token").nth(ROW).click()
+    lines = lambda tab: tab.locator(".said").first.get_by_role("listitem").all_text_contents()
+    assert not any("confidence" in line for line in lines(tab))
+    tab.locator(".said").nth(1).get_by_role("button", name="How sure? Ask 3 samples").click()  # of one pair
+    expect(tab.locator(".said").nth(1).get_by_role("listitem").first).to_contain_text("confidence 0.90")
+    tab.locator(".token").nth(ROW).press("c")  # and of the others, by a key
+    expect(tab.locator(".said").first.get_by_role("listitem")).to_have_count(5)
+    said, why = lines(tab), "confidence 0.10doubtful: fewer than half of the samples say so"
+    assert ["confidence 0.90" in line for line in said] == [True] * 3 + [False] * 2
+    assert ["doubtful" in line for line in said] == [False] * 3 + [True] * 2
+    assert why in said[3] and HOSTILE in said[4] and "confidence 0.40" in said[4]
+    expect(tab.locator("#spoken")).to_contain_text("doubtful, confidence 0.10: ")
+    expect(tab.locator(".said").first).to_contain_text("the share of 3 sampled explanations that make the same claim")
+    assert tab.get_by_role("button", name="How sure?").count() == 0
+
+    tab.get_by_label("Colour").select_option("confidence")
+    expect(tab.locator("#sure-known")).to_have_text(f"known: 1 of {tab.locator('.token').count()} tokens")
+    mean = (3 * 0.9 + 0.1 + 0.4) / 5
+    expect(tab.locator(".token").nth(ROW)).to_have_attribute("aria-label", re.compile(f", mean confidence {mean:.2f}"))
+    assert (
+        tab.locator(".token").nth(ROW).evaluate("e => e.style.getPropertyValue('--share')")
+        == f"{60 * (2 * mean - 1):.0f}%"
+    )
+    tab.get_by_role("button", name="Ask for all tokens").click()
+    expect(tab.locator("#sure-all")).to_be_hidden(timeout=30_000)
+    marked = tab.locator(".token.unsure")  # in the strip too, and not by colour alone
+    assert marked.first.get_attribute("data-row") == "0"
+    assert all("doubtful, mean confidence" in one.get_attribute("aria-label") for one in marked.all())
+
+    offline = opened(saved(tab, "Save page", tmp_path).as_uri(), offline=True)
+    assert lines(offline) == said and offline.evaluate("typeof hacked") == "undefined"
+    offline.get_by_label("Colour").select_option("confidence")
+    assert offline.locator(".token.unsure").count() == marked.count()
+    data = json.loads(saved(tab, "Download JSON", tmp_path).read_text(encoding="utf-8"))
+    assert data["confidence"][0][str(ROW)][3]["confidence"] == 0.1 and data["confidence"][1].keys() == {str(ROW)}
+
+
+def test_who_moves_on_gives_up_to_ask_how_sure(sure, opened, desk, talking, monkeypatch):
+    tab, going, asked, known = opened(), threading.Event(), [], actions.confidence
+
+    def slow(one, number, document, row):
+        asked.append((number, row))
+        going.wait(20)
+        return known(one, number, document, row)
+
+    monkeypatch.setattr(actions, "confidence", slow)
+    read(tab)
+    tab.locator(".token").nth(ROW).click()
+    tab.keyboard.press("c")
+    within(10, lambda: asked and desk.worker.waiting == 1)  # one pair is asked, the other one waits
+    tab.keyboard.press("ArrowRight")
+    within(10, lambda: desk.worker.waiting == 0)
+    going.set()
+    tab.keyboard.press("c")
+    expect(tab.locator(".said").nth(1).get_by_role("listitem").first).to_contain_text("confidence 0.90")
+    assert asked[0][1] == ROW and sorted(asked[1:]) == [(0, ROW + 1), (1, ROW + 1)]
 
 
 def test_the_nearest_training_activations(trained, opened, desk, talking, tmp_path):

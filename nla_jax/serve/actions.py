@@ -18,6 +18,7 @@ from nla_jax.serve.models import (
     Served,
     ablations,
     alternatives,
+    confidence,
     explain,
     identity,
     nearest,
@@ -137,6 +138,14 @@ def ablate(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
     )
 
 
+def sureness(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
+    """`document, row[, pair]` -> `pair, row, confidence`: how sure one may be of each claim of the explanation."""
+    document, row, number = desk.place(fields)
+    if (one := desk.served[number]).claims is None:
+        raise InputError("This server was started without the confidence of claims.")
+    return once(document, ("confidence", number, row), lambda: confidence(one, number, document, row), answer)
+
+
 def find_nearest(desk: Desk, fields: dict[str, Any], answer: Answer) -> list[Job]:
     """`document, row[, pair]` -> `pair, row, nearest, among`: training activations nearest to the reconstruction."""
     document, row, number = desk.place(fields)
@@ -193,6 +202,7 @@ ACTIONS: dict[str, Callable[[Desk, dict[str, Any], Answer], list[Job]]] = {
     "explain": explain_tokens,
     "alternatives": best_of_some,
     "ablate": ablate,
+    "confidence": sureness,
     "nearest": find_nearest,
     "patch": patch,
     "steer": steer,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nla_jax.data.chats import Messages
-from nla_jax.serve.models import Document, Served, explain, nearest, read_document
+from nla_jax.serve.models import Document, Served, confidence, explain, nearest, read_document
 from nla_jax.serve.page import page
 
 
@@ -28,6 +28,7 @@ def saved_page(
     """The same of a document that was read; `content` is what it was read from."""
     answers: list[dict[int, dict]] = [{} for _ in served]
     near: list[dict[int, dict]] = [{} for _ in served]
+    sure: list[dict[int, list[dict]]] = [{} for _ in served]
     for number, one in enumerate(served):
         for start in range(0, len(document.tokens), batch):
             rows = range(start, min(start + batch, len(document.tokens)))
@@ -36,6 +37,8 @@ def saved_page(
             said = [(document, answer["row"]) for answer in found if answer["explanation"]]
             if one.training and said:
                 near[number] |= {answer["row"]: answer for answer in nearest(one, number, said)}
+            if one.claims:
+                sure[number] |= {row: confidence(one, number, document, row)["confidence"] for row in rows}
             progress(len(rows))
     data = {
         "pairs": [one.about for one in served],
@@ -43,6 +46,7 @@ def saved_page(
         "document": document.shown,
         "answers": answers,
         "nearest": near,
+        "confidence": sure,
         "saved": datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")[:16],
     }
     return page(data)

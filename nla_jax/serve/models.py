@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from nla_jax.data.activations import Activations
 from nla_jax.data.chats import Messages, chat_tokens, checked
 from nla_jax.io.pairs import place_of
 from nla_jax.labels.extractive import WINDOW
-from nla_jax.pair import Pair, load_pair
+from nla_jax.pair import Explanation, Pair, load_pair
 from nla_jax.probes.claims import growth
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_input import text_list
@@ -21,6 +22,7 @@ from nla_jax.serve.claims import claims_of, without_each
 from nla_jax.serve.nearest import Training, training_of
 from nla_jax.steering import OTHER
 from nla_jax.subject import SINK, Subject, check_ids, extract, residual_rows, text_rows
+from nla_jax.tools.claims import ClaimReader, claim_reader
 from nla_jax.tools.explain import subject_of, training_variance
 
 LONGEST = 200  # tokens of an explanation, where the pair's sidecar does not say how long it may be
@@ -37,6 +39,7 @@ class Served:
     subject: Subject | None  # None: its activations are given
     max_new_tokens: int
     training: Training | None = None  # what the pair was trained on, where its run's folder is given
+    claims: ClaimReader | None = None  # None: nobody asks how sure one may be of claims
 
     @functools.cached_property
     def unrelated(self) -> str:
@@ -51,7 +54,9 @@ class Served:
         facts = {"name": self.name, "subject": subject, "layer": sidecar.layer}
         chat = self.subject is not None and self.subject.tokenizer.chat_template is not None
         can = {"fve": training_variance(self.pair) is not None, "chat": chat, "nearest": self.training is not None}
-        return facts | can | {"limit": self.max_new_tokens}
+        how = self.claims
+        sure = how and {"samples": how.samples, "about": how.about, "fitted": how.learned is not None}
+        return facts | can | {"limit": self.max_new_tokens, "confidence": sure}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +77,14 @@ class Document:
         """The end of the text up to and with a token: as much as claims are checked against."""
         return self.decode(self.upto(row)[-WINDOW - 1 :], skip_special_tokens=True)[-WINDOW - 1 :]
 
+    def activation(self, number: int, row: int) -> Activations:
+        """The activation of a token that the pair of that `number` explains, with the tokens up to it."""
+        ids, blank = self.upto(row), [""]
+        place, roles = np.array([len(ids) - 1], np.int32), [self.roles[row]]
+        return Activations(
+            self.vectors[number][[row]], [self.tokens[row]], blank, blank, place, [self.id], [ids], roles
+        )
+
     @property
     def shown(self) -> dict[str, Any]:
         """What the page shows of it."""
@@ -80,10 +93,17 @@ class Document:
 
 
 def load(
-    names: Sequence[str], subject: str | None, dtype: str | None, conventions: Any, workdir: str | None = None
+    names: Sequence[str],
+    subject: str | None,
+    dtype: str | None,
+    conventions: Any,
+    workdir: str | None = None,
+    samples: int | None = None,
+    labeller: str | None = None,
 ) -> list[Served]:
     """The pairs of these names, each with its subject; pairs of the same subject and layer share it in memory.
-    `workdir`: of the run that trained them.
+    `workdir`: of the run that trained them. `samples`: of which the confidence of a claim is made (None: there is none),
+    and `labeller`: in whose words claims are read then.
 
     Raises `InputError` where a pair, its subject or the run's activations cannot be read, or do not belong together."""
     served: list[Served] = []
@@ -92,7 +112,9 @@ def load(
         found = subject_of(pair, place_of(name), subject, dtype)
         same = [s.subject for s in served if (s.subject.folder, s.subject.layer) == (found.folder, found.layer)]
         training = None if workdir is None else training_of(workdir, pair, short)
-        served.append(Served(short, pair, same[0] if same else found, limit_of(pair), training))
+        found = same[0] if same else found
+        reader = None if samples is None else claim_reader(pair, name, samples, labeller, found)
+        served.append(Served(short, pair, found, limit_of(pair), training, reader))
     return served
 
 
@@ -221,6 +243,16 @@ def ablations(served: Served, number: int, document: Document, row: int) -> dict
     known = lambda value: float(value) if np.isfinite(value) else None
     found = [{"text": text, "fve": known(f), "mse": known(m)} for text, f, m in zip(texts, fve, percent)]
     return {"pair": number, "row": row, "ablations": found}
+
+
+def confidence(served: Served, number: int, document: Document, row: int) -> dict:
+    """How sure one may be of each claim of a token's explanation (`kind, text, confidence`): what `nla explain --tokens
+    all --confidence` says of it."""
+    known = document.answers.get((number, row)) or explain(served, number, [(document, row)], 1)[0]
+    said = [Explanation(known["explanation"], known["cut"], None)]
+    limit = {"max_new_tokens": served.max_new_tokens}
+    (claims,) = served.claims.read(served.pair, document.activation(number, row), said, first=row, **limit)
+    return {"pair": number, "row": row, "confidence": claims}
 
 
 def nearest(served: Served, number: int, wanted: Sequence[tuple[Document, int]]) -> list[dict]:

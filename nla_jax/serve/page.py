@@ -32,6 +32,7 @@ _FILES = (
     "strip.js",
     "reading.js",
     "demand.js",
+    "claims.js",
     *(f"panels/{name}.js" for name in PANELS),
     "keep.js",
     "start.js",

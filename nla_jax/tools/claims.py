@@ -1,4 +1,4 @@
-"""The claims of explanations with a confidence each, for `nla explain --confidence`."""
+"""The claims of explanations with a confidence each, for `nla explain --confidence` and the page of `nla serve`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -31,6 +31,21 @@ class ClaimReader:
     learned: Confidence | None = None
     subject: Subject | None = None  # whose tokens before are looked at; None: vectors without a text
 
+    @property
+    def about(self) -> str:
+        """What the confidence is, in a sentence or two."""
+        if self.learned:
+            facts = self.learned.facts
+            return (
+                f"Confidence: fitted to {facts.get('claims')} claims of {facts.get('documents')} documents with "
+                f"{facts.get('samples')} samples each; on others its AUROC was {facts.get('auroc', np.nan):.2f}."
+            )
+        kind = "sentence" if isinstance(self.grammar, Sentences) else "claim"
+        return (
+            f"Confidence: the share of {self.samples} sampled explanations that make the same {kind}. It says how sure the "
+            f"pair is, not how often it is right: nothing was fitted to this pair ({FILE})."
+        )
+
     def read(
         self, pair: Pair, activations: Activations, said: Sequence[Explanation], first: int = 0, **options
     ) -> list[list[dict]]:
@@ -52,7 +67,7 @@ class ClaimReader:
 def claim_reader(
     pair: Pair, name: AnyName, samples: int, labeller: str | None = None, subject: Subject | None = None
 ) -> ClaimReader:
-    """What reads the claims of the pair called `name`. A note says what the confidence is.
+    """What reads the claims of the pair called `name`. A note says why a file beside the pair is not used.
 
     `labeller`: the import path of one whose grammar the explanations follow. Without it the file beside the pair names
     it; where there is none, each sentence is a claim. Raises `InputError` for a labeller that reads no claims."""
@@ -69,18 +84,6 @@ def claim_reader(
     elif learned:
         note(f"The claims of this pair are read by {learned.labeller}; name it with --labeller to use its confidence.")
         learned = None
-    if learned:
-        facts = learned.facts
-        note(
-            f"Confidence: fitted to {facts.get('claims')} claims of {facts.get('documents')} documents with "
-            f"{facts.get('samples')} samples each; on others its AUROC was {facts.get('auroc', np.nan):.2f}."
-        )
-    else:
-        kind = "sentence" if isinstance(grammar, Sentences) else "claim"
-        note(
-            f"Confidence: the share of {samples} sampled explanations that make the same {kind}. It says how sure the pair "
-            f"is, not how often it is right: nothing was fitted to this pair ({FILE})."
-        )
     return ClaimReader(grammar, samples, learned, subject)
 
 

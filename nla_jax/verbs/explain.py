@@ -107,9 +107,12 @@ def run(arguments: argparse.Namespace) -> None:
         total = expected_rows(subject, material, tokens)
     claims = None
     if arguments.confidence is not None:
+        from nla_jax.runtime.notes import note
         from nla_jax.tools.claims import claim_reader  # which loads what only training needs
 
-        claims = claim_reader(pair, arguments.pair, arguments.confidence, arguments.labeller, subject).read
+        reader = claim_reader(pair, arguments.pair, arguments.confidence, arguments.labeller, subject)
+        note(reader.about)
+        claims = reader.read
     batches = counted(explain_rows(pair, found, sampling, claims), total, arguments.max_new_tokens)
     write(batches, out, arguments.json, spelt)
 

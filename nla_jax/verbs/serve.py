@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", help="working folder of the run that trained the pairs: shows the nearest training activations"
     )
+    parser.add_argument(
+        "--confidence",
+        type=int,
+        metavar="N",
+        help="sampled explanations of which the confidence of a claim is made (default 5; with --export: none)",
+    )
+    parser.add_argument("--labeller", help="import path of the labeller in whose words claims are read for it")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8765, help="default 8765; 0: any that is free")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -42,22 +49,29 @@ def run(arguments: argparse.Namespace) -> None:
     """Serves until it is stopped, or writes the page."""
     if (arguments.export is None) != (arguments.out is None):
         raise InputError("--export names the text and --out the page that is written; give both, or neither.")
+    if arguments.out and arguments.labeller and arguments.confidence is None:
+        raise InputError("--labeller reads claims, which an exported page has with --confidence N; give both.")
     out = new_page(arguments.out)
     content = None if out is None else material(arguments.export)
-    if not arguments.injection:  # which may be a function of the user's
+    if not (arguments.injection or arguments.labeller):  # which may be functions of the user's
         import_transformers_alone()
+    from nla_jax.probes.confidence import SAMPLES
     from nla_jax.runtime.compiler import enable_compile_cache
     from nla_jax.runtime.user_input import whole_number
     from nla_jax.serve.actions import limits
     from nla_jax.serve.models import load
 
     batch = whole_number("--batch", arguments.batch, 1)
+    samples = SAMPLES if out is None and arguments.confidence is None else arguments.confidence
+    if samples is not None:
+        whole_number("--confidence", samples, 1)
     port = whole_number("--port", arguments.port, 0, 65535)
     limit = limits(arguments.max_tokens, arguments.queue, arguments.seconds)
     enable_compile_cache()
     listening = None if out else listen(arguments.host, port)  # before minutes go by until the pairs are loaded
     conventions = given_conventions(arguments)
-    served = load(arguments.pair, arguments.subject, arguments.dtype, conventions, arguments.workdir)
+    reading = (arguments.workdir, samples, arguments.labeller)
+    served = load(arguments.pair, arguments.subject, arguments.dtype, conventions, *reading)
     if listening is None:
         export(served, content, limit.tokens, batch, out)
     else:

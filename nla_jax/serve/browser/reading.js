@@ -6,6 +6,8 @@ let now = null, background = null; // what can be given up: the chosen token's r
 async function read(content, row = 0) {
   now?.abort();
   background?.abort();
+  doubting.abort();
+  doubtingAll?.abort();
   notice("");
   const mine = (now = new AbortController());
   byId("reading").hidden = false;

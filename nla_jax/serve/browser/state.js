@@ -7,6 +7,7 @@ const held = JSON.parse(document.getElementById("data").textContent);
 const COMPUTED = { // of each pair, by row
   answers: "explanation, cut, claims, cosine, fve",
   alternatives: "seed and alternatives",
+  confidence: "of each claim: kind, text, and how sure one may be of it, from 0 to 1",
   ablations: "of each claim: text without it, and by how much fve and mse (in %) change then",
   nearest: "the nearest training activations, and among how many",
   patched: "what the subject says with each of some vectors in place of the activation",
@@ -15,7 +16,8 @@ const COMPUTED = { // of each pair, by row
 const SILENT = held.pairs.every(({ silent }) => silent); // activations alone, which nobody explains
 const nothing = () => held.pairs.map(() => ({}));
 const state = {
-  pairs: held.pairs, // name, subject, layer, limit; fve (is it known?), chat (does the subject read one?), nearest, silent
+  pairs: held.pairs, // name, subject, layer, limit; fve (is it known?), chat (does the subject read one?), nearest, silent;
+  // confidence: samples, about (what it is, in words) and whether it was fitted; null where nobody asks
   content: held.content ?? null, // {text} or {messages}
   document: held.document ?? null, // id; tokens, roles, and for each pair norms and sinks, by row
   ...Object.fromEntries(Object.keys(COMPUTED).map((name) => [name, held[name] ?? nothing()])),

@@ -5,6 +5,10 @@ const COLOURS = { // of a row: a hue and a share from 0 to 1; and what the scale
     name: "FVE", scale: ["−1", "1"], ramp: "fve",
     of: (row) => signed(state.answers[state.pair][row]?.fve, "--rl", "--alert"),
   },
+  confidence: {
+    name: "mean confidence of claims", scale: ["0", "1"], ramp: "fve",
+    of: (row) => signed(2 * meanConfidence(state.pair, row) - 1, "--rl", "--alert"),
+  },
   gain: {
     name: "FVE, last pair minus first", scale: ["−1", "1"], ramp: "fve",
     of: (row) => signed(state.answers.at(-1)[row]?.fve - state.answers[0][row]?.fve, "--rl", "--alert"),
@@ -43,8 +47,10 @@ function drawColour(row) {
   spans[row].style.setProperty("--share", `${Math.round(60 * share)}%`);
   const answer = state.answers[state.pair][row];
   const fve = Number.isFinite(answer?.fve) ? `, FVE ${figure(answer.fve)}` : "";
-  const sink = state.document.sinks[state.pair][row] ? ", attention sink" : "";
-  spans[row].setAttribute("aria-label", `${visible(state.document.tokens[row])}${fve}${sink}`);
+  const sink = state.document.sinks[state.pair][row] ? ", attention sink" : "", sure = meanConfidence(state.pair, row);
+  const mean = Number.isFinite(sure) ? `, ${sure < UNSURE ? "doubtful, " : ""}mean confidence ${figure(sure)}` : "";
+  spans[row].classList.toggle("unsure", state.colour === "confidence" && sure < UNSURE);
+  spans[row].setAttribute("aria-label", `${visible(state.document.tokens[row])}${fve}${mean}${sink}`);
   if (answer) spans[row].title = answer.explanation;
 }
 
@@ -53,6 +59,7 @@ function drawColours() {
   const { scale, ramp } = COLOURS[state.colour];
   byId("scale").replaceChildren();
   if (scale) byId("scale").append(scale[0], element("span", { class: `ramp ${ramp}` }), scale[1]);
+  drawSure();
 }
 
 function choose(row, focus = false) {
@@ -95,12 +102,18 @@ function startStrip() {
       ArrowRight: () => state.row + 1, ArrowLeft: () => state.row - 1, Home: () => 0, End: () => spans.length - 1,
       ArrowDown: () => onOtherLine(1), ArrowUp: () => onOtherLine(-1),
     }[event.key];
-    if (!to || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.key.toLowerCase() === "c") doubt(state.row);
+    if (!to) return;
     event.preventDefault();
     choose(to(), true);
   });
+  byId("sure-all").addEventListener("click", doubtAll);
+  if (!state.saved && state.pairs.some(({ confidence }) => confidence)) byId("keys").append(" C asks how sure its claims are.");
+  const sure = state.saved ? state.confidence.some((of) => Object.keys(of).length) : state.pairs.some((pair) => pair.confidence);
+  const shown = { gain: named(), fve: !SILENT, confidence: sure };
   for (const [value, { name }] of Object.entries(COLOURS))
-    if ((value !== "gain" || named()) && (value !== "fve" || !SILENT)) byId("colour").append(element("option", { value }, name));
+    if (shown[value] ?? true) byId("colour").append(element("option", { value }, name));
   byId("colour").value = state.colour;
   state.pairs.forEach(({ name }, i) => byId("pair").append(element("option", { value: i }, name)));
   byId("of").hidden = !named();

@@ -11,40 +11,6 @@ const gauge = (name, value) => [
   element("span", { class: "number" }, figure(value)),
 ];
 
-const LINGER = 150; // milliseconds over a claim before its worth is asked for
-
-// What the claims of an explanation are worth to the reconstructor; asked for once a claim has the pointer, or the focus.
-function weigh(pair, row) {
-  if (state.saved || state.ablations[pair][row]) return;
-  demand(`ablate ${pair} ${row}`, { do: "ablate", row, pair }, ({ ablations }) => {
-    state.ablations[pair][row] = ablations;
-  }, () => drawPanels({ ablations: true, row }));
-}
-
-// Asks once something has stayed where it is; the pointer and the focus each have one, and do not disturb each other.
-function lingering(pair, row) {
-  let timer = 0;
-  const leave = () => clearTimeout(timer);
-  return { enter: () => { leave(); timer = setTimeout(() => weigh(pair, row), LINGER); }, leave };
-}
-
-function worth(pair, row, index) {
-  const found = state.ablations[pair][row]?.[index], more = (value) => (value < 0 ? "" : "+");
-  if (!found) return standing.get(`ablate ${pair} ${row}`)?.sentence ?? "";
-  const parts = [["FVE ", found.fve, 2, ""], ["error ", found.mse, 0, " %"]].filter(([, value]) => Number.isFinite(value));
-  return `without it: ${parts.map(([name, value, digits, unit]) => `${name}${more(value)}${figure(value, digits)}${unit}`).join(", ")}`;
-}
-
-function claimLine({ kind, value, true: holds }, pair, row, index) {
-  const [mark, css, said] = { true: ["✓", "yes", "true"], false: ["✗", "no", "false"], null: ["·", "", "not checked"] }[holds];
-  const pointer = lingering(pair, row), focus = lingering(pair, row);
-  const line = { tabindex: 0, "data-key": `claim ${pair} ${index}`, title: state.ablations[pair][row]?.[index].text,
-    mouseenter: pointer.enter, mouseleave: pointer.leave, focus: focus.enter, blur: focus.leave };
-  return element("li", line, element("span", { class: css, role: "img", "aria-label": said, title: said }, mark),
-    element("span", { class: "kind" }, kind),
-    element("span", {}, value, element("span", { class: "worth meta" }, worth(pair, row, index))));
-}
-
 function doubts({ explanation, cut, fve, claims }) {
   const wrong = claims.filter((claim) => claim.true === false).map((claim) => claim.kind);
   const low = Number.isFinite(fve) && fve < DOUBTFUL;
@@ -61,7 +27,7 @@ function saidOf(pair, row) {
   if (!answer) return element("div", { class: "said" }, name, element("p", { class: "meta" }, state.saved ? "Not computed." : "Waiting …"));
   return element("div", { class: "said" }, name,
     element("p", { class: "text" }, answer.explanation || "–", answer.cut && answer.explanation ? " …" : ""), ...doubts(answer),
-    answer.claims.length ? element("ul", { class: "claims", "aria-label": "Claims" }, ...answer.claims.map((claim, i) => claimLine(claim, pair, row, i))) : null,
+    ...claimList(pair, row),
     element("div", { class: "measures" }, ...(state.pairs[pair].fve ? gauge("FVE", answer.fve) : []), ...gauge("cosine", answer.cosine)));
 }
 
@@ -69,6 +35,7 @@ PANELS.push({
   title: "Explanation",
   shows: (answer) => answer.row === state.row,
   draw(row) {
+    if (row !== doubted) doubting.abort();
     const { roles, norms, sinks, tokens } = state.document, all = norms.map((of) => `${figure(of[row])} times`);
     const same = new Set(all).size === 1;
     const sink = sinks.some((of) => of[row]);
