@@ -161,7 +161,12 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
 TRUTH = {  # RL pays for true claims too
     "rl": {"features": ("nla_jax.labels.extractive:true_share",), "reward": "nla_jax.objective:truthful"},
 }
-VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH}  # what each changes
+FRONT = {  # the first tokens say most: labels begin with the last words, and the AR reads texts cut anywhere
+    "label": {"labeller": "nla_jax.labels.extractive:WordsFirst"},
+    "sft": {"reader": "nla_jax.objective:random_prefix", "ar": {"steps": 600}},
+    "rl": {"reader": "nla_jax.objective:random_prefix"},
+}
+VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH, "front": FRONT}  # what each changes
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -56,6 +56,7 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     if "sft" in stages:
         check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer")
         check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer")
+        read_by(resolve(config.sft.reader, "sft.reader"), ["A text about nothing."], np.random.default_rng(0))
     if "rl" in stages:
         check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer")
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
