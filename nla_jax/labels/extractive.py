@@ -192,6 +192,12 @@ def words_first(label: str) -> str:
     return f"… {words}{SEPARATOR}{said}" if colon else label
 
 
+def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
+    """A reader for `rl.reader`: the texts without the last words that they quote, so that copying them earns nothing. The
+    rest has to say it."""
+    return [re.sub(r":? ?….*", "", text, flags=re.DOTALL) for text in texts]
+
+
 def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
     """A feature for `rl.features`: `truth`, the share of a text's claims that hold for its row, `[B]`; 0 where it makes
     none. A reward can so pay for truth what a reconstruction does not (`objective.truthful`)."""
