@@ -197,6 +197,8 @@ def test_true_claims_can_be_paid_for():
         mask=np.ones((4, 1), bool),
         logprobs=np.zeros((4, 1)),
         features=found,
+        cosines=np.zeros((4, 1)),
+        own=np.zeros(4, int),
     )
     rewards = np.asarray(truthful(scored))
     assert rewards[0] == rewards[1] > rewards[2] and rewards[0] == pytest.approx(-0.3) and rewards[3] == -2
