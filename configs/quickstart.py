@@ -164,6 +164,7 @@ TRUTH = {  # RL pays for true claims too
 }
 FRONT = {  # the first tokens say most: labels begin with the last words, and the AR reads texts cut anywhere
     "label": {"labeller": "nla_jax.labels.extractive:WordsFirst"},
+    "prompts": {"max_new_tokens": 44},
     "sft": {"reader": "nla_jax.objective:random_prefix", "ar": {"steps": 600}},
     "rl": {"reader": "nla_jax.objective:random_prefix"},
 }

@@ -129,7 +129,7 @@ def test_texts_without_their_last_words():
     none = "An opening. It ends at a line break"
     found = without_last_words([usual, none, "Prose. It ends after a comma: … a …\nb,"], None)
     assert found == [usual.partition(":")[0], none, "Prose. It ends after a comma"] and "mill" in usual
-    assert first == f"{usual.partition(': ')[2]} | {usual.partition(': ')[0]}"
+    assert without_last_words([first], None) == found[:1] != [first]
 
 
 def test_the_ar_of_the_warm_start_reads_labels_as_its_reader_does():

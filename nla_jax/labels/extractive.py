@@ -157,17 +157,16 @@ class Extractive:
 SEPARATOR = " | "  # a word of its own: a text cut behind the last words ends where the subject stood
 WORDS_FIRST = {  # as CLAIMS, of a text that begins with the last words
     "passage": re.compile(rf"(?:^|\| )({one_of(PASSAGES)})(?=\.|$)"),
-    "position": re.compile(rf"\bIt ends ({one_of(POSITIONS)})$"),
+    "position": CLAIMS["position"],
     "last words": re.compile(r"^… (.*\S(?= \| )|.*\S)", re.DOTALL),
 }
 
 
 class WordsFirst(Extractive):
-    """The same two statements behind the last words: a text whose first tokens say most.
+    """The same two statements behind the last words, and the very last word again at the end: a text whose first tokens
+    say most, and at whose end a reconstructor still reads at the token at which the subject stood.
 
-        … of the given array | A parameter list. It ends late in a sentence
-
-    At its end the reconstructor no longer reads where the subject stood, and has more to learn (`sft.ar.steps`)."""
+        … of the given array | A parameter list. It ends late in a sentence: array"""
 
     patterns: ClassVar[Mapping[str, re.Pattern]] = WORDS_FIRST
 
@@ -176,26 +175,26 @@ class WordsFirst(Extractive):
         return [words_first(label_one(row.text)) for row in rows]
 
     def without(self, text: str, claim: Claim) -> str:
-        """The text without what makes it claim so; the last words go with their ellipsis and the separator."""
+        """The text without what makes it claim so; the last words, and the last one, go at both places."""
         found = self.patterns[LAST[0]].search(text)
         if claim.kind not in LAST or found is None:
             return super().without(text, claim).replace(" |. ", SEPARATOR)
-        rest, kept = text[found.end() :], ""
+        rest, kept = text[found.end() :].partition(":")[0], ""
         if claim.kind == LAST[1]:
             kept = found[1].removesuffix(claim.value).rstrip()
         return f"… {kept}{rest}" if kept else rest.removeprefix(SEPARATOR)
 
 
 def words_first(label: str) -> str:
-    """A label of `label_one` with its last words before the rest."""
+    """A label of `label_one` with its last words before the rest, and the last of them behind it too."""
     said, colon, words = label.partition(": … ")
-    return f"… {words}{SEPARATOR}{said}" if colon else label
+    return f"… {words}{SEPARATOR}{said}: {words.split()[-1]}" if colon else label
 
 
 def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
     """A reader for `rl.reader`: the texts without the last words that they quote, so that copying them earns nothing. The
     rest has to say it."""
-    return [re.sub(r":? ?….*", "", text, flags=re.DOTALL) for text in texts]
+    return [re.sub(r"^….* \| |:.*", "", text, flags=re.DOTALL) for text in texts]
 
 
 def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
