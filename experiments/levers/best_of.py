@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import nla_jax as nla
+from nla_jax.data.activations import TEXT
 from nla_jax.data.rows import load_rows, spread
 from nla_jax.labels.extractive import Extractive
 from nla_jax.labels.labeller import LabelRow
@@ -22,7 +23,7 @@ def main(workdir: str, counts: list[int]) -> None:
     """Prints FVE (of the pair's own AR, and of the one before RL), tokens and truth by kind for each N."""
     pair, before = (nla.load_pair(Path(workdir) / name) for name in ("pair", "pair_warm"))
     data = spread(load_rows(Path(workdir), "heldout"), ROWS)
-    rows = [LabelRow(text, "", 0, "", "") for text in data.column("detokenized_text_truncated")]
+    rows = [LabelRow(text, "", 0, "", "") for text in data.column(TEXT)]
     for count in counts:
         said = best_of(pair, data.vectors, Sampling(LIMIT, TEMPERATURE, batch=128, best_of=count))
         texts = [found.text for found in said]
