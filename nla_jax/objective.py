@@ -105,9 +105,8 @@ def within(s: Scored, allowed: int = ALLOWED, price: float = 2 * PRICE) -> Float
 def own_words(s: Scored, price: float = 0.5) -> Float[Array, "B"]:
     """-mse - `price` · copied: what is copied from the text has to be worth it.
 
-    `copied` is a feature, the share of a text's characters that its source holds word for word
-    (`copied`, below). Unlike a price of quotation marks, moving the quotation into brackets does not avoid
-    it. A failed response gets -2 - `price`."""
+    The feature `copied` (below) is the share of a text's characters that its source holds too. It looks at no quotation
+    mark: a quotation that is moved into brackets costs the same. A failed response gets -2 - `price`."""
     return _priced(s, price * s.features["copied"], price)
 
 

@@ -192,9 +192,9 @@ def words_first(label: str) -> str:
 
 
 def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
-    """A reader for `rl.reader`: the texts without the last words that they quote, so that copying them earns nothing. The
-    rest has to say it."""
-    return [re.sub(r"^….* \| |:.*", "", text, flags=re.DOTALL) for text in texts]
+    """A reader for `rl.reader`: the texts up to the ellipsis before the last words, so that quoting these there earns
+    nothing. A verbalizer that is trained long enough quotes them behind another sign (experiments/levers)."""
+    return [re.sub(r":? ?….*", "", text, flags=re.DOTALL) for text in texts]
 
 
 def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
