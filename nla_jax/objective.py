@@ -149,6 +149,12 @@ def random_prefix(texts: list[str], rng: np.random.Generator) -> list[str]:
     return [" ".join(words[: max(1, round(share * len(words)))]) for words in map(str.split, texts)]
 
 
+def prefix_or_whole(texts: list[str], rng: np.random.Generator) -> list[str]:
+    """The texts of every second activation, on average, cut as by `random_prefix`; the others whole, as they are read
+    after training."""
+    return random_prefix(texts, rng) if rng.random() < 0.5 else texts
+
+
 def without_quotes(texts: list[str], rng: np.random.Generator) -> list[str]:
     """The texts without what stands in double quotes: copying the context earns nothing."""
     return [re.sub(r'"[^"]*"', '""', text) for text in texts]
