@@ -1,7 +1,7 @@
 """The levers of the objective: rewards in closed form, what counts as copied, and what readers take away."""
 
 import dataclasses
-import difflib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,18 @@ from scipy.special import log_softmax
 from nla_jax.joint_step import Frozen, JointStep
 from nla_jax.labels.extractive import Extractive, without_last_words
 from nla_jax.labels.labeller import LabelRow
-from nla_jax.objective import Scored, adamw, contrastive, copied, coverage, own_words, random_prefix, short, within
+from nla_jax.objective import (
+    Scored,
+    adamw,
+    contrastive,
+    copied,
+    coverage,
+    own_words,
+    prefix_or_whole,
+    random_prefix,
+    short,
+    within,
+)
 from nla_jax.stages.sft import read_labels
 
 LENGTHS = np.array([3, 5, 8, 2])
@@ -83,13 +94,11 @@ SOURCE = "The mesh axes are named by the user, and each parameter has a logical 
 
 
 def plainly(text: str, source: str, span: int) -> float:
-    """Coverage by difflib: every common block of the text and each part of the source."""
+    """Coverage by trying every stretch of the text, however long."""
     covered = np.zeros(len(text), bool)
-    for start in range(len(source)):
-        matcher = difflib.SequenceMatcher(None, text, source[start:], autojunk=False)
-        found = [m for m in matcher.get_matching_blocks() if m.size >= span]
-        for block in found:
-            covered[block.a : block.a + block.size] = True
+    for start, end in itertools.combinations(range(len(text) + 1), 2):
+        if end - start >= span and text[start:end] in source:
+            covered[start:end] = True
     return covered.mean()
 
 
@@ -128,6 +137,15 @@ def test_texts_without_their_last_words():
     none = "An opening. It ends at a line break"
     found = without_last_words([usual, none, "Prose. It ends after a comma: … a …\nb,"], None)
     assert found == [usual.partition(":")[0], none, "Prose. It ends after a comma"] and "mill" in usual
+
+
+def test_a_reader_of_prefixes_and_whole_texts_by_turns():
+    """Samples of one activation are cut alike; about half of the activations are read whole."""
+    texts = ["one two three four", "five six seven eight"]
+    found = [prefix_or_whole(texts, np.random.default_rng([0, i])) for i in range(400)]
+    cut = [read for read in found if read != texts]
+    assert 120 < len(cut) < 240  # a prefix of all four words is the whole text
+    assert all(len(a.split()) == len(b.split()) < 4 for a, b in cut)
 
 
 def test_the_ar_of_the_warm_start_reads_labels_as_its_reader_does():
