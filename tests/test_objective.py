@@ -21,10 +21,10 @@ from nla_jax.objective import (
     coverage,
     own_words,
     prefix_or_whole,
-    random_prefix,
     short,
     within,
 )
+from nla_jax.runtime.user_code import resolve
 from nla_jax.stages.sft import read_labels
 
 LENGTHS = np.array([3, 5, 8, 2])
@@ -135,7 +135,7 @@ def test_texts_without_their_last_words():
     """A text that quotes none stays as it is."""
     (usual,) = Extractive().label([LabelRow("The river turns north at the old mill", "", 0, "", "")])
     none = "An opening. It ends at a line break"
-    found = without_last_words([usual, none, "Prose. It ends after a comma: … a …\nb,"], None)
+    found = without_last_words([usual, none, "Prose. It ends after a comma: … a …\nb,"], np.random.default_rng(0))
     assert found == [usual.partition(":")[0], none, "Prose. It ends after a comma"] and "mill" in usual
 
 
@@ -150,7 +150,10 @@ def test_a_reader_of_prefixes_and_whole_texts_by_turns():
 
 def test_the_ar_of_the_warm_start_reads_labels_as_its_reader_does():
     """Each is cut at a place of its own, the same whenever it is read."""
-    labels = ["one two three four five six seven eight"] * 40
-    found = read_labels(random_prefix, 3, labels)
+    labels, reader = (
+        ["one two three four five six seven eight"] * 40,
+        resolve("nla_jax.objective:random_prefix", "test"),
+    )
+    found = read_labels(reader, 3, labels)
     assert all(labels[0].startswith(text) for text in found) and len(set(found)) == 8
-    assert found == read_labels(random_prefix, 3, labels) != read_labels(random_prefix, 4, labels)
+    assert found == read_labels(reader, 3, labels) != read_labels(reader, 4, labels)
