@@ -30,6 +30,7 @@ def main(folders: list[str]) -> None:
         probes = json.loads((folder / "evaluation.json").read_text())["probes"]
         scores = {score["name"]: score for probe in probes if probe["chart"] != "curve" for score in probe["scores"]}
         cells = [f"{scores[name]['mean']:.3f}" if name in scores else "" for name in COLUMNS.values()]
+        cells[list(COLUMNS).index("tokens")] = f"{scores['mean_length']['mean']:.1f}"
         low, high = scores["fve_rl"]["ci95"]
         cells[0] += f" ({low:.3f} to {high:.3f})"
         print(f"| {folder.name} | {' | '.join(cells)} |")
