@@ -1,6 +1,6 @@
 """Best of N at inference: what the reconstructor as a judge is worth, in FVE and in truth, on held-out rows of a run.
 
-python experiments/levers/best_of.py runs/quickstart 1 4 16
+python experiments/levers/best_of.py runs/quickstart 1 4
 """
 
 import sys
