@@ -3,6 +3,7 @@
 nla quickstart --workdir runs/quickstart
 nla quickstart --config configs/quickstart.py:tiny --workdir runs/tiny         # a minute: does it work here?
 nla quickstart --config configs/quickstart.py:truth --workdir runs/truth       # RL pays for true claims too
+nla quickstart --config configs/quickstart.py:short --workdir runs/short       # or another lever: see LEVERS below
 nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
 """
 
@@ -161,14 +162,29 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
 TRUTH = {  # RL pays for true claims too
     "rl": {"features": ("nla_jax.labels.extractive:true_share",), "reward": "nla_jax.objective:truthful"},
 }
-VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH}  # what each changes
+FRONT = {  # the first tokens say most: labels begin with the last words, and the AR reads texts cut anywhere
+    "label": {"labeller": "nla_jax.labels.extractive:WordsFirst"},
+    "prompts": {"max_new_tokens": 44},
+    "sft": {"reader": "nla_jax.objective:random_prefix", "ar": {"steps": 600}},
+    "rl": {"reader": "nla_jax.objective:random_prefix"},
+}
+LEVERS = {  # what RL pays for, and what the AR reads (experiments/levers)
+    "short": {"rl": {"reward": "nla_jax.objective:short"}},
+    "within": {"rl": {"reward": "nla_jax.objective:within"}},
+    "own_words": {"rl": {"features": ("nla_jax.objective:copied",), "reward": "nla_jax.objective:own_words"}},
+    "unquoted": {"rl": {"reader": "nla_jax.labels.extractive:without_last_words"}},
+    "contrastive": {"rl": {"reward": "nla_jax.objective:contrastive"}},
+    "front": FRONT,
+}
+VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH} | LEVERS  # what each changes
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "tiny" (a minute: it
-    explains little, but its controls differ), "truth" (RL pays for true claims too)."""
+    explains little, but its controls differ), "truth" (RL pays for true claims too), and the `LEVERS`."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are subject, tiny and truth.")
+        *others, last = filter(None, VARIANTS)
+        raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are {', '.join(others)} and {last}.")
     c = ConfigDict(QUICKSTART)
     c.update(VARIANTS[variant])
     return c

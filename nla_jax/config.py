@@ -220,6 +220,7 @@ class WarmStart(Section):
 class Sft(Section):
     checkpoint_every: int = setting(200, "steps between checkpoints", least=1, free=True)
     widths: int = setting(8, "padded lengths of batches, at most; each has a program of its own", least=1, free=True)
+    reader: str = setting("nla_jax.objective:whole", "import path: what the AR reads of labels, (texts, rng) -> texts")
     av: WarmStart = section(WarmStart, "the verbalizer")
     ar: WarmStart = section(WarmStart, "the reconstructor")
 

@@ -24,7 +24,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
-from nla_jax.fve import mse, variance
+from nla_jax.fve import mse, normalise, variance
 from nla_jax.losses import TokenLoss, TokenStatistics, masked_mean
 from nla_jax.objective import UNCORRELATED, Scored, group_normalised, negative_mse
 from nla_jax.runtime.errors import InputError
@@ -143,33 +143,43 @@ class JointStep:
 
     def _accumulate(self, state: TrainState, frozen: Frozen, batch: JointBatch) -> tuple[dict, dict]:
         """Gradients by model and results per sample, summed over micro-batches that keep groups whole."""
-        totals = {"tokens": batch.response_mask.sum(), "texts": jnp.maximum(batch.valid.sum(), 1)}
+        counts = {"tokens": batch.response_mask.sum(), "texts": jnp.maximum(batch.valid.sum(), 1)}
+        of_step = counts | {"vectors": batch.vectors}
         params, n = {name: model.params for name, model in state.models.items()}, self.micro_batches
+        places = jnp.arange(len(batch.vectors))
         if n == 1:
-            return self._gradients(params, frozen, batch, totals)
+            return self._gradients(params, frozen, batch, places, of_step)
 
         def one(total, part):
-            grads, samples = self._gradients(params, frozen, part, totals)
+            grads, samples = self._gradients(params, frozen, *part, of_step)
             return jax.tree.map(jnp.add, total, grads), samples
 
-        parts = jax.tree.map(lambda x: x.reshape(n, len(x) // n, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: x.reshape(n, len(x) // n, *x.shape[1:]), (batch, places))
         grads, samples = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), parts)
         return grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
 
-    def _gradients(self, params: dict, frozen: Frozen, batch: JointBatch, totals: dict) -> tuple[dict, dict]:
-        """The objective on one micro-batch; `totals` count the tokens and texts of the whole batch."""
+    def _gradients(
+        self, params: dict, frozen: Frozen, batch: JointBatch, places: Int[Array, "A"], of_step: dict
+    ) -> tuple[dict, dict]:
+        """The objective on one micro-batch; its activations stand at `places` among those of the whole batch.
+
+        `of_step`: the activations of the whole batch, and how many tokens and texts it has."""
         A, B = len(batch.vectors), len(batch.responses)
         gold = jnp.repeat(batch.vectors, B // A, axis=0)
 
         def reconstruction_loss(params):
             whole = self.reconstructor.assemble(params, frozen.base)
-            errors = mse(self.reconstructor.reconstruct(whole, batch.texts, batch.text_lengths), gold)
-            return jnp.sum(jnp.where(batch.valid, errors, 0)) / totals["texts"], errors
+            recon = self.reconstructor.reconstruct(whole, batch.texts, batch.text_lengths)
+            errors = mse(recon, gold)
+            return jnp.sum(jnp.where(batch.valid, errors, 0)) / of_step["texts"], (errors, recon)
 
-        ar_grads, errors = jax.grad(reconstruction_loss, has_aux=True)(params["reconstructor"])
+        ar_grads, (errors, recon) = jax.grad(reconstruction_loss, has_aux=True)(params["reconstructor"])
 
-        reward, advantage = judge(self.reward, self.advantage, self._scored(batch, errors), A)
-        weights = batch.response_mask / totals["tokens"]
+        units = normalise(recon, 1.0), normalise(of_step["vectors"], 1.0)
+        cosines = jnp.einsum("BD,AD->BA", *units, precision="highest")  # never in bfloat16
+        scored = self._scored(batch, errors, cosines, jnp.repeat(places, B // A))
+        reward, advantage = judge(self.reward, self.advantage, scored, A)
+        weights = batch.response_mask / of_step["tokens"]
         anchor = None
         if self.kl_coefficient:
             reference = self.verbalizer.assemble(frozen.reference, frozen.base)
@@ -187,7 +197,9 @@ class JointStep:
         av_grads, tokens = jax.grad(policy_loss, has_aux=True)(params["verbalizer"])
         return {"verbalizer": av_grads, "reconstructor": ar_grads}, {"mse": errors, "reward": reward, "tokens": tokens}
 
-    def _scored(self, batch: JointBatch, errors: Float[Array, "B"]) -> Scored:
+    def _scored(
+        self, batch: JointBatch, errors: Float[Array, "B"], cosines: Float[Array, "B A"], own: Int[Array, "B"]
+    ) -> Scored:
         return Scored(
             mse=jnp.where(batch.valid, errors, UNCORRELATED),
             cosine=jnp.where(batch.valid, 1 - errors / 2, 0),
@@ -195,6 +207,8 @@ class JointStep:
             mask=batch.response_mask,
             logprobs=batch.sampler_logprobs,
             features=batch.features,
+            cosines=jnp.where(batch.valid[:, None], cosines, 0),
+            own=own,
         )
 
     def _metrics(self, batch: JointBatch, samples: dict) -> dict:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from runpy import run_path
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,7 @@ from nla_jax.models.sharding import AXES, device_mesh
 from nla_jax.models.transformer import abstract_params
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import read_metrics
+from nla_jax.stages.check import check_functions
 from nla_jax.tools.plan import programs_of
 from nla_jax.tools.topology import CHIPS
 
@@ -209,6 +211,13 @@ def test_optimizers_take_settings_that_the_config_leaves_out():
     assert c.rl.av_optimizer["final_lr"] == 1e-5 and "final_lr" not in c.rl.ar_optimizer
     with pytest.raises(InputError, match="there is no setting .*top_k"):
         load_config(f"{CONFIGS / 'quickstart.py'}", ["--config.rl.top_k=5"])
+
+
+@pytest.mark.parametrize("variant", sorted(run_path(str(CONFIGS / "quickstart.py"))["LEVERS"]))
+def test_every_lever_is_a_study_that_differs_from_the_quickstart(variant):
+    c, quickstart = config("quickstart", variant), config("quickstart")
+    check_functions(c, ["label", "sft", "rl"])
+    assert (c.rl.reward, c.rl.reader) != (quickstart.rl.reward, quickstart.rl.reader)
 
 
 def test_stories_are_the_quickstart_with_longer_texts(tokenizer):

@@ -79,6 +79,22 @@ def test_every_token_of_a_text(explain, place):
     assert [row["explanation"] for row in again] == texts
 
 
+def test_the_best_of_several_is_the_one_that_the_reconstructor_reads_best(explain, place):
+    """A greedy one among them: no row gets worse. One that says nothing is never chosen for its score."""
+    greedy, best = (explain("--text", TEXT, "--tokens", "all", "--best-of", n)[0] for n in (1, 4))
+    pair, subject = load_pair(place / "pair"), load_subject(place / "subject", 1)
+    vectors = extract(subject, [TEXT], "all").vectors
+    seeds = [int(np.random.SeedSequence([0, i]).generate_state(1)[0]) for i in (1, 2, 3)]
+    tried = [[row["explanation"] for row in greedy], *(pair.verbalize(vectors, 16, 1.0, seed) for seed in seeds)]
+    assert len({text for texts in tried for text in texts}) > len(greedy)
+    for i, row in enumerate(best):
+        scores = {texts[i]: pair.score([texts[i]], vectors[[i]])["cosine"][0] for texts in tried if texts[i]}
+        assert row["explanation"] == max(scores, key=scores.get, default="")
+        assert not scores or row["cosine"] == pytest.approx(max(scores.values()), abs=1e-5)
+    again, _ = explain("--text", TEXT, "--tokens", "all", "--best-of", 4, "--batch", 3)
+    assert [row["explanation"] for row in again] == [row["explanation"] for row in best]
+
+
 def test_there_is_no_score_without_a_text(explain):
     rows, said = explain("--text", TEXT, "--tokens", "all", "--max-new-tokens", 1)
     assert rows and all(row["explanation"] == "" and row["cosine"] is None and row["fve"] is None for row in rows)

@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from nla_jax.labels.extractive import BLANK, WINDOW, Extractive, true_share
+from nla_jax.labels.extractive import BLANK, WINDOW, Extractive, WordsFirst, true_share
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.objective import Scored, truthful
 
@@ -142,6 +142,38 @@ def test_every_claim_of_a_label_is_read_back_and_true(cuts):
     assert len(cuts) > 600 and min(kinds.values()) > 400
 
 
+def test_the_words_first_labeller_says_the_same_in_another_order(cuts):
+    """Its first tokens are the last words, and its very last word is theirs; its own grammar reads the same claims back."""
+    usual, first = Extractive(), WordsFirst()
+    for row, text, other in zip(cuts, usual.label(cuts), first.label(cuts)):
+        claims = first.claims(other)
+        assert claims == usual.claims(text) and all(first.true(claim, row) for claim in claims)
+        of = dict(claims)
+        if "last words" in of:
+            statements = f"{of['passage']}. It ends {of['position']}"
+            assert other == f"… {of['last words']} | {statements}: {of['last word']}"
+        else:
+            assert other == text == BLANK
+
+
+@pytest.mark.parametrize(
+    "kind, left",
+    [
+        ("passage", "… a given array | It ends late in a sentence: array"),
+        ("position", "… a given array | A parameter list. It ends: array"),
+        ("last word", "… a given | A parameter list. It ends late in a sentence"),
+        ("last words", "A parameter list. It ends late in a sentence"),
+    ],
+)
+def test_a_claim_is_taken_out_wherever_it_stands(kind, left):
+    """The claim is gone; the others are still made, but for the last words, of which the last word is one."""
+    text, labeller = "… a given array | A parameter list. It ends late in a sentence: array", WordsFirst()
+    claim = next(claim for claim in labeller.claims(text) if claim.kind == kind)
+    assert labeller.without(text, claim) == left and claim not in labeller.claims(left)
+    gone = {"last word": set(), "last words": {"last words", "last word"}}.get(kind, {kind})
+    assert {found.kind for found in labeller.claims(left)} == {"passage", "position", "last words", "last word"} - gone
+
+
 def test_claims_of_another_row_are_mostly_false(cuts):
     labeller, total, true = Extractive(), collections.Counter(), collections.Counter()
     rows = [row for row in cuts if len(row.text) > 100]
@@ -197,6 +229,8 @@ def test_true_claims_can_be_paid_for():
         mask=np.ones((4, 1), bool),
         logprobs=np.zeros((4, 1)),
         features=found,
+        cosines=np.zeros((4, 1)),
+        own=np.zeros(4, int),
     )
     rewards = np.asarray(truthful(scored))
     assert rewards[0] == rewards[1] > rewards[2] and rewards[0] == pytest.approx(-0.3) and rewards[3] == -2

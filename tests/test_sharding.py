@@ -50,6 +50,7 @@ CONFIG = Config(
         steps=STEPS,
         activations=A,
         group=G,
+        reward="nla_jax.objective:contrastive",  # which reads the activations on all devices
         advantage="test_sharding:centred",
         kl_coefficient=0.1,
         av_optimizer=OPTIMIZER,

@@ -183,7 +183,7 @@ def test_a_failed_response_counts_as_an_uncorrelated_one(reward, failed):
     """Below every reconstruction that points the right way, whatever the AR makes of the empty text."""
     mse, valid = jnp.array([0.1, 1.99, 0.3]), jnp.array([True, True, False])
     nothing = jnp.zeros((3, 2))
-    got = reward(Scored(jnp.where(valid, mse, 2.0), 1 - mse / 2, valid, nothing > 0, nothing, {}))
+    got = reward(Scored(jnp.where(valid, mse, 2.0), 1 - mse / 2, valid, nothing > 0, nothing, {}, nothing, valid))
     assert got[2] == pytest.approx(failed) and got[2] < got[1] < got[0]
 
 

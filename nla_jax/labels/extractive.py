@@ -128,6 +128,7 @@ class Extractive:
     line, without control characters or explanation tags."""
 
     reads: ClassVar[tuple[str, ...]] = ("text",)
+    patterns: ClassVar[Mapping[str, re.Pattern]] = CLAIMS
 
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """See the class."""
@@ -138,7 +139,7 @@ class Extractive:
 
         Kinds: passage, position, last words, last word. What it cannot read it leaves out."""
         return with_last_word(
-            [Claim(name, found[1]) for name, pattern in CLAIMS.items() if (found := pattern.search(text))]
+            [Claim(name, found[1]) for name, pattern in self.patterns.items() if (found := pattern.search(text))]
         )
 
     def true(self, claim: Claim, row: LabelRow) -> bool:
@@ -150,7 +151,50 @@ class Extractive:
 
     def without(self, text: str, claim: Claim) -> str:
         """The text without what makes it claim so."""
-        return without(text, claim, CLAIMS)
+        return without(text, claim, self.patterns)
+
+
+SEPARATOR = " | "  # a word of its own: a text cut behind the last words ends where the subject stood
+WORDS_FIRST = {  # as CLAIMS, of a text that begins with the last words
+    "passage": re.compile(rf"(?:^|\| )({one_of(PASSAGES)})(?=\.|$)"),
+    "position": CLAIMS["position"],
+    "last words": re.compile(r"^… (.*\S(?= \| )|.*\S)", re.DOTALL),
+}
+
+
+class WordsFirst(Extractive):
+    """The same two statements behind the last words, and the very last word again at the end: a text whose first tokens
+    say most, and at whose end a reconstructor still reads at the token at which the subject stood.
+
+        … of the given array | A parameter list. It ends late in a sentence: array"""
+
+    patterns: ClassVar[Mapping[str, re.Pattern]] = WORDS_FIRST
+
+    def label(self, rows: Sequence[LabelRow]) -> list[str]:
+        """See the class."""
+        return [words_first(label_one(row.text)) for row in rows]
+
+    def without(self, text: str, claim: Claim) -> str:
+        """The text without what makes it claim so; the last words, and the last one, go at both places."""
+        found = self.patterns[LAST[0]].search(text)
+        if claim.kind not in LAST or found is None:
+            return super().without(text, claim).replace(" |. ", SEPARATOR)
+        rest, kept = text[found.end() :].partition(":")[0], ""
+        if claim.kind == LAST[1]:
+            kept = found[1].removesuffix(claim.value).rstrip()
+        return f"… {kept}{rest}" if kept else rest.removeprefix(SEPARATOR)
+
+
+def words_first(label: str) -> str:
+    """A label of `label_one` with its last words before the rest, and the last of them behind it too."""
+    said, colon, words = label.partition(": … ")
+    return f"… {words}{SEPARATOR}{said}: {words.split()[-1]}" if colon else label
+
+
+def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
+    """A reader for `rl.reader`: the texts up to the ellipsis before the last words, so that quoting these there earns
+    nothing. A verbalizer that is trained long enough quotes them behind another sign (experiments/levers)."""
+    return [re.sub(r":? ?….*", "", text, flags=re.DOTALL) for text in texts]
 
 
 def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:

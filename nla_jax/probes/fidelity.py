@@ -10,6 +10,7 @@ from nla_jax.pair import Pair
 from nla_jax.probes.probe import Context, probe
 
 HEADLINE = "Explanations and controls"
+OPENINGS = (10, 16)  # tokens
 
 
 @probe(HEADLINE, labels={"fve_rl": "AV after RL"})
@@ -88,6 +89,13 @@ def prefixes(context: Context) -> dict[str, np.ndarray]:
     texts = context.texts("rl")
     lengths = range(0, limit, max(1, limit // 8))
     return {str(n): context.row_fve(cut(context.pair, texts, n)) for n in lengths}
+
+
+@probe("The opening alone", labels={f"fve_first_{n}": f"first {n} tokens" for n in OPENINGS})
+def opening(context: Context) -> dict[str, np.ndarray]:
+    """The reconstructor reads only the first 10 or 16 tokens of each explanation: what a reader gets who stops there."""
+    texts = context.texts("rl")
+    return {f"fve_first_{n}": context.row_fve(cut(context.pair, texts, n)) for n in OPENINGS}
 
 
 @probe(

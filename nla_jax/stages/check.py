@@ -56,6 +56,7 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     if "sft" in stages:
         check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer")
         check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer")
+        read_by(resolve(config.sft.reader, "sft.reader"), ["A text about nothing."], np.random.default_rng(0))
     if "rl" in stages:
         check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer")
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
@@ -227,6 +228,8 @@ def check_objective(config: Config) -> None:
         "mask": shape(bits, B, TOKENS),
         "logprobs": shape(f32, B, TOKENS),
         "features": {name: shape(x.dtype, B) for name, x in features.items()},
+        "cosines": shape(f32, B, ACTIVATIONS),
+        "own": shape(jnp.int32, B),
     }
     reward, advantage = resolve(c.reward, "rl.reward"), resolve(c.advantage, "rl.advantage")
     jax.eval_shape(lambda parts: judge(reward, advantage, Scored(**parts), ACTIVATIONS), parts)
@@ -244,6 +247,8 @@ def check_reward(reward: UserFunction, features: dict[str, np.ndarray]) -> None:
         mask=jnp.ones((B, TOKENS), bool),
         logprobs=jnp.full((B, TOKENS), -1.0),
         features={name: jnp.asarray(x) for name, x in features.items()},
+        cosines=jnp.repeat(jnp.asarray(1 - mse / 2)[:, None], ACTIVATIONS, 1),
+        own=jnp.repeat(jnp.arange(ACTIVATIONS), GROUP),
     )
     found = np.asarray(reward(ordinary))
     if not np.isfinite(found).all():

@@ -1,6 +1,7 @@
 """The `sft` stage: the supervised warm start of AV and AR, and the loop that it shares with pretraining."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,9 +27,11 @@ from nla_jax.runtime.compiler import first_state, jit_step
 from nla_jax.runtime.distributed import barrier, from_writer, is_writer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.run import Run
+from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.sidecar import FILE, Sidecar
 from nla_jax.stages.check import check_templates
 from nla_jax.stages.loop import Loop
+from nla_jax.stages.reading import read_by
 from nla_jax.study import Study, injections, lora
 
 LOG_EVERY = 20  # steps between records of a supervised loop
@@ -70,7 +73,8 @@ def sft(run: Run) -> None:
             av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
 
         there = labelled(ar_rows, "ar_sft")
-        inputs = [pair.prompts.reconstructor_batch(labels, study.text_width) for labels in labels_of(ar_rows)]
+        read = functools.partial(read_labels, resolve(c.reader, "sft.reader"), run.config.seed)
+        inputs = [pair.prompts.reconstructor_batch(read(labels), study.text_width) for labels in labels_of(ar_rows)]
         tokens, lengths = map(np.concatenate, zip(*inputs))
         batches = text_batches(tokens, lengths, ar_rows.vectors, there, c.ar.batch, run.config.seed, c.widths)
         with Loop(run, "sft", "sft_ar", c.ar.steps, subject) as loop:
@@ -89,6 +93,12 @@ def labelled(rows: Rows, split: str) -> Int[np.ndarray, "n"]:
 def labels_of(rows: Rows) -> Iterator[list[str]]:
     """The labels of the rows that have one, a shard at a time."""
     return ([label for label in labels if label is not None] for labels in rows.pieces(LABEL))
+
+
+def read_labels(reader: UserFunction, seed: int, labels: list[str]) -> list[str]:
+    """The labels of a shard as `sft.reader` lets the AR read them: each is the only text of its activation."""
+    rngs = map(np.random.default_rng, ([seed, i] for i in range(len(labels))))
+    return [text for label, rng in zip(labels, rngs) for text in read_by(reader, [label], rng)]
 
 
 def say_dropped(dropped: int, count: int, limit: int) -> float:

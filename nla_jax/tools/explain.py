@@ -17,7 +17,7 @@ from nla_jax.io.hub import locate
 from nla_jax.io.pairs import find_base
 from nla_jax.io.safetensors import read_tensors
 from nla_jax.models.transformer import Transformer
-from nla_jax.pair import Pair
+from nla_jax.pair import Explanation, Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.notes import note
 from nla_jax.subject import ROWS, SINK, Subject, activations_at, attention_sinks, extract, load_subject
@@ -33,12 +33,13 @@ SPREAD, ENOUGH = 32, 64  # activations: of a document, and in all, to calibrate 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How explanations are sampled: see `Pair.explain`."""
+    """How explanations are sampled: see `Pair.explain`, and `best_of` for more than one of each activation."""
 
     max_new_tokens: int = 200
     temperature: float = 0.0
     seed: int = 0
     batch: int = 64
+    best_of: int = 1
 
 
 def subject_of(pair: Pair, folder: AnyPath, name: str | None = None, dtype: Any = None) -> Subject:
@@ -167,7 +168,7 @@ def explain_rows(
             note_sinks(pair, activations, rows, vectors)
             numbers = [next(first) for _ in rows]
             options = {"batch": sampling.batch, "first": numbers[0]}
-            said = pair.explain(vectors, sampling.max_new_tokens, sampling.temperature, sampling.seed, **options)
+            said = best_of(pair, vectors, sampling, numbers[0])
             tokens = activations.tokens[rows.start : rows.stop]
             scores = measured(pair, [x.text for x in said], tokens, vectors, variance)
             more = {"max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, **options}
@@ -185,6 +186,24 @@ def explain_rows(
                 | ({"claims": made[i]} if claims else {})
                 for i, row in enumerate(rows)
             ]
+
+
+def best_of(pair: Pair, vectors: np.ndarray, sampling: Sampling, first: int = 0) -> list[Explanation]:
+    """Of each activation that of `sampling.best_of` explanations from which the AR rebuilds it best.
+
+    The first is the one that the temperature asks for; at temperature 0 (greedy) the others are sampled at 1. What is
+    chosen by its score scores higher: that does not make it truer."""
+    tried = []
+    for i in range(sampling.best_of):
+        temperature = sampling.temperature or float(i > 0)
+        seed = int(np.random.SeedSequence([sampling.seed, i]).generate_state(1)[0]) if i else sampling.seed
+        options = {"batch": sampling.batch, "first": first}
+        tried.append(pair.explain(vectors, sampling.max_new_tokens, temperature, seed, **options))
+    if len(tried) == 1:
+        return tried[0]
+    cosines = [pair.score([found.text for found in said], vectors)["cosine"] for said in tried]
+    there = [[bool(found.text) for found in said] for said in tried]
+    return [tried[i][row] for row, i in enumerate(np.where(there, cosines, -2).argmax(0))]
 
 
 def measured(

@@ -1,6 +1,7 @@
 """`nla explain`: what activations say, of texts token by token, of chats, or of vectors in a file."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -26,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling (default 0: greedy)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    parser.add_argument(
+        "--best-of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of N explanations the one that the reconstructor reads best (default 1; all but a greedy one are sampled)",
+    )
     parser.add_argument(
         "--confidence",
         type=int,
@@ -91,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     arrays = stored_vectors(arguments.vectors) if arguments.vectors else None
     enable_compile_cache()
-    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, arguments.batch)
+    sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
     subject = None
@@ -158,6 +166,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         ("max_tokens", 1, None),
         ("max_new_tokens", 1, None),
         ("batch", 1, None),
+        ("best_of", 1, None),
         ("confidence", 1, None),
         ("top", 1, None),  # of `nla diff`
         ("seed", 0, (1 << 32) - 1),
