@@ -121,9 +121,9 @@ def taken_out(labeller, text):
 
 
 def test_claims_are_taken_out_of_labels_by_their_grammar():
-    assert taken_out(Extractive(), "Prose. It ends late in a sentence: … of the given array") == {
-        ("passage", "Prose"): "It ends late in a sentence: … of the given array",
-        ("position", "late in a sentence"): "Prose. It ends: … of the given array",
+    assert taken_out(Extractive(), "Prose. It ends late in a sentence with array: … of the given array") == {
+        ("passage", "Prose"): "It ends late in a sentence with array: … of the given array",
+        ("position", "late in a sentence"): "Prose. It ends with array: … of the given array",
         ("last words", "of the given array"): "Prose. It ends late in a sentence",
         ("last word", "array"): "Prose. It ends late in a sentence: … of the given",
     }

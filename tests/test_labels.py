@@ -30,7 +30,7 @@ axis : int
 
 
 def test_a_whole_label():
-    assert label([NUMPY_DOC]) == ["A parameter list. It ends early in a sentence: … of the given array"]
+    assert label([NUMPY_DOC]) == ["A parameter list. It ends early in a sentence with array: … given array"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_every_claim_of_a_label_is_read_back_and_true(cuts):
     for row, text in zip(cuts, labeller.label(cuts)):
         claims = labeller.claims(text)
         of = dict(claims)
-        ends = f"It ends {of.get('position')}: … {of.get('last words')}"
+        ends = f"It ends {of.get('position')} with {of.get('last word')}: … {of.get('last words')}"
         assert text == f"{of['passage']}. " + (ends if len(claims) > 1 else "Nothing stands before this place.")
         false = [claim for claim in claims if not labeller.true(claim, row)]
         assert not false, (text, row.text[-80:])
@@ -193,6 +193,12 @@ def test_claims_of_texts_that_a_verbalizer_might_write():
         "position": "inside quoted code",
         "last words": "num_size, fr",
         "last word": "fr",
+    }
+    assert claims("Notes. It ends after a comma with time,: … one at a time,") == {
+        "passage": "Notes",
+        "position": "after a comma",
+        "last words": "one at a time,",
+        "last word": "time,",
     }
     assert claims("Prose") == {"passage": "Prose"}
     assert claims("") == {} == claims("A poem about love. It ends well.")

@@ -1,9 +1,12 @@
 """The default labeller of the warm start: two short formulaic statements about the end of a text.
 
-    A parameter list. It ends late in a sentence: … of the given array
+    A parameter list. It ends late in a sentence with array: … given array
 
 An activation holds mostly the last words, and what may come next. A topic is left out: a linear probe does not read one
 from an activation, and a verbalizer that is asked for it makes one up.
+
+The last word is what an activation holds best, so it is named before the words that lead to it. A verbalizer writes from
+left to right: without that it would have to guess these words first, and then end on one that fits them.
 
 The last words end the label, with no quotation mark behind them. A reconstructor whose template ends with the explanation
 then reads at the very token at which the subject stood, and is good before it is trained (docs/labels.md has figures).
@@ -21,7 +24,8 @@ import numpy as np
 from nla_jax.labels.labeller import Claim, LabelRow
 
 TAIL_CHARS = 20
-TAIL_WORDS = 4
+TAIL_WORDS = 2
+ENDING = (12, 80)  # words and characters of a text's end with which a claim about its last words is compared
 WINDOW = 2000  # characters before the end that a label may depend on
 
 TAGS = re.compile(r"</?explanation>", re.IGNORECASE)
@@ -115,17 +119,18 @@ POSITIONS = frozenset(PUNCTUATION.values()) | {
 one_of = lambda words: "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 CLAIMS = {  # what a label says, by the words around it
     "passage": re.compile(rf"^\s*({one_of(PASSAGES)})(?=\.|$)"),
-    "position": re.compile(rf"\bIt ends ({one_of(POSITIONS)})(?=:|$)"),
+    "position": re.compile(rf"\bIt ends ({one_of(POSITIONS)})(?= with |:|$)"),
     "last words": re.compile(r": … (.*\S)", re.DOTALL),
 }
 LAST = ("last words", "last word")  # claims about how the text ends
+NAMED = re.compile(rf"(\bIt ends (?:{one_of(POSITIONS)})) with \S+?(?=: …)")  # the last word, before the last words
 
 
 class Extractive:
     """One label for each row, made of its text alone, which may end within a word.
 
-    The kind of passage, what stands at its end grammatically, and the last words verbatim: about 60 characters, one
-    line, without control characters or explanation tags."""
+    The kind of passage, what stands at its end grammatically, the last word, and the last words verbatim: about 70
+    characters, one line, without control characters or explanation tags."""
 
     reads: ClassVar[tuple[str, ...]] = ("text",)
     patterns: ClassVar[Mapping[str, re.Pattern]] = CLAIMS
@@ -166,13 +171,13 @@ class WordsFirst(Extractive):
     """The same two statements behind the last words, and the very last word again at the end: a text whose first tokens
     say most, and at whose end a reconstructor still reads at the token at which the subject stood.
 
-        … of the given array | A parameter list. It ends late in a sentence: array"""
+        … given array | A parameter list. It ends late in a sentence: array"""
 
     patterns: ClassVar[Mapping[str, re.Pattern]] = WORDS_FIRST
 
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """See the class."""
-        return [words_first(label_one(row.text)) for row in rows]
+        return [words_first(row.text) for row in rows]
 
     def without(self, text: str, claim: Claim) -> str:
         """The text without what makes it claim so; the last words, and the last one, go at both places."""
@@ -185,10 +190,12 @@ class WordsFirst(Extractive):
         return f"… {kept}{rest}" if kept else rest.removeprefix(SEPARATOR)
 
 
-def words_first(label: str) -> str:
-    """A label of `label_one` with its last words before the rest, and the last of them behind it too."""
-    said, colon, words = label.partition(": … ")
-    return f"… {words}{SEPARATOR}{said}: {words.split()[-1]}" if colon else label
+def words_first(text: str) -> str:
+    """The label of one text, with its last words before the rest, and the last of them behind it too."""
+    of = describe(text)
+    if not of["last words"]:
+        return BLANK
+    return f"… {of['last words']}{SEPARATOR}{statements(of)}: {of['last words'].split()[-1]}"
 
 
 def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
@@ -212,7 +219,7 @@ def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
 def holds(claim: Claim, found: Mapping[str, str | None]) -> bool:
     """Whether a claim agrees with what `describe` has found in a text."""
     if claim.kind in LAST:
-        return f" {found['last words'] or ''}".endswith(f" {claim.value}")
+        return any(f" {found[end] or ''}".endswith(f" {claim.value}") for end in ("last words", "ending"))
     return found[claim.kind] == claim.value
 
 
@@ -220,7 +227,8 @@ def without(text: str, claim: Claim, patterns: Mapping[str, re.Pattern]) -> str:
     """The text without the words of a claim, which the pattern of its kind finds, and without marks that belong to them.
 
     The last words go with their ellipsis, and with "It ends" where nothing else is said of the end. Of the last word
-    only that goes, unless it is the only one."""
+    only that goes, unless it is the only one. Where it is named before them, that goes too."""
+    text = NAMED.sub(r"\1", text) if claim.kind in LAST else text
     found = patterns[LAST[0] if claim.kind == LAST[1] else claim.kind].search(text)
     if found is None:
         return text
@@ -245,19 +253,26 @@ def label_one(text: str) -> str:
     of = describe(text)
     if not of["last words"]:
         return BLANK
-    return f"{of['passage']}. It ends {of['position']}: … {of['last words']}"
+    return f"{statements(of)} with {of['last words'].split()[-1]}: … {of['last words']}"
+
+
+def statements(of: Mapping[str, str | None]) -> str:
+    """The two statements about a text that `describe` has read."""
+    return f"{of['passage']}. It ends {of['position']}"
 
 
 def describe(text: str) -> dict[str, str | None]:
-    """What a label says of a text, by the kinds of claims; None where it says nothing."""
+    """What a label says of a text, by the kinds of claims, and the text's `ending`, of which a claim may name more than a
+    label does; None where there is nothing to say."""
     fenced = text.count("```") % 2 == 1
     opening = len(text) <= WINDOW
     text = TAGS.sub(" ", text[-WINDOW:])
     tail = last_words(text)
     if not tail:
-        return {"passage": "A blank start", "position": None, "last words": None}
+        return {"passage": "A blank start", "position": None, "last words": None, "ending": None}
     passage = "A code block" if fenced else kind(text, opening)
-    return {"passage": passage, "position": position(text, passage in CODE), "last words": tail}
+    where, ending = position(text, passage in CODE), last_words(text, *ENDING)
+    return {"passage": passage, "position": where, "last words": tail, "ending": ending}
 
 
 def last_words(text: str, words: int = TAIL_WORDS, characters: int = TAIL_CHARS) -> str:
