@@ -314,7 +314,7 @@ def test_the_documentation_lists_every_probe():
         *("ablation", "recovery", "divergence", "loss"),
         *("confidence", "calibration", "reliability"),
         *("suffix_prediction", "source_gain", "source_match"),
-        *("true_after_rl", "made_after_rl", "fresh_reader"),
+        *("true_after_rl", "made_after_rl", "fresh_reader", "opening", "copied"),
         *(path.rpartition(":")[2] for path in Evaluate().provider.probes),
     }
     assert {path.partition(":")[0].rpartition(".")[2] for path in Evaluate().provider.probes} == {
