@@ -315,11 +315,14 @@ def test_a_signal_in_a_destructor_is_not_lost(number, raised, monkeypatch):
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     handle_unraisable()
-    survived = False
-    with sigterm_raises(), pytest.raises(raised):
-        Unlucky()
-        survived = True
-        time.sleep(30)
+    survived, before = False, signal.signal(signal.SIGINT, signal.default_int_handler)  # `nohup` has Ctrl-C ignored
+    try:
+        with sigterm_raises(), pytest.raises(raised):
+            Unlucky()
+            survived = True
+            time.sleep(30)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert survived
 
 

@@ -158,10 +158,15 @@ def test_adapter_gradients_are_those_of_the_merged_weights(adapters, vectors):
     whole = adapters.merged()
     frozen = Frozen(lively(LORA, seed=5), adapters.base)
     plain_frozen = Frozen(LORA.merge(adapters.base, frozen.reference))
-    totals = {"tokens": batch.response_mask.sum(), "texts": jnp.maximum(batch.valid.sum(), 1)}
+    of_step = {
+        "tokens": batch.response_mask.sum(),
+        "texts": jnp.maximum(batch.valid.sum(), 1),
+        "vectors": batch.vectors,
+    }
+    of_batch = batch, jnp.arange(len(batch.vectors)), of_step
     params = lambda pair: {"verbalizer": pair.verbalizer_params, "reconstructor": pair.reconstructor_params}
-    grads, _ = jax.jit(joint_step(adapters)._gradients)(params(adapters), frozen, batch, totals)
-    plain, _ = jax.jit(joint_step(whole)._gradients)(params(whole), plain_frozen, batch, totals)
+    grads, _ = jax.jit(joint_step(adapters)._gradients)(params(adapters), frozen, *of_batch)
+    plain, _ = jax.jit(joint_step(whole)._gradients)(params(whole), plain_frozen, *of_batch)
     av, ar, av_plain, ar_plain = (tree[name] for tree in (grads, plain) for name in ("verbalizer", "reconstructor"))
     close(ar["head"], ar_plain["head"], 1e-4)
     for lora, found, gradient, params in (
