@@ -80,7 +80,7 @@ def test_a_reward_sees_all_activations_of_the_step_whatever_its_micro_batches(pa
     step = JointStep(pair.verbalizer, pair.reconstructor, tx, tx, reward=reward, kl_coefficient=0.0)
     state = jax.device_get(step.init(params, pair.reconstructor_params))
     whole, cut = (jax.jit(dataclasses.replace(step, micro_batches=n))(state, Frozen(None), batch)[2] for n in (1, 4))
-    recon = pair.reconstructor.reconstruct(pair.reconstructor_params, batch.texts, batch.text_lengths)
+    recon = jax.jit(pair.reconstructor.reconstruct)(pair.reconstructor_params, batch.texts, batch.text_lengths)
     neighbour = np.repeat(np.roll(vectors, -1, 0), 3, 0)
     cosine = np.sum(recon * neighbour, 1) / np.linalg.norm(recon, axis=1) / np.linalg.norm(neighbour, axis=1)
     np.testing.assert_allclose(whole["reward"], np.where(batch.valid, cosine, 0), atol=1e-5)
