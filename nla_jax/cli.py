@@ -111,10 +111,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def unexpected(error: Exception, arguments: argparse.Namespace) -> int:
-    """What a failure of the devices or of another host says; any other error is a bug, and its trace is shown."""
+    """What a lack of memory, or a failure of the devices or of another host, says. Any other error is a bug, and its trace
+    is shown."""
     from nla_jax.runtime import distributed
 
-    if "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return failed(out_of_memory(error, arguments.stage), 1, arguments.debug)
     if distributed.host_count() == 1:
         raise error
@@ -163,14 +164,16 @@ def sentence(error: Exception) -> str:
 
 
 def out_of_memory(error: Exception, stage: str | None) -> str:
-    """What a user reads where the devices' memory did not suffice."""
+    """What a user reads where the memory of the devices, or of the host, did not suffice."""
+    host = isinstance(error, MemoryError)
+    whose, reason = ("host's", str(error)) if host else ("devices'", sentence(error).split(". ")[0])
     smaller = {
         "sft": "a smaller sft.av.batch and sft.ar.batch",
         "rl": "more rl.micro_batches (8, say) and rl.rollout_chunks",
     }
     use = f"{smaller[stage]}, compute.remat=nothing_saveable, LoRA" if stage in smaller else "a smaller batch"
     return (
-        f"The devices' memory does not hold {stage or 'this'} ({sentence(error).split('. ')[0]}); use {use}, or more devices; "
+        f"The {whose} memory does not hold {stage or 'this'} ({reason}); use {use}, or more devices; "
         "`nla plan` says what a config needs. What is finished is kept."
     )
 

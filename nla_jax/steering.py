@@ -25,7 +25,7 @@ from nla_jax.data.chats import Messages, answer_tokens, chat_tokens, checked, sp
 from nla_jax.pair import Pair
 from nla_jax.patching import patch
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import is_finite, of_ordinary_length, real_array, text_list, whole_number
+from nla_jax.runtime.user_input import is_finite, of_ordinary_length, real_array, text_list, token_limit, whole_number
 from nla_jax.sampling import respond_edited
 from nla_jax.subject import Subject, activations_at, extract
 
@@ -183,7 +183,7 @@ def steer_along(
     Raises `InputError` for directions of another width or not finite, and for a subject on several devices."""
     if not isinstance(along, Mapping):
         raise InputError(f"along must be a mapping of names to directions; found {along!r:.50}.")
-    strengths, new_tokens = _strengths(strengths), whole_number("new_tokens", new_tokens, 1)
+    strengths, new_tokens = _strengths(strengths), token_limit("new_tokens", new_tokens)
     ids, position = read(subject, text, token)
     h = activations_at(subject, [ids], [[position]], ["0"]).vectors[0]
     return steer_tokens(subject, ids, position, h, along, strengths, new_tokens)

@@ -287,6 +287,7 @@ WRONG = {
     ("flags", "told"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens of 1 or more"),
+        (["--max-new-tokens", "3000000000"], "--max-new-tokens is more than 1073741824"),
         (["--max-tokens", "-1"], "--max-tokens of 1 or more"),
         (["--batch", "0"], "--batch of 1 or more"),
         (["--temperature", "-1"], "a temperature of 0 or more"),

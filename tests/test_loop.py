@@ -326,6 +326,9 @@ def test_devices_without_memory_are_one_sentence(corpus, tmp_path, monkeypatch, 
     assert nla_main("rl", tmp_path, corpus) == 1
     said = one_line(capsys)
     assert "memory does not hold rl (RESOURCE_EXHAUSTED: Out of memory allocating" in said and "micro_batches" in said
+    monkeypatch.setattr("nla_jax.stages.rl.rl", lambda run: np.zeros(1 << 52))  # nor does the host's
+    assert nla_main("rl", tmp_path, corpus) == 1
+    assert "The host's memory does not hold rl (Unable to allocate 32" in one_line(capsys)
 
 
 WRONG = {

@@ -316,6 +316,7 @@ def test_wrong_requests(pair, vectors, subject_folder, sidecar, tmp_path):
         (lambda: unchecked(pair, temperature=10**400), "a temperature of 0 or more"),  # no float holds it
         (lambda: unchecked(pair, temperature="0"), "a temperature of 0 or more"),
         (lambda: unchecked(pair, max_new_tokens=36.0), "max_new_tokens of 1 or more"),
+        (lambda: unchecked(pair, max_new_tokens=10**12), "max_new_tokens is more than 1073741824"),
         (lambda: unchecked(pair, seed=None), "seed from 0 to 4294967295"),
         (lambda: pair.verbalize(vectors, batch=0), "batch of 1 or more"),
         (lambda: pair.verbalize(vectors, batch=-1), "batch of 1 or more"),

@@ -199,9 +199,10 @@ def words_first(text: str) -> str:
 
 
 def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
-    """A reader for `rl.reader`: the texts up to the ellipsis before the last words, so that quoting these there earns
-    nothing. A verbalizer that is trained long enough quotes them behind another sign (experiments/levers)."""
-    return [re.sub(r":? ?….*", "", text, flags=re.DOTALL) for text in texts]
+    """A reader for `rl.reader`: the texts up to the ellipsis before the last words, and without the last word where it is
+    named before them, so that quoting these there earns nothing. A verbalizer that is trained long enough quotes them
+    behind another sign (experiments/levers)."""
+    return [re.sub(r":? ?….*", "", NAMED.sub(r"\1", text), flags=re.DOTALL) for text in texts]
 
 
 def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:

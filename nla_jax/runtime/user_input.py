@@ -16,6 +16,7 @@ from nla_jax.runtime.errors import InputError
 
 LAST_ROW = 1 << 30
 USUAL = 200  # new tokens: the limit where nobody gives another
+LONGEST = 1 << 30  # tokens that a text may have, so that programs can count them
 ATTENDED = 64 << 20  # pairs of positions that one program attends over, at most: 64 rows of 1024 tokens
 
 
@@ -77,8 +78,15 @@ def sampling_temperature(value: Any) -> float:
 
 def sampling(max_new_tokens: Any, temperature: Any, seed: Any) -> tuple[int, float, int]:
     """What sampling needs, as numbers. Raises `InputError` for one out of range."""
-    limit, seed = whole_number("max_new_tokens", max_new_tokens, 1), whole_number("seed", seed, 0, (1 << 32) - 1)
+    limit, seed = token_limit("max_new_tokens", max_new_tokens), whole_number("seed", seed, 0, (1 << 32) - 1)
     return limit, sampling_temperature(temperature), seed
+
+
+def token_limit(name: str, value: Any) -> int:
+    """How many tokens a text may have. Raises `InputError` for a number that programs cannot count to."""
+    if (limit := whole_number(name, value, 1)) > LONGEST:
+        raise InputError(f"{name} is more than {LONGEST}, the most tokens that a text may have; give a smaller number.")
+    return limit
 
 
 def row_number(first: Any) -> int:

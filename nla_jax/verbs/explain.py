@@ -159,12 +159,13 @@ def chosen_tokens(given: str) -> str | list[int]:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises `InputError` for a number out of range, before a pair is read."""
-    from nla_jax.runtime.user_input import sampling_temperature, whole_number
+    from nla_jax.runtime.user_input import sampling_temperature, token_limit, whole_number
 
     given = vars(arguments)
+    if "max_new_tokens" in given:
+        token_limit("--max-new-tokens", given["max_new_tokens"])
     for name, least, most in (
         ("max_tokens", 1, None),
-        ("max_new_tokens", 1, None),
         ("batch", 1, None),
         ("best_of", 1, None),
         ("confidence", 1, None),
