@@ -84,13 +84,13 @@ QUICKSTART = {
         "marker": "",  # "" finds one
         "inject": ("nla_jax.autoencoder:replace",),  # or …:add_norm_matched@1, or functions of yours
         "injection_scale": 0.0,  # 0 means the median norm of the training activations
-        "max_new_tokens": 36,
+        "max_new_tokens": 44,
     },
     "sft": {
         "checkpoint_every": 200,
         "av": {
             "batch": 64,
-            "steps": 1100,
+            "steps": 1600,
             "lora": dict(LORA),
             "optimizer": {"function": ADAMW, "lr": 3e-3, "final_lr": 1e-4, "warmup": 50},
         },
@@ -102,12 +102,12 @@ QUICKSTART = {
         },
     },
     "rl": {
-        "steps": 72,
+        "steps": 50,
         "activations": 48,
         "group": 8,
         "rollout_chunks": 4,
         "micro_batches": 1,
-        "temperature": 1.0,
+        "temperature": 0.7,  # nearer to the greedy texts that are read later
         "reward": "nla_jax.objective:negative_mse",
         "advantage": "nla_jax.objective:group_normalised",
         "kl_coefficient": 0.03,
@@ -136,7 +136,6 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
     "split": {"av_sft": 0.5, "ar_sft": 0.2, "rl": 0.15, "heldout": 0.15},
     "subject": {"layer": 1},
     "extract": {"positions": 8, "max_tokens": 128},
-    "prompts": {"max_new_tokens": 40},
     "sft": {"widths": 1, "av": {"batch": 32, "steps": 80}, "ar": {"batch": 32, "steps": 100}},
     "rl": {
         "steps": 4,
@@ -164,7 +163,6 @@ TRUTH = {  # RL pays for true claims too
 }
 FRONT = {  # the first tokens say most: labels begin with the last words, and the AR reads texts cut anywhere
     "label": {"labeller": "nla_jax.labels.extractive:WordsFirst"},
-    "prompts": {"max_new_tokens": 44},
     "sft": {"reader": "nla_jax.objective:random_prefix", "ar": {"steps": 600}},
     "rl": {"reader": "nla_jax.objective:random_prefix"},
 }

@@ -40,6 +40,7 @@ SMOLLM2 = {
         "steps": 100,
         "activations": 8,
         "group": 8,
+        "temperature": 1.0,
         "rollout_chunks": 1,
         "kl_coefficient": 0.02,
         "av_optimizer": {"lr": 5e-5, "warmup": 5},

@@ -24,6 +24,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.extract.update(positions=12, min_position=20)
     c.prompts.max_new_tokens = 96
     c.sft.av.steps = 600
-    c.rl.update(steps=30, activations=32)
+    c.rl.update(steps=30, activations=32, temperature=1.0)
     c.report.title = "TinyStories, 260K parameters"
     return c

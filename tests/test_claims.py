@@ -127,6 +127,13 @@ def test_claims_are_taken_out_of_labels_by_their_grammar():
         ("last words", "of the given array"): "Prose. It ends late in a sentence",
         ("last word", "array"): "Prose. It ends late in a sentence: … of the given",
     }
+    assert taken_out(Extractive(), "Prose. It ends late in a sentence with -ray of array: … given array") == {
+        ("passage", "Prose"): "It ends late in a sentence with -ray of array: … given array",
+        ("position", "late in a sentence"): "Prose. It ends with -ray of array: … given array",
+        ("last token", "ray"): "Prose. It ends late in a sentence with array: … given array",
+        ("last words", "given array"): "Prose. It ends late in a sentence",
+        ("last word", "array"): "Prose. It ends late in a sentence: … given",
+    }
     assert taken_out(Behaviour("none"), 'Prose. Next perhaps "work", "book" or a blank. It ends: … his') == {
         ("passage", "Prose"): 'Next perhaps "work", "book" or a blank. It ends: … his',
         ("certainty", "Next perhaps"): 'Prose. "work", "book" or a blank. It ends: … his',

@@ -52,9 +52,34 @@ def test_a_whole_label():
 )
 def test_what_stands_there(text, words, where, passage):
     found = label([text])[0]
-    quoted = re.search(r": … (.*)$", found)[1]
+    quoted = re.search(r": … (.*?)[⏎␣]*$", found)[1]
     assert words.endswith(quoted) or quoted.endswith(words)
     assert re.search(where, found) and passage in found
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "end"),
+    [
+        ("We do not recommend", "mend", "with -mend of recommend: … not recommend"),
+        ("We do not recommend", " recommend", "with recommend: … not recommend"),  # the token is the word
+        ("We do not re", " re", "with re: … not re"),  # it begins the word
+        ("It is `recommend", "`recommend", "with `recommend: … is `recommend"),
+        ("It is recommended.", ".", "with recommended.: … is recommended."),  # the position says so already
+        ("It is recommend\n", "\n", "with recommend: … is recommend⏎"),
+        ("It is recommend\n\n\n    ", "\n   ", "with recommend: … is recommend⏎⏎␣"),
+        ("It is recommend ", " ", "with recommend: … is recommend␣"),
+        ("It reads shape[0", "0", "with -0 of shape[0: … reads shape[0"),
+    ],
+)
+def test_the_token_that_ends_within_a_word_is_named_before_it(text, token, end):
+    row = LabelRow(text, token, 0, "", "")
+    (said,) = Extractive().label([row])
+    assert said.endswith(f" {end}")
+    claims = dict(Extractive().claims(said))
+    assert claims.get("last token") == (re.search(r"with -(\S+) of", end) or [None, None])[1]
+    assert all(Extractive().true(claim, row) for claim in Extractive().claims(said))
+    other = LabelRow("Another text ends here", "", 0, "", "")
+    assert not any(Extractive().true(claim, other) for claim in Extractive().claims(said) if claim.kind == "last token")
 
 
 def test_the_last_words_are_never_cut_at_their_start():
@@ -135,7 +160,9 @@ def test_every_claim_of_a_label_is_read_back_and_true(cuts):
         claims = labeller.claims(text)
         of = dict(claims)
         ends = f"It ends {of.get('position')} with {of.get('last word')}: … {of.get('last words')}"
-        assert text == f"{of['passage']}. " + (ends if len(claims) > 1 else "Nothing stands before this place.")
+        assert text.rstrip("⏎␣") == f"{of['passage']}. " + (
+            ends if len(claims) > 1 else "Nothing stands before this place."
+        )
         false = [claim for claim in claims if not labeller.true(claim, row)]
         assert not false, (text, row.text[-80:])
         kinds.update(kind for kind, _ in claims)

@@ -6,7 +6,14 @@ An activation holds mostly the last words, and what may come next. A topic is le
 from an activation, and a verbalizer that is asked for it makes one up.
 
 The last word is what an activation holds best, so it is named before the words that lead to it. A verbalizer writes from
-left to right: without that it would have to guess these words first, and then end on one that fits them.
+left to right: without that it would have to guess these words first, and then end on one that fits them. Of a word of
+several tokens the activation holds little but the last: where the text ends within one, that is named before the word.
+
+    Prose. It ends late in a sentence with -mend of recommend: … we recommend
+
+Line breaks and blanks at the end are written as signs, behind the last words: the reconstructor reads there.
+
+    A parameter list. It ends at a line break with Args:: … task. Args:⏎␣
 
 The last words end the label, with no quotation mark behind them. A reconstructor whose template ends with the explanation
 then reads at the very token at which the subject stood, and is good before it is trained (docs/labels.md has figures).
@@ -26,6 +33,8 @@ from nla_jax.labels.labeller import Claim, LabelRow
 TAIL_CHARS = 20
 TAIL_WORDS = 2
 ENDING = (12, 80)  # words and characters of a text's end with which a claim about its last words is compared
+BREAK, BLANKS = "⏎", "␣"  # how a label writes a line break, and blanks that nothing but blanks follows
+NO_WORDS = {BREAK, BLANKS, "\ufffd"}  # characters that count as blanks in last words
 WINDOW = 2000  # characters before the end that a label may depend on
 
 TAGS = re.compile(r"</?explanation>", re.IGNORECASE)
@@ -120,29 +129,33 @@ one_of = lambda words: "|".join(map(re.escape, sorted(words, key=len, reverse=Tr
 CLAIMS = {  # what a label says, by the words around it
     "passage": re.compile(rf"^\s*({one_of(PASSAGES)})(?=\.|$)"),
     "position": re.compile(rf"\bIt ends ({one_of(POSITIONS)})(?= with |:|$)"),
-    "last words": re.compile(r": … (.*\S)", re.DOTALL),
+    "last token": re.compile(r" with -(\S+) of (?=\S+: …)"),
+    "last words": re.compile(rf": … (.*[^\s{BREAK}{BLANKS}])", re.DOTALL),
 }
 LAST = ("last words", "last word")  # claims about how the text ends
-NAMED = re.compile(rf"(\bIt ends (?:{one_of(POSITIONS)})) with \S+?(?=: …)")  # the last word, before the last words
+NAMED = re.compile(
+    rf"(\bIt ends (?:{one_of(POSITIONS)})) with (?:-\S+ of )?\S+?(?=: …)"
+)  # the last word, before the last words
 
 
 class Extractive:
     """One label for each row, made of its text alone, which may end within a word.
 
-    The kind of passage, what stands at its end grammatically, the last word, and the last words verbatim: about 70
+    The kind of passage, what stands at its end grammatically, the last word (within one, the token that it ends with
+    before it), and the last words verbatim: about 70
     characters, one line, without control characters or explanation tags."""
 
-    reads: ClassVar[tuple[str, ...]] = ("text",)
+    reads: ClassVar[tuple[str, ...]] = ("text", "token")
     patterns: ClassVar[Mapping[str, re.Pattern]] = CLAIMS
 
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """See the class."""
-        return [label_one(row.text) for row in rows]
+        return [label_one(row.text, row.token) for row in rows]
 
     def claims(self, text: str) -> list[Claim]:
         """What a text says that is written as labels are: by this labeller, or by a verbalizer that learned from it.
 
-        Kinds: passage, position, last words, last word. What it cannot read it leaves out."""
+        Kinds: passage, position, last token, last words, last word. What it cannot read it leaves out."""
         return with_last_word(
             [Claim(name, found[1]) for name, pattern in self.patterns.items() if (found := pattern.search(text))]
         )
@@ -151,7 +164,7 @@ class Extractive:
         """Whether a claim holds for the text of a row.
 
         Kind of passage and position: the labeller finds the same there. Last word or words: the text ends with
-        these whole words."""
+        these whole words. Last token: it ends with these characters."""
         return holds(claim, describe(row.text))
 
     def without(self, text: str, claim: Claim) -> str:
@@ -219,6 +232,8 @@ def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
 
 def holds(claim: Claim, found: Mapping[str, str | None]) -> bool:
     """Whether a claim agrees with what `describe` has found in a text."""
+    if claim.kind == "last token":
+        return (found["ending"] or "").endswith(claim.value)
     if claim.kind in LAST:
         return any(f" {found[end] or ''}".endswith(f" {claim.value}") for end in ("last words", "ending"))
     return found[claim.kind] == claim.value
@@ -229,6 +244,8 @@ def without(text: str, claim: Claim, patterns: Mapping[str, re.Pattern]) -> str:
 
     The last words go with their ellipsis, and with "It ends" where nothing else is said of the end. Of the last word
     only that goes, unless it is the only one. Where it is named before them, that goes too."""
+    if claim.kind == "last token":
+        return patterns[claim.kind].sub(" with ", text)
     text = NAMED.sub(r"\1", text) if claim.kind in LAST else text
     found = patterns[LAST[0] if claim.kind == LAST[1] else claim.kind].search(text)
     if found is None:
@@ -238,6 +255,7 @@ def without(text: str, claim: Claim, patterns: Mapping[str, re.Pattern]) -> str:
         return text[: end - len(claim.value)].rstrip() + text[end:]
     before, after = text[:start].rstrip(), text[end:]
     if claim.kind in LAST:
+        after = after.lstrip(BREAK + BLANKS)
         before = re.sub(r"( *It ends)?:? …$", "", before)
     if before[-1:] in ("", "."):
         after = after.lstrip(".")
@@ -249,12 +267,26 @@ def with_last_word(claims: list[Claim]) -> list[Claim]:
     return claims + [Claim(LAST[1], claim.value.split()[-1]) for claim in claims if claim.kind == LAST[0]]
 
 
-def label_one(text: str) -> str:
-    """The label of one text."""
+def label_one(text: str, token: str = "") -> str:
+    """The label of one text, whose last token is `token`; without it, no ending within a word is named."""
     of = describe(text)
     if not of["last words"]:
         return BLANK
-    return f"{statements(of)} with {of['last words'].split()[-1]}: … {of['last words']}"
+    word = of["last words"].split()[-1]
+    return f"{statements(of)} with {ending_within(word, token)}{word}: … {of['last words']}{breaks(text)}"
+
+
+def ending_within(word: str, token: str) -> str:
+    """Of a token that goes on with a word: `-mend of `. Else nothing: it is the word, begins it, or has no letter or
+    digit."""
+    within = word != token and word.endswith(token) and any(map(str.isalnum, token))
+    return f"-{token} of " if within else ""
+
+
+def breaks(text: str) -> str:
+    """The signs for the line breaks (two at most) and the blanks behind them with which a text ends."""
+    end = text[len(text.rstrip()) :]
+    return BREAK * min(2, end.count("\n")) + BLANKS * (not end.endswith("\n") and end != "")
 
 
 def statements(of: Mapping[str, str | None]) -> str:
@@ -279,7 +311,7 @@ def describe(text: str) -> dict[str, str | None]:
 def last_words(text: str, words: int = TAIL_WORDS, characters: int = TAIL_CHARS) -> str:
     """The last words of the text on one line, as many as have at most `characters` together; of an endless word, its
     end."""
-    line = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text.rstrip()[-4 * characters :])
+    line = "".join(c if c.isprintable() and c not in NO_WORDS else " " for c in text.rstrip()[-4 * characters :])
     line = " ".join(line.replace('"', "'").split())[-characters - 1 :]
     whole = line if len(line) <= characters else line.partition(" ")[2] or line[1:]
     return " ".join(whole.split(" ")[-words:])
