@@ -219,6 +219,16 @@ def test_documents_are_heat_maps(html):
     assert html.count('<div class="map" data-map="0"><') == html.count('<div class="map" data-map="1" hidden>') == 1
 
 
+def test_a_document_that_is_whole_says_how_it_was_chosen(html):
+    data = fake_data(steps=2) | {"whole": f"A rule chose it: {HOSTILE[0]}"}
+    data["documents"][0]["note"] = f"Every token has a colour: {HOSTILE[0]}"
+    text = text_of(page_of(data))
+    assert f"A rule chose it: {HOSTILE[0]} The others are documents of the examples, chosen without" in text
+    assert "1. news/17 (whole)" in text and "2. json/dumps#2 (whole)" not in text
+    assert f"Every token has a colour: {HOSTILE[0]}" in text and text.count("tokens were evaluated") == 1
+    assert "These are documents of the examples" in text_of(html) and "(whole)" not in html
+
+
 def test_an_evaluation_without_documents_says_so():
     assert "before documents were kept" in text_of(page_of(fake_data(steps=2) | {"documents": None}))
     assert "No document was evaluated" in text_of(page_of(fake_data(steps=2) | {"documents": []}))

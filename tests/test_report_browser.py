@@ -104,6 +104,23 @@ def test_a_document_is_read_by_pointer_and_keys(opened):
     )
 
 
+def test_arrows_lead_to_other_lines_of_a_whole_document(opened):
+    """Tokens of four letters, of which ten stand in a line, four in the last one."""
+    data = fake_data(steps=20)
+    words, row = [f"w{i:02} " for i in range(34)], data["documents"][0]["rows"][0]
+    rows = [row | {"start": 4 * i, "end": 4 * i + 4, "rl": f"after {i}"} for i in range(34)]
+    data["documents"][0] |= {"text": "".join(words), "rows": rows, "note": "Every token has a colour."}
+    tab = opened(data)
+    tab.add_style_tag(content=".strip { width: calc(40ch + 2 * .9rem) !important; }")
+    tab.locator(".token:visible").nth(5).click()
+    tab.locator("h1").hover()
+    for key, row in (("Down", 15), ("Down", 25), ("Down", 33), ("Down", 33), ("Up", 23), ("Left", 22), ("Up", 12)):
+        tab.keyboard.press(f"Arrow{key}")
+        assert shown(tab) == f"after {row}", key
+    assert tab.locator("select[name=document] option").first.inner_text() == "1. news/17 (whole)"
+    assert tab.locator(".map:visible .note").first.inner_text() == "Every token has a colour."
+
+
 def test_tokens_take_the_colour_of_the_chosen_score(opened):
     rows = fake_data(steps=20)["documents"][0]["rows"]
     tab = opened()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import copy_before, nla_main, one_line
 
@@ -57,6 +58,19 @@ def test_every_document_that_is_shown_was_evaluated(finished):
         assert shown is None or (
             (row["rl"], row["fve_rl"]) in scores and row["context"] + row["token"] in shown["text"]
         )
+
+
+def test_the_first_document_is_whole(finished):
+    evaluated = json.loads((finished / "evaluation.json").read_text())
+    whole, *others = evaluated["documents"]
+    table = pq.read_table(finished / "evaluation/probes/whole_document.parquet").to_pydict()
+    place = {row["place"]: row for row in whole["rows"]}
+    assert len(place) > 4 >= max(len(document["rows"]) for document in others)  # of which four at most were evaluated
+    assert set(table["doc_id"]) == {whole["document"]} and place.keys() <= set(table["n_raw_tokens"])
+    for n, text, fve in zip(table["n_raw_tokens"], table["rl"], table["fve_rl"]):
+        assert n not in place or (place[n]["rl"], place[n]["fve_rl"]) == (text, pytest.approx(fve, abs=1e-4))
+    page = html.unescape((finished / "report.html").read_text(encoding="utf-8"))
+    assert evaluated["whole"] in page and whole["note"] in page
 
 
 def test_amid_training_another_process_holds_the_folder(finished, tmp_path, capsys):

@@ -28,6 +28,7 @@ from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.run import Run
 from nla_jax.stages.sft import load
 from nla_jax.stages.shown import DOCUMENTS, Shown
+from nla_jax.stages.whole_document import documents
 from nla_jax.study import Study, lora
 from nla_jax.subject import Subject, load_subject
 
@@ -62,7 +63,7 @@ def evaluate(run: Run) -> None:
             "heldout_rows": len(context.vectors),
         }
         shown, count = Shown(context, scores), run.config.evaluate.examples
-        page = {"probes": drawn, "examples": shown.examples(count), "documents": shown.documents(min(count, DOCUMENTS))}
+        page = {"probes": drawn, "examples": shown.examples(count)} | documents(context, shown, min(count, DOCUMENTS))
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
         result["seconds_by_probe"] = seconds
         tell_longest(seconds)

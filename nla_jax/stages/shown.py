@@ -1,5 +1,6 @@
 """What the report shows of an evaluation row by row: examples, and whole documents with what was said at their tokens."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,14 @@ TEXTS = ("labels", "warm", "rl")
 
 
 class Shown:
-    """The rows of an evaluation as the page shows them. `context`: what the probes read; `scores` [n] by name."""
+    """The rows of an evaluation as the page shows them. `context`: what the probes read; `scores` [n] by name; `texts`:
+    which of its texts are shown."""
 
-    def __init__(self, context: Any, scores: Mapping[str, np.ndarray]):
+    def __init__(self, context: Any, scores: Mapping[str, np.ndarray], texts: Sequence[str] = TEXTS):
         self.context, self.scores = context, {name: scores[name] for name in SCORES if name in scores}
         self.ids, self.prefixes, self.tokens = map(context.column, ("doc_id", TEXT, "token"))
         self.following, self.role, self.place = map(context.column, ("following", "role", "n_raw_tokens"))
-        self.said = {name: context.texts(name) for name in TEXTS}
+        self.said = {name: context.texts(name) for name in texts}
 
     def examples(self, count: int) -> list[dict]:
         """One row of each document, documents evenly spaced, chosen without a look at any score."""
@@ -36,17 +38,15 @@ class Shown:
         ]
 
     def documents(self, count: int) -> list[dict]:
-        """Documents of the examples, evenly spaced, `count` at most. Of each: the text as far as it is known, how many
-        tokens it has up to the last row (0 where that is not known), and its rows with their `start` and `end` in the
-        text, in order."""
-        rows: dict[str, list[int]] = {}
-        for i, id in enumerate(self.ids):
-            rows.setdefault(id, []).append(i)
-        found = [self._document(id, rows[id]) for id in (self.ids[i] for i in self._picked(count))]
+        """Documents of the examples, evenly spaced, `count` at most; those of which no token can be shown are left
+        out."""
+        found = [self.document(self.ids[i]) for i in self._picked(count)]
         return [document for document in found if document["rows"]]
 
-    def _document(self, id: str, rows: Sequence[int]) -> dict:
-        rows = sorted(rows, key=lambda i: len(self.prefixes[i]))
+    def document(self, id: str) -> dict:
+        """A document: its text as far as it is known, how many tokens it has up to the last row (0 where that is not
+        known), and its rows with their `start` and `end` in the text, in order."""
+        rows = sorted(self._rows[id], key=lambda i: len(self.prefixes[i]))
         text, shown, done = self.prefixes[rows[-1]] + self.following[rows[-1]], [], 0
         for i in rows:
             start, end = place_in(text, self.prefixes[i], self.tokens[i])
@@ -54,6 +54,14 @@ class Shown:
                 shown.append({"start": start, "end": end, "place": self.place[i] or None} | self._row(i))
                 done = end
         return {"document": id, "text": text, "tokens": self.place[rows[-1]] or 0, "rows": shown}
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, list[int]]:
+        """The rows of each document."""
+        found: dict[str, list[int]] = {}
+        for i, id in enumerate(self.ids):
+            found.setdefault(id, []).append(i)
+        return found
 
     def _picked(self, count: int) -> list[int]:
         first = sorted({id: i for i, id in reversed(list(enumerate(self.context.documents)))}.values())

@@ -1,4 +1,5 @@
-"""Held-out documents as heat maps: each evaluated token coloured by its FVE, with what was said of it.
+"""Held-out documents as heat maps: each evaluated token coloured by its FVE, with what was said of it. The first one
+is whole where its text is there.
 
 Everything stands in the page. The script shows one document and one token at a time; without it the first document and
 all that was said of its tokens are there to read."""
@@ -6,7 +7,7 @@ all that was said of its tokens are there to read."""
 from collections.abc import Mapping
 from html import escape
 
-from .charts import known
+from .charts import Number, known
 from .examples import both_known, choice, in_a_line, score_of, tags, texts
 from .pieces import MISSING, breakable, written
 from .report import Report
@@ -22,7 +23,9 @@ def documents(report: Report) -> str:
         return f'<p class="missing">This evaluation was made before documents were kept. {again}</p>'
     if not report.documents:
         return '<p class="missing">No document was evaluated.</p>'
+    whole = "note" in report.documents[0]
     names = {str(i): f"{i + 1}. {document['document']}" for i, document in enumerate(report.documents)}
+    names["0"] += " (whole)" if whole else ""
     rows = [row for document in report.documents for row in document["rows"]]
     able = {
         "rl": any(known(row.get("fve_rl")) for row in rows),
@@ -32,9 +35,10 @@ def documents(report: Report) -> str:
     colours = {key: name for key, name in COLOURS.items() if able[key]}
     maps = "".join(heat_map(i, document) for i, document in enumerate(report.documents))
     return (
-        "<p>Documents of the examples, chosen without a look at any score. Blue: the explanation rebuilds the "
-        "activation of that token, the deeper the better. No colour: as far off as the mean activation. Red: further "
-        "off. Point at a token, click it, or move with the arrow keys to read its explanation.</p>"
+        f"<p>{escape(report.whole)} {'The others are' if whole else 'These are'} documents of the examples, chosen without "
+        "a look at any score.</p><p>Blue: the explanation rebuilds the activation of that token, the deeper the better. No "
+        "colour: as far off as the mean activation. Red: further off. Point at a token, click it, or move with the arrow "
+        "keys to read its explanation.</p>"
         f'<form class="maps" hidden>{choice("Document", names)}{choice("Colour", colours) if colours else ""}'
         '<span class="scale" aria-hidden="true">−1 <span class="ramp fve"></span> 1</span></form>'
         f"{maps}"
@@ -49,14 +53,19 @@ def heat_map(number: int, document: Mapping) -> str:
         done = row["end"]
     strip += unread(text[done:])
     readings = "".join(reading(f"{number}-{i}", text[row["start"] : row["end"]], row) for i, row in enumerate(rows))
-    some = f"the first {document['tokens']} tokens" if document["tokens"] else "the tokens"
-    were = "was" if len(rows) == 1 else "were"
+    note = document.get("note") or coverage(len(rows), document["tokens"])
     return (
         f'<div class="map" data-map="{number}"{" hidden" if number else ""}><h3>{breakable(document["document"])}</h3>'
         f'<div class="columns"><div><div class="strip" role="listbox" aria-label="Evaluated tokens" '
-        f'aria-orientation="horizontal">{strip}</div><p class="note">{len(rows)} of {some} {were} evaluated; the grey '
-        f'ones were not.</p></div><div class="readings">{readings}</div></div></div>'
+        f'aria-orientation="horizontal">{strip}</div><p class="note">{escape(note)}</p></div>'
+        f'<div class="readings">{readings}</div></div></div>'
     )
+
+
+def coverage(rows: int, tokens: Number | None) -> str:
+    """How many tokens of a document were evaluated; `tokens`: 0 where that is not known."""
+    some = f"the first {tokens} tokens" if tokens else "the tokens"
+    return f"{rows} of {some} {'was' if rows == 1 else 'were'} evaluated; the grey ones were not."
 
 
 def unread(text: str) -> str:

@@ -21,7 +21,7 @@ class Report:
     subject: str
     layer: int
     created: str  # when and with which version the page was drawn
-    state: str  # of a run that is not evaluated yet: how far it is; else ""
+    state: str  # of a run that is not evaluated yet: how far it is; of one that ended early: why; else ""
     run: Mapping[str, Any]  # seed, versions, devices
     sizes: Mapping[str, Any]  # of models, data and training
     config: str  # every setting
@@ -33,10 +33,11 @@ class Report:
     probes: Sequence[Mapping]  # what `probes.probe.figures` gives
     # document, context, token, after, kinds; the TEXTS; of the TAGS those that were measured
     examples: Sequence[Mapping]
-    # document, text, tokens, and rows (start, end, place, and as above); None: not kept
+    # document, text, tokens, rows (start, end, place, and as above), and perhaps a note on these; None: not kept
     documents: Sequence[Mapping] | None
     history: Sequence[Mapping]  # of each RL step: `step`, from 1, and its metrics; figures of probes begin at step 0
     losses: Mapping[str, Sequence[Mapping]]  # the same of each training loop before RL
+    whole: str = ""  # how the document was chosen that stands first and whole, or why there is none
 
     @property
     def scores(self) -> dict[str, Mapping]:

@@ -66,14 +66,24 @@ function startMap(map) {
   strip.addEventListener("pointerleave", () => show(chosen));
   strip.addEventListener("click", (event) => { if (rowAt(event) >= 0) choose(rowAt(event), true); });
   strip.addEventListener("keydown", (event) => {
-    const to = { ArrowRight: chosen + 1, ArrowDown: chosen + 1, ArrowLeft: chosen - 1, ArrowUp: chosen - 1, Home: 0,
-      End: tokens.length - 1 }[event.key];
+    const to = { ArrowRight: chosen + 1, ArrowDown: onOtherLine(tokens, chosen, 1), ArrowLeft: chosen - 1,
+      ArrowUp: onOtherLine(tokens, chosen, -1), Home: 0, End: tokens.length - 1 }[event.key];
     if (to === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     choose(to, true);
   });
   for (const token of tokens) token.removeAttribute("title"); // what it says stands beside the text
   choose(0, false);
+}
+
+// The token above or below: on the nearest other line that has one, the one that is nearest across.
+function onOtherLine(tokens, row, direction) {
+  const places = tokens.map((token) => token.getClientRects()[0]), from = places[row];
+  const away = (place) => direction * (place.top - from.top), across = (place) => Math.abs(place.left - from.left);
+  const others = places.filter((place) => away(place) > from.height / 2);
+  const line = Math.min(...others.map(away));
+  const [best] = others.filter((place) => away(place) < line + from.height / 2).sort((a, b) => across(a) - across(b));
+  return best ? places.indexOf(best) : row;
 }
 
 for (const [name, start] of [[".controls", startExamples], [".maps", startMaps]]) {
