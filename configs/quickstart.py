@@ -3,6 +3,7 @@
 nla quickstart --workdir runs/quickstart
 nla quickstart --config configs/quickstart.py:tiny --workdir runs/tiny         # a minute: does it work here?
 nla quickstart --config configs/quickstart.py:truth --workdir runs/truth       # RL pays for true claims too
+nla quickstart --config configs/quickstart.py:steady --workdir runs/steady     # RL ends where claims get less true
 nla quickstart --config configs/quickstart.py:short --workdir runs/short       # or another lever: see LEVERS below
 nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
 """
@@ -161,6 +162,10 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
 TRUTH = {  # RL pays for true claims too
     "rl": {"features": ("nla_jax.labels.extractive:true_share",), "reward": "nla_jax.objective:truthful"},
 }
+STEADY = {  # RL ends where two rounds of probes find fewer true claims, and keeps the best pair by a fixed reader and truth
+    "rl": {"probe_every": 9, "keep_best": {"fve_rl_frozen": 1, "true_after_rl": 1}},
+    "watchdog": {"max_fall": {"true_after_rl": 0.05}},
+}
 FRONT = {  # the first tokens say most: labels begin with the last words, and the AR reads texts cut anywhere
     "label": {"labeller": "nla_jax.labels.extractive:WordsFirst"},
     "sft": {"reader": "nla_jax.objective:random_prefix", "ar": {"steps": 600}},
@@ -174,12 +179,13 @@ LEVERS = {  # what RL pays for, and what the AR reads (experiments/levers)
     "contrastive": {"rl": {"reward": "nla_jax.objective:contrastive"}},
     "front": FRONT,
 }
-VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH} | LEVERS  # what each changes
+VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH, "steady": STEADY} | LEVERS  # what each changes
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "tiny" (a minute: it
-    explains little, but its controls differ), "truth" (RL pays for true claims too), and the `LEVERS`."""
+    explains little, but its controls differ), "truth" (RL pays for true claims too), "steady" (RL ends where claims get
+    less true), and the `LEVERS`."""
     if variant not in VARIANTS:
         *others, last = filter(None, VARIANTS)
         raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are {', '.join(others)} and {last}.")

@@ -510,6 +510,32 @@ def test_a_probed_run_stopped_and_resumed_is_the_undisturbed_one(kept, talking, 
     assert all(np.array_equal(pair_of(five, "pair_last")[name], x) for name, x in pair_of(workdir, "pair_last").items())
 
 
+def test_where_the_best_pair_is_kept_a_tripwire_ends_rl_and_the_run_goes_on(
+    kept, talking, arguments, tmp_path, monkeypatch, capsys
+):
+    """The kept pair is evaluated. A kill after the last step changes nothing: the wire has tripped still."""
+    two, _, settings = kept
+    workdir = copy_before(talking, tmp_path, "rl")
+    settings = [*settings, "watchdog.max_rise.moved=0", "watchdog.probe_rounds=1"]  # the AR does not stay where it was
+    settings += ["evaluate.probes=('nla_jax.probes.fidelity:after_rl',)", "evaluate.examples=0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(nla_jax.stages.rl, "finish", lambda *arguments: interrupt())
+        assert main(arguments("rl", workdir, *settings)) == 130
+    samples = stopping(monkeypatch, 0, interrupt)
+    assert main(arguments("quickstart", workdir, *settings)) == 0
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if "tripwire" in line]
+    assert line.startswith(
+        "rl: RL ended after step 2 of 5: a tripwire of the watchdog: probe/moved was 0 at first and has"
+    )
+    assert samples == [] and [record["step"] for record in history(workdir)] == [0, 1, 2]
+    result = json.loads((workdir / "stages/rl.json").read_text())["result"]
+    assert (result["steps"], result["kept_step"]) == (2, 2) and f"rl: {result['ended']}" == line
+    assert all(np.array_equal(value, weights(two)[name]) for name, value in weights(workdir).items())
+    assert f'<p class="state">{result["ended"]}</p>' in (workdir / "report.html").read_text()
+    assert "fve_rl" in json.loads((workdir / "summary.json").read_text())
+
+
 def letters(texts, rows) -> dict[str, np.ndarray]:
     return {"code": np.array([text.count("e") / max(1, len(text)) for text in texts], np.float32)}
 

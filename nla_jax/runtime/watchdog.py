@@ -61,9 +61,8 @@ class Watchdog:
 
         Raises `Stopped`, naming the metric, its limit, the steps, the values, and the newest checkpoint before them."""
         self._note(record)
-        for name, measured in self.moved.items():
-            if len(measured) >= self.tripwires.rounds:
-                raise Stopped(f"{self._moved(name)} {self._advice()}", status=1)
+        if self.tripped:
+            raise Stopped(f"{self.tripped} {self._advice()}", status=1)
         for name, streak in self.streaks.items():
             first, last = streak[0][0], streak[-1][0]
             if last - first + 1 >= self.window:
@@ -72,6 +71,12 @@ class Watchdog:
                     f"{last} ({_shown([value for _, value in streak])}). {self._advice()}",
                     status=1,
                 )
+
+    @property
+    def tripped(self) -> str:
+        """A sentence about the tripwire that has tripped; "" while none has."""
+        over = [name for name, measured in self.moved.items() if len(measured) >= self.tripwires.rounds]
+        return self._moved(over[0]) if over else ""
 
     def _note(self, record: Mapping) -> None:
         found = {}

@@ -63,10 +63,13 @@ class Loop(contextlib.AbstractContextManager):
         return state
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, from 0; what the loop wrote is complete when they end."""
-        for i in range(self.start, self.total):
+        """The steps that are left, from 0; what the loop wrote is complete when they end. A lower `total` ends them
+        sooner."""
+        i = self.start
+        while i < self.total:
             self.phases.enter("waiting for data", i + 1)
             yield i
+            i += 1
         self.progress.close()
         self.log.close()
 

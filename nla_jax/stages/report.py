@@ -27,8 +27,9 @@ def report(run: Run) -> None:
     with run.stage("report") as result:
         if result is None:
             return
-        _, _, evaluated = map(run.require, OF_EVALUATION)
-        scores, page = evaluated["summary"], gather(run, measured(run, evaluated.get("hash")))
+        _, trained, evaluated = map(run.require, OF_EVALUATION)
+        page = gather(run, measured(run, evaluated.get("hash")), trained.get("ended", ""))
+        scores = evaluated["summary"]
         write_atomically(run.workdir / "report.html", render(page))
         summary = scores | page.figures | {"seconds_by_stage": page.seconds}
         write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -54,7 +55,7 @@ def redraw(run: Run) -> list[str]:
 
 def gather(run: Run, evaluated: dict, state: str = "") -> Report:
     """All that the page shows. `evaluated`: probes, examples and documents of the evaluation; `state`: how far a run is
-    that has none."""
+    that has none, or why it ended early."""
     begun = {stage: made for stage in run.stages if stage != "report" and (made := run.begun(stage))}
     result = lambda stage: run.result(stage) or {}
     newest = list(begun.values())[-1]

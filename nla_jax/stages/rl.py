@@ -15,6 +15,7 @@ from nla_jax.joint_step import JointBatch, TrainState
 from nla_jax.models.sharding import RowsOf, cut_batch, place_batch
 from nla_jax.pair import Pair
 from nla_jax.runtime.distributed import is_writer
+from nla_jax.runtime.errors import Stopped
 from nla_jax.runtime.run import Run
 from nla_jax.stages.deciding import SCORE, best_step, tripwires
 from nla_jax.stages.heldout import Heldout
@@ -29,7 +30,7 @@ def rl(run: Run) -> None:
     """Each step samples explanations, reads them on the host, and makes one optimiser step on both models.
 
     Writes the pair to `{workdir}/pair`: the last one, or the one that is best by `rl.keep_best`; then the last one is in
-    `{workdir}/pair_last`."""
+    `{workdir}/pair_last`, and a tripwire of the watchdog ends training in good order."""
     c, mesh = run.config.rl, run.mesh
     with run.stage("rl") as result:
         if result is None:
@@ -53,6 +54,7 @@ def rl(run: Run) -> None:
             if not loop.log.records and (metrics := probing.measure(0, trained(pair, state))):
                 loop.record(0, metrics)
             keep_best(loop)
+            end_if_tripped(loop, loop.start)
             reading = Reading(study, pair, data)
             for i in loop.steps():
                 rows = probing.trained_on[rows_of_step(len(probing.trained_on), c.activations, i, run.config.seed)]
@@ -68,13 +70,12 @@ def rl(run: Run) -> None:
                     metrics |= heldout.measure(trained(pair, state))
                 metrics |= probing.measure(i + 1, trained(pair, state))
                 loop.log.write_texts(i + 1, reading.examples(samples, run.config.log.texts))
-                loop.record(i + 1, metrics)
+                record(loop, i + 1, metrics)
                 best = SCORE in metrics and keep_best(loop, i + 1) == i + 1
                 loop.end_step(i + 1, state, best, fve=float(metrics["fve"]), reward=float(metrics["reward"]))
             records = [record for record in loop.log.records if record["step"]]
             result |= finish(loop, study, pair, state)
         gaps = [record["logprob_gap_max"] for record in records if record["logprob_gap_max"] is not None]
-        result["steps"] = c.steps
         result["skipped"] = sum(bool(record["skipped"]) for record in records)
         result["logprob_gap_max"] = max(gaps, default=None)
 
@@ -109,11 +110,30 @@ def keep_best(loop: Loop, now: int = 0) -> int | None:
     return best
 
 
+def record(loop: Loop, step: int, metrics: dict) -> None:
+    """Logs the metrics of a step. Raises `Stopped` where they show trouble, but for a tripwire that ends training in good
+    order."""
+    try:
+        loop.record(step, metrics)
+    except Stopped:
+        if not end_if_tripped(loop, step):
+            raise
+
+
+def end_if_tripped(loop: Loop, step: int) -> bool:
+    """Whether a tripwire has tripped and `rl.keep_best` says which pair is kept then; this step is the last one."""
+    if ends := bool(loop.watchdog.tripped and loop.run.config.rl.keep_best):
+        loop.total = step
+    return ends
+
+
 def finish(loop: Loop, study: Study, pair: Pair, state: TrainState) -> dict:
-    """Writes the pair of the run; returns what the stage reports of its probes. The state is not needed any more."""
+    """Writes the pair of the run; returns what the stage reports of how it went. The state is not needed any more."""
     run, last, best = loop.run, trained(pair, state), keep_best(loop)
     seconds = [record["seconds_probes"] for record in loop.log.records if "seconds_probes" in record]
-    found = {"seconds_probes": round(sum(seconds), 2)} if seconds else {}
+    found = {"steps": loop.total} | ({"seconds_probes": round(sum(seconds), 2)} if seconds else {})
+    if loop.total < run.config.rl.steps:
+        found["ended"] = f"RL ended after step {loop.total} of {run.config.rl.steps}: {loop.watchdog.tripped}"
     if best is not None:
         save(run, last, "pair_last")
         kept = last if best == loop.total else earlier(loop, study, pair, state, best)
@@ -121,6 +141,8 @@ def finish(loop: Loop, study: Study, pair: Pair, state: TrainState) -> dict:
         last = dataclasses.replace(kept, sidecar=dataclasses.replace(kept.sidecar, provenance=facts))
         found["kept_step"] = best
     save(run, last, "pair")
+    if is_writer() and "ended" in found:
+        print(f"rl: {found['ended']}", file=sys.stderr)
     if is_writer() and seconds:
         said = f"rl: {len(seconds)} rounds of probes took {sum(seconds):.1f} seconds"
         which = f"; pair is that of step {best}, the best by rl.keep_best, and pair_last that of the last step"
