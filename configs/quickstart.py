@@ -177,6 +177,7 @@ LEVERS = {  # what RL pays for, and what the AR reads (experiments/levers)
     "own_words": {"rl": {"features": ("nla_jax.objective:copied",), "reward": "nla_jax.objective:own_words"}},
     "unquoted": {"rl": {"reader": "nla_jax.labels.extractive:without_last_words"}},
     "contrastive": {"rl": {"reward": "nla_jax.objective:contrastive"}},
+    "downstream": {"rl": {"subject_kl": True, "reward": "nla_jax.objective:downstream"}},
     "front": FRONT,
 }
 VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH, "steady": STEADY} | LEVERS  # what each changes

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from nla_jax.runtime.errors import InputError
 
 UNCORRELATED = 2.0  # the mse of a cosine of 0: what a failed response counts as
+SUBJECT_KL = "subject_kl"  # the feature that `rl.subject_kl` measures
 
 
 @struct.dataclass
@@ -119,6 +120,15 @@ def contrastive(s: Scored, weight: float = 0.1, temperature: float = 0.1) -> Flo
     logp = jax.nn.log_softmax(s.cosines / temperature)
     own = jnp.take_along_axis(logp, s.own[:, None], 1)[:, 0]
     return _priced(s, -weight * own, weight * math.log(s.cosines.shape[1]))
+
+
+def downstream(s: Scored, weight: float = 0.1, most: float = 5.0) -> Float[Array, "B"]:
+    """-mse - `weight` · KL(subject || patched subject): what the subject expects next has to survive as well.
+
+    The feature `subject_kl` (`rl.subject_kl`) is that of the next token when the reconstruction, as long as the
+    activation, stands in its place after block K: what Braun et al. (2024) train sparse autoencoders on, here as a reward.
+    A few texts have many nats: from `most` on they count the same, which a failed response pays too."""
+    return _priced(s, weight * jnp.minimum(s.features[SUBJECT_KL], most), weight * most)
 
 
 def _priced(s: Scored, price: Float[Array, "B"], of_failed: float) -> Float[Array, "B"]:

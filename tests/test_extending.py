@@ -105,6 +105,7 @@ def flags(folder, tokenizer) -> list[str]:
         "rl.reward": "my_study:no_copying",
         "rl.reader": "my_study:first_word",
         "rl.features": "my_study:overlap",
+        "rl.subject_kl": True,
         "evaluate.probes": "('nla_jax.probes.fidelity:after_rl', 'my_study:long')",
     }
     config = folder / "study.py"
@@ -136,6 +137,7 @@ def test_every_part_of_the_users_is_used(extended, folder):
     assert label == label.upper() and len(label.split()) <= 3
     records = history(extended)
     assert all("feature/overlap" in record and "ar_lr" not in record and record["av_lr"] > 0 for record in records)
+    assert all(0 < record["feature/subject_kl"] < 20 for record in records)
     texts = [json.loads(line) for line in (extended / "train/rl/texts.jsonl").read_text().splitlines()]
     failed = [row for row in texts if not row["valid"]]
     assert len(texts) == 16 and all(row["reward"] == pytest.approx(-9) for row in failed)

@@ -19,6 +19,7 @@ from nla_jax.objective import (
     contrastive,
     copied,
     coverage,
+    downstream,
     own_words,
     prefix_or_whole,
     short,
@@ -41,7 +42,7 @@ def scored() -> Scored:
         valid=jnp.array([True, True, True, False]),
         mask=jnp.arange(8) < LENGTHS[:, None],
         logprobs=jnp.zeros((4, 8)),
-        features={"copied": jnp.array([0.0, 0.4, 1.0, 0.0])},
+        features={"copied": jnp.array([0.0, 0.4, 1.0, 0.0]), "subject_kl": jnp.array([0.0, 3.0, 9.0, 1.0])},
         cosines=jnp.asarray(COSINES),
         own=jnp.array([0, 0, 0, 1]),
     )
@@ -54,8 +55,9 @@ def scored() -> Scored:
         (lambda s: within(s, 4, 0.1), [-0.5, -0.6, -4.2, -2.4]),
         (lambda s: within(s, 9, 0.1), [-0.5, -0.5, -3.8, -2.0]),
         (lambda s: own_words(s, 0.5), [-0.5, -0.7, -4.3, -2.5]),
+        (lambda s: downstream(s, 0.2, 4.0), [-0.5, -1.1, -4.6, -2.8]),
     ],
-    ids=["a price of each token", "of those beyond four", "none is beyond nine", "a price of copying"],
+    ids=["a price of each token", "of those beyond four", "none is beyond nine", "a price of copying", "of nats"],
 )
 def test_a_price_is_taken_from_the_reconstruction(scored, reward, expected):
     """A failed response, which ended early and copied nothing, gets the highest price: failing saves none."""

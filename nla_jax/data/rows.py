@@ -1,6 +1,7 @@
 """The rows of a run: activations in Parquet shards, their labels, and where they come from."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -11,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from nla_jax.data.activations import TEXT
+from nla_jax.data.activations import IDS, TEXT
 from nla_jax.io.files import AnyPath, checksum, local
 from nla_jax.io.parquet import (
     VECTORS,
@@ -72,10 +73,22 @@ class Rows:
     def records(self, at: np.ndarray) -> list[dict]:
         """The rows `at`, each as `{doc_id, text, token, role, position}`: what features and labellers are given."""
         names = {"doc_id": "doc_id", "text": TEXT, "token": "token", "role": "role", "position": "n_raw_tokens"}
-        columns = mapped_columns(self.shards).take(at if self.at is None else self.at[at]).to_pydict()
+        columns = self._mapped.take(at if self.at is None else self.at[at]).to_pydict()
         columns["n_raw_tokens"] = [n - 1 for n in columns["n_raw_tokens"]]
         found = {name: columns.get(column, [""] * len(at)) for name, column in names.items()}
         return [dict(zip(found, row)) for row in zip(*found.values())]
+
+    def token_ids(self, at: np.ndarray) -> list[list[int]]:
+        """The tokens that the subject has read at the rows `at`. Raises `InputError` where they are not known, as of
+        activations from files."""
+        if IDS not in self._mapped.column_names:
+            raise InputError(f"{self.shards[0]} has no column {IDS}, without which the subject cannot read on.")
+        return self._mapped.column(IDS).take(at if self.at is None else self.at[at]).to_pylist()
+
+    @functools.cached_property
+    def _mapped(self) -> pa.Table:
+        """All columns of the shards but the vectors. They are checked when they are first needed, not at every step."""
+        return mapped_columns(self.shards)
 
 
 def load_rows(workdir: AnyPath, split: str) -> Rows:

@@ -22,7 +22,7 @@ from nla_jax.io.parquet import SIDECAR
 from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import make_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
-from nla_jax.objective import UNCORRELATED, Scored
+from nla_jax.objective import SUBJECT_KL, UNCORRELATED, Scored
 from nla_jax.probes.probe import ASKS, WHO_ASKS, chosen_probes, load_probes, there
 from nla_jax.probes.provider import provider_of
 from nla_jax.prompts import find_marker
@@ -219,6 +219,8 @@ def check_objective(config: Config) -> None:
     read_by(resolve(c.reader, "rl.reader"), texts[:GROUP], np.random.default_rng(0))
     rows = [{"doc_id": "doc", "text": "A text", "token": "text", "role": "", "position": 1}] * B
     features = compute_features(c.features, texts, rows)
+    if c.subject_kl:
+        features[SUBJECT_KL] = np.linspace(5, 0, B, dtype=np.float32)
     shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, bits = jnp.float32, jnp.bool_
     parts = {

@@ -18,6 +18,7 @@ from nla_jax.runtime.distributed import is_writer
 from nla_jax.runtime.errors import Stopped
 from nla_jax.runtime.run import Run
 from nla_jax.stages.deciding import SCORE, best_step, tripwires
+from nla_jax.stages.downstream import Downstream
 from nla_jax.stages.heldout import Heldout
 from nla_jax.stages.loop import Loop, healthy
 from nla_jax.stages.probing import Probing
@@ -56,9 +57,12 @@ def rl(run: Run) -> None:
             keep_best(loop)
             end_if_tripped(loop, loop.start)
             reading = Reading(study, pair, data)
+            downstream = Downstream(study, heldout.context.subject, data, pair.trunk) if c.subject_kl else None
             for i in loop.steps():
                 rows = probing.trained_on[rows_of_step(len(probing.trained_on), c.activations, i, run.config.seed)]
                 batch = sampled(loop, reading, to_decoding, state, rows, i)
+                if downstream:
+                    batch = downstream(batch, rows, state.models["reconstructor"].params)
 
                 loop.phases.enter("train step")
                 state, metrics, samples = study.joint_program(state, frozen, batch)
