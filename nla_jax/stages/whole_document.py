@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from nla_jax.config import Extract
 from nla_jax.data.activations import IDS, Activations
 from nla_jax.fve import cosine, mse, row_fve, variance
 from nla_jax.io.parquet import write_table
@@ -81,7 +82,7 @@ def activations_of(context: Any, id: str) -> Activations:
     if any(c.source.to_dict().values()):
         raise InputError("The activations came from files, which do not hold the whole texts.")
     document = next((document for document in run.documents() if document.id == id), None)
-    every = dataclasses.replace(c, positions=MOST, max_tokens=min(c.max_tokens, MOST))
+    every = Extract(positions=MOST, min_position=c.min_position, max_tokens=min(c.max_tokens, MOST))
     found = sample_activations(context.subject, [document] if document else [], every, run.config.seed)
     ids = found.token_ids[-1] if len(found) else []
     as_it_was = [old for i, old in zip(context.column("doc_id"), context.column(IDS)) if i == id]
