@@ -26,7 +26,7 @@ from nla_jax.models.sharding import place_batch, shardings, usable_mesh
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.models.views import part, with_layers
 from nla_jax.runtime.errors import InputError, first_line
-from nla_jax.runtime.user_input import text_list, whole_number
+from nla_jax.runtime.user_input import padded_rows, text_list, whole_number
 
 ROWS = 16  # texts that are read at a time
 SINK = 5.0  # how many times longer than the median an activation is that counts as an attention sink
@@ -224,6 +224,7 @@ def residual_rows(
     """For each row the vectors `[len(positions), d]`, batched by length so that shapes are few and padding is small."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, np.ndarray] = {}
+    batch = padded_rows(len(rows), batch, subject.mesh or jax.sharding.get_mesh())
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         chosen = at_positions(residual_batch(subject, [rows[i] for i in some], batch), [positions[i] for i in some])

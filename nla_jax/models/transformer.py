@@ -284,10 +284,11 @@ class Transformer(nn.Module):
         return Context(masks, tables, slot)
 
     def _run(self, carry: tuple, past: Sequence[KeyValues], context: Context, edit: Edit | None) -> tuple:
-        """All blocks: one scan over the stacked layers, or a call for each of those that are given apart.
+        """All blocks: one scan over the stacked layers, or a call for each of those that are given apart
+        (`views.with_layers`, on a CPU).
 
-        Without a cache the stack is read where there is one, except in 16 bits: XLA's CPU backend, on which both forms
-        are given (`views.with_layers`), would write a copy of it in float32."""
+        Without a cache the stack is read where there is one, which is the smaller program. A single part in 16 bits is
+        the exception: called apart, its blocks pass on a stream that XLA's CPU backend keeps in float32."""
         c, (parts, cache) = self.config, carry
         kinds, layers = np.array(c.local or (False,) * c.layers, np.int32), self.get_variable("params", "layers")
         if not layers or (cache is None and jnp.dtype(c.dtype).itemsize > 2):
@@ -295,6 +296,8 @@ class Transformer(nn.Module):
 
         frozen = dataclasses.replace(c, decoding=True)
         block, new = jax.jit(Block(frozen, parent=None).apply), []  # jitted, so that it is traced once
+        if cache is None and len(parts) > 1:
+            return self._scan_halves(block, parts, past, kinds, context, edit)
         for i, (params, kind) in enumerate(zip(layers, kinds, strict=True)):
             kv = [KeyValues(k[i], v[i]) for k, v in past]
             at, own = (np.int32(i), None) if cache is None else (None, KeyValues(cache.k[i], cache.v[i]))
@@ -302,6 +305,20 @@ class Transformer(nn.Module):
             new.append(read if cache is None else [own])
         of_parts = [KeyValues(*zip(*of_layers)) for of_layers in zip(*new)]
         return ((parts, None), of_parts) if cache is None else ((parts, of_parts[0]), None)
+
+    def _scan_halves(self, block: Callable, parts: Streams, past: Sequence[KeyValues], kinds, context, edit) -> tuple:
+        """`_run` of `block` over the stacked layers in 16 bits. A scan that has the stack as its input would do the
+        same, but XLA's CPU backend would write a copy of it in float32."""
+        stack = self.get_variable("params", "blocks")
+
+        def step(parts: Streams, layer: tuple) -> tuple[Streams, list[KeyValues]]:
+            i, kind, kv = layer
+            params = jax.tree.map(lambda x: moved(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x), stack)
+            (parts, _), read = block({"params": params}, (parts, None), kv, i, kind, context, edit)
+            return parts, read
+
+        parts, of_parts = jax.lax.scan(step, parts, (jnp.arange(len(kinds)), jnp.asarray(kinds), list(past)))
+        return (parts, None), of_parts
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Final norm and output head; float32. Rows of the head that pad the vocabulary get no probability."""
