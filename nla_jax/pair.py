@@ -25,7 +25,7 @@ from nla_jax.io.files import AnyPath, new_folder, path_to
 from nla_jax.io.folders import floating_dtype, is_wrapped, load_tokenizer, save_model, save_tokenizer
 from nla_jax.io.heads import HEAD, read_head, stamped, unstamped, write_head
 from nla_jax.io.hub import check_once, locate
-from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, taken, with_tokenizer
+from nla_jax.io.pairs import base_of, has_tokenizer, pair_folders, same_tokenizer, taken, with_tokenizer
 from nla_jax.io.reading import Reading
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import place_batch, usable_mesh, working_dtypes
@@ -403,8 +403,9 @@ def _read(av: str | Path, ar: str | Path | None, base: str | Path | None, said: 
     sidecar = dataclasses.replace(sidecar, provenance=unstamped(sidecar.provenance, head, av, ar))
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
-    prompts = sidecar.prompts(load_tokenizer(with_tokenizer(av, ar, base_at)))
-    if has_tokenizer(ar) and not prompts.reads_as(load_tokenizer(ar)):
+    speller = with_tokenizer(av, ar, base_at)
+    prompts = sidecar.prompts(load_tokenizer(speller))
+    if has_tokenizer(ar) and not (same_tokenizer(ar, speller) or prompts.reads_as(load_tokenizer(ar))):
         raise InputError(f"The tokenizer of {ar} cuts text otherwise than the AV's; AV and AR must share one.")
     verbalizer, reconstructor = autoencoder(
         config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, (av_lora, ar_lora)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import SENTENCES, TINY, close, flip, one_sentence
 
+import nla_jax.subject
 from nla_jax.config import Extract
 from nla_jax.data.activations import Activations, median_norm_and_variance
 from nla_jax.data.batches import LengthBatches, pad_tokens, rows_of_step, text_windows
@@ -188,6 +189,15 @@ def test_positions_of_a_chat_are_where_somebody_speaks(subject):
     assert first.token_ids == [ids[: i + 1] for i in at] and set(found[len(at) :].roles) == {""}
     assert {"user", "assistant"} == set(first.roles)
     close(first.vectors[-1], activations_at(subject, [ids], [[at[-1]]], ["chat"]).vectors[0], 1e-5)
+
+
+def test_few_texts_are_read_as_few_rows(subject, monkeypatch):
+    shapes, run = [], nla_jax.subject._residual
+    monkeypatch.setattr(nla_jax.subject, "_residual", lambda *a: shapes.append(a[2].shape) or run(*a))
+    one = extract(subject, SENTENCES[0])
+    many = extract(subject, [SENTENCES[0]] * 17)
+    assert [shape[0] for shape in shapes] == [1, 16, 16]
+    close(many.vectors, np.repeat(one.vectors, 17, 0), 1e-5)
 
 
 def test_extract_by_position(subject):

@@ -260,6 +260,23 @@ def test_a_long_text_costs_its_own_length_alone(pair, monkeypatch):
     assert similar_lengths([5000] * 3 + [20] * 100, 64) == [[*range(3, 67)], [*range(67, 103)], [0, 1], [2]]
 
 
+def test_few_short_rows_are_read_by_one_program():
+    """A pair of a long text and its token alone are one batch; many texts and their tokens are two."""
+    assert similar_lengths([112, 4], 64) == [[1, 0]]
+    assert similar_lengths([112] * 8 + [4] * 8, 64) == [[*range(8, 16)], [*range(8)]]
+
+
+def test_a_tokenizer_that_both_folders_hold_is_loaded_once(saved, copy, monkeypatch):
+    loaded, load = [], nla_jax.pair.load_tokenizer
+    monkeypatch.setattr(nla_jax.pair, "load_tokenizer", lambda folder: loaded.append(folder) or load(folder))
+    load_pair(saved)
+    assert loaded == [saved / "av"]
+    file = copy / "ar" / "tokenizer_config.json"
+    file.write_text(file.read_text() + " ")
+    load_pair(copy)
+    assert loaded[1:] == [copy / "av", copy / "ar"]
+
+
 def test_a_mesh_of_jax_make_mesh(saved, subject_folder, vectors, pair):
     mesh = jax.make_mesh((1, 2, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:2])
     loaded = load_pair(saved, mesh=mesh)

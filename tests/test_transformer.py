@@ -12,6 +12,7 @@ from conftest import TINY, close
 from nla_jax.models import cpu_forms
 from nla_jax.models.attention import Segment, attend
 from nla_jax.models.transformer import Transformer, empty_cache, layers_apart, truncate
+from nla_jax.models.views import with_layers
 
 G = 3
 
@@ -116,6 +117,23 @@ def test_decoding_equals_full_forward(verbalizer, params, vectors, responses, ap
 
     expected = jax.jit(functools.partial(full_states, verbalizer))(params, vectors[:2], responses)
     close(decoded(params, vectors[:2]), expected, 1e-5)
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_parts_in_16_bits_equal_the_whole_text(params, responses, past):
+    """On a CPU parts are read by a loop over the layers, a text of one part layer by layer."""
+    model = Transformer(dataclasses.replace(TINY, dtype=jnp.bfloat16))
+    params = with_layers(jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params))
+    x = params["embedding"][responses]
+    run = lambda parts, before=(), start=0: model.apply({"params": params}, parts, before, start)
+    (whole,), _ = run([x])
+    if past:
+        (first,), before = run([x[:, :1]])
+        parts, _ = run([x[:, 1:2], x[:, 2:]], before, 1)
+        parts = [first, *parts]
+    else:
+        parts, _ = run([x[:, :2], x[:, 2:]])
+    close(jnp.concatenate(parts, 1).astype(jnp.float32), whole.astype(jnp.float32), 2e-2)
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -10,6 +10,7 @@ from nla_jax.runtime.errors import InputError
 
 ROLES = (("av", "ar"), ("av_lora", "ar_lora"), ("actor", "critic"))  # what makers call the two folders
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is there where a tokenizer is
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")  # beside it
 SHIPPED = Path(__file__).parent.parent / "quickstart/pair"  # which the name "quickstart" means
 
 
@@ -80,6 +81,12 @@ def with_tokenizer(*folders: Path | None) -> Path:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer's files."""
     return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same tokenizer, file by file."""
+    content = lambda file: file.read_bytes() if file.is_file() else None
+    return all(content(one / name) == content(other / name) for name in (*TOKENIZER, *SETTINGS))
 
 
 def taken(folder: AnyPath, overwrite: bool) -> str:

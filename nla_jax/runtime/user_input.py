@@ -18,6 +18,7 @@ LAST_ROW = 1 << 30
 USUAL = 200  # new tokens: the limit where nobody gives another
 LONGEST = 1 << 30  # tokens that a text may have, so that programs can count them
 ATTENDED = 64 << 20  # pairs of positions that one program attends over, at most: 64 rows of 1024 tokens
+FEW = 512  # tokens, padding included, that take less time than loading a program
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -148,14 +149,16 @@ def usable_rows(vectors: ArrayLike, shape: list[int], keeps_length: bool = False
 
 
 def similar_lengths(lengths: Sequence[int], batch: int) -> list[list[int]]:
-    """Row numbers in groups of at most `batch` rows of similar length, shortest first, so that padding is small.
+    """Row numbers in groups of at most `batch` rows of similar length, shortest first, so that padding is small. Rows of
+    few tokens in all are one group: a second program would take longer than their padding.
 
     The memory of attention grows with the square of the length: groups of long rows are smaller."""
     groups: list[list[int]] = []
+    few = len(lengths) * max(lengths, default=0) <= FEW
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         group = groups[-1] if groups else []
         room = min(batch, max(1, ATTENDED // lengths[i] ** 2))
-        if not group or len(group) >= room or lengths[i] > 2 * lengths[group[0]] + 64:
+        if not group or len(group) >= room or (lengths[i] > 2 * lengths[group[0]] + 64 and not few):
             groups.append(group := [])
         group.append(i)
     return groups
