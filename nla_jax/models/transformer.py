@@ -310,6 +310,8 @@ class Transformer(nn.Module):
         """`_run` of `block` over the stacked layers in 16 bits. A scan that has the stack as its input would do the
         same, but XLA's CPU backend would write a copy of it in float32."""
         stack = self.get_variable("params", "blocks")
+        joined = lambda x: jnp.stack(x) if isinstance(x, tuple) else x  # of layers that were called apart
+        past = [KeyValues(joined(k), joined(v)) for k, v in past]
 
         def step(parts: Streams, layer: tuple) -> tuple[Streams, list[KeyValues]]:
             i, kind, kv = layer
@@ -317,7 +319,7 @@ class Transformer(nn.Module):
             (parts, _), read = block({"params": params}, (parts, None), kv, i, kind, context, edit)
             return parts, read
 
-        parts, of_parts = jax.lax.scan(step, parts, (jnp.arange(len(kinds)), jnp.asarray(kinds), list(past)))
+        parts, of_parts = jax.lax.scan(step, parts, (jnp.arange(len(kinds)), jnp.asarray(kinds), past))
         return (parts, None), of_parts
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
