@@ -50,7 +50,7 @@ def context_of(held=60, readable=True):
         return vectors, texts, lambda name: columns.get(name, [""] * count)
 
     (vectors, _, column), (gold, texts, held_column) = of(900), of(held)
-    said = {"rl": texts, "warm": ["red"] * (held - 1) + [""]}
+    said = {"labels": [*texts], "rl": texts, "warm": ["red"] * (held - 1) + [""]}
     return Held(
         vectors=gold,
         training=SimpleNamespace(vectors=vectors, column=column),
@@ -75,6 +75,8 @@ def test_the_linear_probe_reads_what_is_there_and_nothing_else():
     context = context_of(readable=False)
     assert probed(context_of()).mean() > 0.95 and probed(context).mean() < 0.6
     assert probed(context, "first letter") is None  # no training label claims one
+    context.texts("labels")[:2] = ["a door", ""]
+    assert np.isnan(probed(context)).tolist() == [True] * 2 + [False] * 58  # where the row's label claims none
 
 
 def test_of_one_document_the_linear_probe_takes_its_first_strength():

@@ -37,6 +37,7 @@ def test_it_is_the_kl_of_the_patched_subject(pair, acts, data, subject_folder, d
     mesh, rows = device_mesh((1, devices, 1), jax.devices()[:devices]), np.array([3, 0, 2, 1])
     subject = load_subject(subject_folder, LAYER, mesh=mesh if devices > 1 else None)
     study = SimpleNamespace(mesh=mesh, reconstructor=pair.reconstructor)
+    study.config = SimpleNamespace(rl=SimpleNamespace(micro_batches=1 + devices // 4))
     made = joint_batch(pair, acts.vectors[rows], GROUP, 5, 9).replace(features={"other": np.zeros(12, np.float32)})
     with jax.set_mesh(mesh):
         batch = place_batch(mesh, made)
@@ -56,10 +57,9 @@ def test_a_broken_reconstruction_has_none_and_rows_without_tokens_are_refused(
     pair, acts, data, subject_folder, tmp_path
 ):
     subject, study = load_subject(subject_folder, LAYER), SimpleNamespace(reconstructor=pair.reconstructor)
-    measured = lambda data: Downstream(study, subject, data, None).divergence(np.array([1]), np.array([4, 5]), recon, 4)
     recon = acts.vectors[[1, 1]] * np.array([[7], [np.nan]], np.float32)
-    found = measured(data)
+    found = Downstream(study, subject, data, None).divergence(np.array([1]), np.array([4, 5]), recon, 4)
     assert found[0] == pytest.approx(0, abs=1e-5) and np.isnan(found[1])
     write_table(acts.table().drop_columns(["token_ids"]), file := tmp_path / "theirs.parquet")
     with pytest.raises(InputError, match="theirs.parquet has no column token_ids, without which the subject"):
-        measured(Rows(acts.vectors, (file,)))
+        Downstream(study, subject, Rows(acts.vectors, (file,)), None)

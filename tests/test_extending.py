@@ -278,3 +278,10 @@ def test_wrong_functions_are_found_before_the_first_stage(corpus, tmp_path, caps
     assert nla_main("quickstart", tmp_path / "run", corpus, "--config.rl.reward=nowhere:f") == 1
     assert "rl.reward names the module 'nowhere'" in one_line(capsys)
     assert not (tmp_path / "run/stages").exists()
+
+
+def test_a_feature_cannot_have_the_name_that_the_subjects_kl_has(flags, tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken.py").write_text("def kl(texts, rows):\n    return {'subject_kl': [0.0] * len(texts)}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["check", "--workdir", str(tmp_path / "run"), *flags, "--config.rl.features=taken:kl"]) == 1
+    assert "rl.features give 'subject_kl', which rl.subject_kl measures too; call yours otherwise." in one_line(capsys)

@@ -1,6 +1,7 @@
 """The default labeller: what a label says, and what it never says."""
 
 import collections
+import dataclasses
 import random
 import re
 from pydoc_data.topics import topics
@@ -78,8 +79,10 @@ def test_the_token_that_ends_within_a_word_is_named_before_it(text, token, end):
     claims = dict(Extractive().claims(said))
     assert claims.get("last token") == (re.search(r"with -(\S+) of", end) or [None, None])[1]
     assert all(Extractive().true(claim, row) for claim in Extractive().claims(said))
+    named = [claim for claim in Extractive().claims(said) if claim.kind == "last token"]
     other = LabelRow("Another text ends here", "", 0, "", "")
-    assert not any(Extractive().true(claim, other) for claim in Extractive().claims(said) if claim.kind == "last token")
+    begun = dataclasses.replace(row, token=f" {text.split()[-1]}")  # the same text, where this token is a whole word
+    assert not any(Extractive().true(claim, at) for claim in named for at in (other, begun))
 
 
 def test_the_last_words_are_never_cut_at_their_start():
@@ -150,7 +153,8 @@ def cuts():
     rng = random.Random(0)
     found = [text[: rng.randrange(1, len(text))] for text in topics.values() for _ in range(6)]
     found += [line[: rng.randrange(len(line) + 1)] for text in topics.values() for line in text.splitlines()[:4]]
-    return [LabelRow(text, "", 0, "", "") for text in [*found, *HOSTILE, NUMPY_DOC]]
+    ends = [(text, text[len(text) - rng.randrange(6) :] if text else "") for text in [*found, *HOSTILE, NUMPY_DOC]]
+    return [LabelRow(text, token, 0, "", "") for text, token in ends]
 
 
 def test_every_claim_of_a_label_is_read_back_and_true(cuts):
@@ -159,14 +163,15 @@ def test_every_claim_of_a_label_is_read_back_and_true(cuts):
     for row, text in zip(cuts, labeller.label(cuts)):
         claims = labeller.claims(text)
         of = dict(claims)
-        ends = f"It ends {of.get('position')} with {of.get('last word')}: … {of.get('last words')}"
+        within = f"-{of['last token']} of " if "last token" in of else ""
+        ends = f"It ends {of.get('position')} with {within}{of.get('last word')}: … {of.get('last words')}"
         assert text.rstrip("⏎␣") == f"{of['passage']}. " + (
             ends if len(claims) > 1 else "Nothing stands before this place."
         )
         false = [claim for claim in claims if not labeller.true(claim, row)]
         assert not false, (text, row.text[-80:])
         kinds.update(kind for kind, _ in claims)
-    assert len(cuts) > 600 and min(kinds.values()) > 400
+    assert len(cuts) > 600 and min(kinds.values()) > 200
 
 
 def test_the_words_first_labeller_says_the_same_in_another_order(cuts):
@@ -174,7 +179,8 @@ def test_the_words_first_labeller_says_the_same_in_another_order(cuts):
     usual, first = Extractive(), WordsFirst()
     for row, text, other in zip(cuts, usual.label(cuts), first.label(cuts)):
         claims = first.claims(other)
-        assert claims == usual.claims(text) and all(first.true(claim, row) for claim in claims)
+        assert all(first.true(claim, row) for claim in claims)
+        assert claims == [claim for claim in usual.claims(text) if claim.kind != "last token"]
         of = dict(claims)
         if "last words" in of:
             statements = f"{of['passage']}. It ends {of['position']}"
@@ -243,6 +249,12 @@ def test_claims_of_texts_that_a_verbalizer_might_write():
 )
 def test_what_is_true_of_a_text(kind, value, true):
     assert Extractive().true(Claim(kind, value), LabelRow(NUMPY_DOC, "", 0, "", "")) is true
+
+
+def test_a_claim_of_a_last_token_that_is_another_earns_nothing():
+    said = "Prose. It ends starting a sentence with -s of runs: … dog runs"
+    share = lambda token: true_share([said], [{"text": "The dog runs", "token": token}])["truth"].item()
+    assert share("s") == pytest.approx(share(" runs") + 0.2)
 
 
 def test_true_claims_can_be_paid_for():

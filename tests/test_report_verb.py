@@ -63,7 +63,7 @@ def test_every_document_that_is_shown_was_evaluated(finished):
 def test_the_first_document_is_whole(finished):
     evaluated = json.loads((finished / "evaluation.json").read_text())
     whole, *others = evaluated["documents"]
-    table = pq.read_table(finished / "evaluation/probes/whole_document.parquet").to_pydict()
+    table = pq.read_table(finished / "evaluation/whole_document.parquet").to_pydict()
     place = {row["place"]: row for row in whole["rows"]}
     assert len(place) > 4 >= max(len(document["rows"]) for document in others)  # of which four at most were evaluated
     assert set(table["doc_id"]) == {whole["document"]} and place.keys() <= set(table["n_raw_tokens"])

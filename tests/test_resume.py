@@ -513,8 +513,9 @@ def test_a_probed_run_stopped_and_resumed_is_the_undisturbed_one(kept, talking, 
 def test_where_the_best_pair_is_kept_a_tripwire_ends_rl_and_the_run_goes_on(
     kept, talking, arguments, tmp_path, monkeypatch, capsys
 ):
-    """The kept pair is evaluated. A kill after the last step changes nothing: the wire has tripped still."""
-    two, _, settings = kept
+    """The kept pair is one at which the wire held, and is evaluated. A kill after the last step changes nothing: the wire
+    has tripped still."""
+    *_, settings = kept
     workdir = copy_before(talking, tmp_path, "rl")
     settings = [*settings, "watchdog.max_rise.moved=0", "watchdog.probe_rounds=1"]  # the AR does not stay where it was
     settings += ["evaluate.probes=('nla_jax.probes.fidelity:after_rl',)", "evaluate.examples=0"]
@@ -530,8 +531,9 @@ def test_where_the_best_pair_is_kept_a_tripwire_ends_rl_and_the_run_goes_on(
     )
     assert samples == [] and [record["step"] for record in history(workdir)] == [0, 1, 2]
     result = json.loads((workdir / "stages/rl.json").read_text())["result"]
-    assert (result["steps"], result["kept_step"]) == (2, 2) and f"rl: {result['ended']}" == line
-    assert all(np.array_equal(value, weights(two)[name]) for name, value in weights(workdir).items())
+    assert (result["steps"], result["kept_step"]) == (2, 0) and f"rl: {result['ended']}" == line
+    warm = pair_of(workdir, "pair_warm")
+    assert all(np.array_equal(value, warm[name]) for name, value in pair_of(workdir, "pair").items())
     assert f'<p class="state">{result["ended"]}</p>' in (workdir / "report.html").read_text()
     assert "fve_rl" in json.loads((workdir / "summary.json").read_text())
 

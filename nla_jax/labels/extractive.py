@@ -142,8 +142,8 @@ class Extractive:
     """One label for each row, made of its text alone, which may end within a word.
 
     The kind of passage, what stands at its end grammatically, the last word (within one, the token that it ends with
-    before it), and the last words verbatim: about 70
-    characters, one line, without control characters or explanation tags."""
+    before it), and the last words verbatim: about 70 characters, one line, without control characters or explanation
+    tags."""
 
     reads: ClassVar[tuple[str, ...]] = ("text", "token")
     patterns: ClassVar[Mapping[str, re.Pattern]] = CLAIMS
@@ -164,8 +164,9 @@ class Extractive:
         """Whether a claim holds for the text of a row.
 
         Kind of passage and position: the labeller finds the same there. Last word or words: the text ends with
-        these whole words. Last token: it ends with these characters."""
-        return holds(claim, describe(row.text))
+        these whole words. Last token: these characters are the row's token, or where that is not known, the text ends
+        with them."""
+        return holds(claim, describe(row.text, row.token))
 
     def without(self, text: str, claim: Claim) -> str:
         """The text without what makes it claim so."""
@@ -186,6 +187,7 @@ class WordsFirst(Extractive):
 
         … given array | A parameter list. It ends late in a sentence: array"""
 
+    reads: ClassVar[tuple[str, ...]] = ("text",)
     patterns: ClassVar[Mapping[str, re.Pattern]] = WORDS_FIRST
 
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
@@ -222,10 +224,11 @@ def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
     """A feature for `rl.features`: `truth`, the share of a text's claims that hold for its row, `[B]`; 0 where it makes
     none. A reward can so pay for truth what a reconstruction does not (`objective.truthful`)."""
     labeller = Extractive()
-    found = {text: describe(text) for text in {row["text"] for row in rows}}
+    ends = [(row["text"], row.get("token", "")) for row in rows]
+    found = {end: describe(*end) for end in set(ends)}
     shares = []
-    for text, row in zip(texts, rows):
-        held = [holds(claim, found[row["text"]]) for claim in labeller.claims(text)]
+    for text, end in zip(texts, ends):
+        held = [holds(claim, found[end]) for claim in labeller.claims(text)]
         shares.append(sum(held) / max(1, len(held)))
     return {"truth": np.array(shares, np.float32)}
 
@@ -233,7 +236,9 @@ def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
 def holds(claim: Claim, found: Mapping[str, str | None]) -> bool:
     """Whether a claim agrees with what `describe` has found in a text."""
     if claim.kind == "last token":
-        return (found["ending"] or "").endswith(claim.value)
+        return (
+            claim.value == found["last token"] if found["last token"] else (found["ending"] or "").endswith(claim.value)
+        )
     if claim.kind in LAST:
         return any(f" {found[end] or ''}".endswith(f" {claim.value}") for end in ("last words", "ending"))
     return found[claim.kind] == claim.value
@@ -269,11 +274,11 @@ def with_last_word(claims: list[Claim]) -> list[Claim]:
 
 def label_one(text: str, token: str = "") -> str:
     """The label of one text, whose last token is `token`; without it, no ending within a word is named."""
-    of = describe(text)
+    of = describe(text, token)
     if not of["last words"]:
         return BLANK
     word = of["last words"].split()[-1]
-    return f"{statements(of)} with {ending_within(word, token)}{word}: … {of['last words']}{breaks(text)}"
+    return f"{statements(of)} with {ending_within(word, token)}{word}: … {of['last words']}{breaks(TAGS.sub('', text))}"
 
 
 def ending_within(word: str, token: str) -> str:
@@ -294,18 +299,18 @@ def statements(of: Mapping[str, str | None]) -> str:
     return f"{of['passage']}. It ends {of['position']}"
 
 
-def describe(text: str) -> dict[str, str | None]:
-    """What a label says of a text, by the kinds of claims, and the text's `ending`, of which a claim may name more than a
-    label does; None where there is nothing to say."""
+def describe(text: str, token: str = "") -> dict[str, str | None]:
+    """What a label says of a text whose last token is `token`, by the kinds of claims, and the text's `ending`, of which a
+    claim may name more than a label does; None where there is nothing to say."""
     fenced = text.count("```") % 2 == 1
     opening = len(text) <= WINDOW
     text = TAGS.sub(" ", text[-WINDOW:])
     tail = last_words(text)
     if not tail:
-        return {"passage": "A blank start", "position": None, "last words": None, "ending": None}
+        return {"passage": "A blank start", "position": None, "last token": token, "last words": None, "ending": None}
     passage = "A code block" if fenced else kind(text, opening)
     where, ending = position(text, passage in CODE), last_words(text, *ENDING)
-    return {"passage": passage, "position": where, "last words": tail, "ending": ending}
+    return {"passage": passage, "position": where, "last token": token, "last words": tail, "ending": ending}
 
 
 def last_words(text: str, words: int = TAIL_WORDS, characters: int = TAIL_CHARS) -> str:

@@ -25,8 +25,8 @@ PENALTIES = (3e-3, 3e-2, 3e-1, 3.0)  # of the linear probe, as shares of the mea
 @probe("Truth of the claims", needs=("pair", "warm", "labels", "training"), unit="share of claims that are true")
 def truth(context: Context) -> dict[str, np.ndarray]:
     """The share of an explanation's claims that hold for its text, by kind of claim: before and after RL, and what a
-    linear probe of the activation reaches that must make one claim of each kind. Explanations without a claim of a kind
-    are left out there; the chart below shows how many these are."""
+    linear probe of the activation reaches that must make a claim of each kind that the row's label makes. Explanations
+    without a claim of a kind are left out there; the chart below shows how many these are."""
     labeller = context.labeller
     if not has_grammar(labeller):
         return {}
@@ -166,7 +166,8 @@ def _means(told: Sequence[Sequence[float]]) -> Float[np.ndarray, "n"]:
 
 def linear(context: Context, kind: str, rows: Sequence[LabelRow]) -> Float[np.ndarray, "n"] | None:
     """Whether the claim of a kind is true that a linear probe finds likeliest from each activation: ridge regression to
-    the values that the training labels claim. None where no value is claimed `SEEN` times."""
+    the values that the training labels claim. NaN where the row's own label makes no such claim; None where no value is
+    claimed `SEEN` times."""
     vectors, told, held = _training(context)
     claims = [[claim.value for claim in of if claim.kind == kind] for of in told]
     values, counts = np.unique([value for of in claims for value in of], return_counts=True)
@@ -184,7 +185,9 @@ def linear(context: Context, kind: str, rows: Sequence[LabelRow]) -> Float[np.nd
     scores = ridge(vectors, targets, normalise(np.asarray(context.vectors, np.float64)).astype(np.float32), penalty)
     names = list(number)
     guesses = [Claim(kind, names[i]) for i in scores.argmax(1)]
-    return np.array([context.labeller.true(claim, row) for claim, row in zip(guesses, rows)], float)
+    asked = [any(claim.kind == kind for claim in context.labeller.claims(label)) for label in context.texts("labels")]
+    true = [context.labeller.true(claim, row) for claim, row in zip(guesses, rows)]
+    return np.where(asked, np.array(true, float), np.nan)
 
 
 @functools.lru_cache(maxsize=1)  # each kind of claim reads it

@@ -10,6 +10,7 @@ charts are made from them. `probe(...)` says more about one. A probe that cannot
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from jaxtyping import Float
 
 from nla_jax.config import Evaluate
 from nla_jax.data.rows import Rows
+from nla_jax.fve import row_fve
 from nla_jax.labels.labeller import Labeller
 from nla_jax.pair import Pair
 from nla_jax.probes.provider import Provider
@@ -32,6 +34,7 @@ ASKS = ("writer", "judge")  # what a provider is: a probe has it write texts, or
 NEEDS = ("pair", "warm", "labels", "training", "subject", "study", *ASKS)
 WHO_ASKS = "evaluate.provider of a config, or --judge, names the model that writes and judges"
 CHARTS = ("bars", "curve", "histogram")
+READINGS = 8  # reconstructions of all rows that a context keeps; of the scores it keeps all
 
 
 @runtime_checkable
@@ -51,6 +54,7 @@ class Context(Protocol):
     reader_rows: Rows  # of the AR's warm start
     seed: int
     max_new_tokens: int
+    batch: int = 64  # rows that a pair reads at a time
 
     def untrained(self) -> Pair:
         """A new pair, as the warm start begins with it."""
@@ -66,9 +70,19 @@ class Context(Protocol):
 
     def recon(self, name: str, pair: Pair | None = None) -> Float[np.ndarray, "n d"]:
         """What an AR (default: the pair's after RL) rebuilds from `texts(name)`."""
+        return self._reading(tuple(self.texts(name)), pair or self.pair)
 
     def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> Float[np.ndarray, "n"]:
         """The score of each row when the AR (default: the pair's after RL) reads these texts: 1 - mse / variance."""
+        return self._scores(tuple(texts), pair or self.pair)
+
+    @functools.cached_property
+    def _reading(self) -> Callable[[tuple[str, ...], Pair], Float[np.ndarray, "n d"]]:
+        return functools.lru_cache(READINGS)(lambda texts, pair: pair.reconstruct(texts, batch=self.batch))
+
+    @functools.cached_property
+    def _scores(self) -> Callable[[tuple[str, ...], Pair], Float[np.ndarray, "n"]]:
+        return functools.cache(lambda texts, pair: row_fve(self._reading(texts, pair), self.vectors))
 
     def keep(self, name: str, learned: Any) -> None:
         """Writes what a probe has learned of the pair (`learned.write(file)`) to a file of this name beside it."""

@@ -220,6 +220,10 @@ def check_objective(config: Config) -> None:
     rows = [{"doc_id": "doc", "text": "A text", "token": "text", "role": "", "position": 1}] * B
     features = compute_features(c.features, texts, rows)
     if c.subject_kl:
+        if SUBJECT_KL in features:
+            raise InputError(
+                f"rl.features give {SUBJECT_KL!r}, which rl.subject_kl measures too; call yours otherwise."
+            )
         features[SUBJECT_KL] = np.linspace(5, 0, B, dtype=np.float32)
     shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, bits = jnp.float32, jnp.bool_

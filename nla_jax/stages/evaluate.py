@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import pyarrow as pa
 
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows, load_rows, spread
-from nla_jax.fve import row_fve
 from nla_jax.io.folders import open_params, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import read_table, write_table
@@ -95,7 +93,8 @@ class RunContext(Context):
             self.rows = spread(load_rows(self.run.workdir, "heldout"), c.evaluate.rows)
         self.vectors = self.rows.vectors
         self.documents = [document_of(id) for id in self.rows.column("doc_id")]
-        self.seed, self.max_new_tokens = c.seed, c.prompts.max_new_tokens
+        self.seed, self.max_new_tokens, self.batch = c.seed, c.prompts.max_new_tokens, c.evaluate.batch
+        self.column, self._sampled = map(functools.cache, (self.column, self._sampled))
 
     @functools.cached_property
     def pair(self) -> Pair:
@@ -164,12 +163,10 @@ class RunContext(Context):
         c = self.run.config.evaluate.provider
         return provider_of(c, self.run.workdir / "evaluation" / "answers") if c.kind else None
 
-    @functools.cache  # noqa: B019 (one context a process)
     def column(self, name: str) -> list:
         """A column of the held-out rows."""
         return self.rows.column(name)
 
-    @functools.cache  # noqa: B019
     def texts(self, name: str) -> list[str]:
         """The texts of one condition, sampled once and kept on disk."""
         c = self.run.config.evaluate
@@ -208,19 +205,6 @@ class RunContext(Context):
         progress.close()
         barrier(f"the texts {name}")
         return [text for file in files for text in read_table(file, ["explanation"]).column(0).to_pylist()]
-
-    @functools.cache  # noqa: B019
-    def recon(self, name: str, pair: Pair | None = None) -> np.ndarray:
-        """What an AR rebuilds from `texts(name)`."""
-        return (pair or self.pair).reconstruct(self.texts(name), batch=self.run.config.evaluate.batch)
-
-    def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> np.ndarray:
-        """The score of each row when the AR reads these texts."""
-        return self._row_fve(tuple(texts), pair or self.pair)
-
-    @functools.cache  # noqa: B019
-    def _row_fve(self, texts: tuple[str, ...], pair: Pair) -> np.ndarray:
-        return row_fve(pair.reconstruct(texts, batch=self.run.config.evaluate.batch), self.vectors)
 
     def keep(self, name: str, learned: Any) -> None:
         """Writes what a probe has learned of the pair to a file in the pair's folder."""

@@ -10,7 +10,7 @@ from nla_jax.config import Config
 from nla_jax.data.activations import TEXT
 from nla_jax.data.rows import load_rows, spread
 from nla_jax.fve import fve
-from nla_jax.labels.labeller import label_rows
+from nla_jax.labels.labeller import FIELDS, label_rows
 from nla_jax.pair import Pair
 from nla_jax.probes.claims import has_grammar, true_shares
 from nla_jax.probes.fidelity import token_counts
@@ -23,13 +23,13 @@ class Heldout:
     """`rl.heldout_rows` held-out rows, and what is measured on them.
 
     Truth is measured where that costs nothing: the labeller can read what is written as its labels are, and checks it
-    against the text alone, which the rows have."""
+    against the text and its last token alone, which the rows have."""
 
     def __init__(self, run: Run):
         self.config = run.config
         self.context = RunContext(run, spread(load_rows(run.workdir, "heldout"), run.config.rl.heldout_rows))
         labeller = resolve(run.config.label.labeller, "label.labeller").function
-        checked = has_grammar(labeller) and getattr(labeller, "reads", ()) == ("text",)
+        checked = has_grammar(labeller) and set(getattr(labeller, "reads", FIELDS)) <= {"text", "token"}
         self.rows = label_rows(self.context.column) if checked and any(self.context.column(TEXT)) else []
 
     def measure(self, pair: Pair) -> dict[str, float]:

@@ -1,18 +1,16 @@
 """Probes in the RL loop: the figures of `rl.probes` every `rl.probe_every` steps, on documents set aside for them."""
 
 import dataclasses
-import functools
 import hashlib
 import math
 import time
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows
-from nla_jax.fve import row_fve
 from nla_jax.models.sharding import parked
 from nla_jax.pair import Pair
 from nla_jax.probes.probe import Context, Probe, load_probes, run_probe
@@ -33,17 +31,18 @@ class TrainingContext(RunContext):
 
     def __post_init__(self):
         super().__post_init__()
+        self.batch = Context.batch  # the state of RL lies on the devices too
         self.said: dict[str, list[str]] = {}
 
     def enter(self, pair: Pair, warm: Pair, texts: list[str]) -> None:
         """The pair of a step, the warm AR, and what the AV says now."""
         self.pair, self.warm, self.said["rl"] = pair, warm, texts
-        self._recon = functools.cache(lambda pair, texts: pair.reconstruct(texts))
-        self._scores = functools.cache(lambda pair, texts: row_fve(self._recon(pair, texts), self.vectors))
 
     def leave(self) -> None:
         """The step is over: its weights are needed no longer."""
-        self.pair = self.warm = self._recon = self._scores = None
+        self.pair = self.warm = None
+        for kept in ("_reading", "_scores"):
+            vars(self).pop(kept, None)
 
     def texts(self, name: str) -> list[str]:
         """The AV's texts now ("rl") and before RL ("warm"), and the labels, where the rows of RL have some."""
@@ -52,14 +51,6 @@ class TrainingContext(RunContext):
         if name not in self.said:
             raise InputError(f"There are no texts {name!r} in training; there are rl, warm and labels.")
         return self.said[name]
-
-    def recon(self, name: str, pair: Pair | None = None) -> Float[np.ndarray, "n d"]:
-        """What an AR (default: as it is now) rebuilds from `texts(name)`."""
-        return self._recon(pair or self.pair, tuple(self.texts(name)))
-
-    def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> Float[np.ndarray, "n"]:
-        """The score of each row when an AR (default: as it is now) reads these texts."""
-        return self._scores(pair or self.pair, tuple(texts))
 
 
 class Probing:

@@ -116,7 +116,7 @@ def sizes(run: Run) -> dict[str, int | str]:
     c, extracted = run.config, run.result("extract") or {}
     rows, documents = extracted.get("rows", {}), extracted.get("documents", {})
     data = {f"rows of {split}": f"{n} from {documents.get(split, '?')} texts" for split, n in rows.items()}
-    return model_sizes(run) | data | training_sizes(c)
+    return model_sizes(run) | data | training_sizes(c, (run.result("rl") or {}).get("steps", c.rl.steps))
 
 
 def model_sizes(run: Run) -> dict[str, int]:
@@ -128,12 +128,12 @@ def model_sizes(run: Run) -> dict[str, int]:
     return {"layers of the subject": model.layers, "width": model.width, "vocabulary": model.vocab_size}
 
 
-def training_sizes(c: Config) -> dict[str, int | str]:
-    """How much the two models are trained."""
+def training_sizes(c: Config, steps: int) -> dict[str, int | str]:
+    """How much the two models are trained; `steps`: those of RL."""
     return {
         "warm start of the AV": f"{c.sft.av.steps} steps of {c.sft.av.batch}",
         "warm start of the AR": f"{c.sft.ar.steps} steps of {c.sft.ar.batch}",
-        "RL": f"{c.rl.steps} steps of {c.rl.activations} activations, {c.rl.group} texts each",
+        "RL": f"{steps} steps of {c.rl.activations} activations, {c.rl.group} texts each",
         "tokens of an explanation, at most": c.prompts.max_new_tokens,
     }
 

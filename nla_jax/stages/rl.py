@@ -55,7 +55,8 @@ def rl(run: Run) -> None:
             if not loop.log.records and (metrics := probing.measure(0, trained(pair, state))):
                 loop.record(0, metrics)
             keep_best(loop)
-            end_if_tripped(loop, loop.start)
+            if tripped(loop):
+                loop.total = loop.start
             reading = Reading(study, pair, data)
             downstream = Downstream(study, heldout.context.subject, data, pair.trunk) if c.subject_kl else None
             for i in loop.steps():
@@ -107,8 +108,10 @@ def sampled(
 
 def keep_best(loop: Loop, now: int = 0) -> int | None:
     """The step that is best by `rl.keep_best` so far, whose checkpoint is kept from now on; None where none is asked
-    for. Its pair is there: that of the warm start, of the step under way (`now`), or of a checkpoint."""
-    there = lambda step: step in (0, now) or loop.checkpoints.has(step)
+    for. Its pair is there: that of the warm start, of the step under way (`now`), or of a checkpoint. With tripwires none
+    is best after the last step at which they held."""
+    held = loop.watchdog.held if loop.watchdog.tripwires.names else loop.total
+    there = lambda step: step <= held and (step in (0, now) or loop.checkpoints.has(step))
     if (best := best_step(loop.log.records, there)) is not None:
         loop.checkpoints.mark_best(best)
     return best
@@ -120,15 +123,14 @@ def record(loop: Loop, step: int, metrics: dict) -> None:
     try:
         loop.record(step, metrics)
     except Stopped:
-        if not end_if_tripped(loop, step):
+        if not tripped(loop):
             raise
-
-
-def end_if_tripped(loop: Loop, step: int) -> bool:
-    """Whether a tripwire has tripped and `rl.keep_best` says which pair is kept then; this step is the last one."""
-    if ends := bool(loop.watchdog.tripped and loop.run.config.rl.keep_best):
         loop.total = step
-    return ends
+
+
+def tripped(loop: Loop) -> bool:
+    """Whether a tripwire has tripped and `rl.keep_best` says which pair is kept then."""
+    return bool(loop.watchdog.tripped and loop.run.config.rl.keep_best)
 
 
 def finish(loop: Loop, study: Study, pair: Pair, state: TrainState) -> dict:
@@ -136,7 +138,7 @@ def finish(loop: Loop, study: Study, pair: Pair, state: TrainState) -> dict:
     run, last, best = loop.run, trained(pair, state), keep_best(loop)
     seconds = [record["seconds_probes"] for record in loop.log.records if "seconds_probes" in record]
     found = {"steps": loop.total} | ({"seconds_probes": round(sum(seconds), 2)} if seconds else {})
-    if loop.total < run.config.rl.steps:
+    if loop.watchdog.tripped:
         found["ended"] = f"RL ended after step {loop.total} of {run.config.rl.steps}: {loop.watchdog.tripped}"
     if best is not None:
         save(run, last, "pair_last")

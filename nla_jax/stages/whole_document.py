@@ -14,6 +14,7 @@ from nla_jax.fve import cosine, mse, row_fve, variance
 from nla_jax.io.parquet import write_table
 from nla_jax.runtime.distributed import is_writer
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.run import Run
 from nla_jax.stages.extract import sample_activations
 from nla_jax.stages.shown import Shown
@@ -35,10 +36,10 @@ def documents(context: Any, shown: Shown, count: int) -> dict:
         return {"documents": [], "whole": ""}
     id = typical(shown.ids, row_fve(context.recon("rl"), context.vectors))
     try:
-        whole = whole_document(context, id)
+        evaluated = {row["place"]: row for row in shown.document(id)["rows"]}  # what is said of a token is said once
+        whole = whole_document(context, id, evaluated)
     except InputError as error:
         return {"documents": shown.documents(count), "whole": f"No document is shown whole. {error}"}
-    evaluated = {row["place"]: row for row in shown.document(id)["rows"]}  # what the page says of a token, it says once
     whole["rows"] = [evaluated.get(row["place"], row) for row in whole["rows"]]
     others = [document for document in shown.documents(count - 1) if document["document"] != id]
     return {"documents": [whole, *others], "whole": RULE}
@@ -52,25 +53,30 @@ def typical(ids: Sequence[str], fve: Float[np.ndarray, "n"]) -> str:
     return str(names[np.argsort(means, kind="stable")[(len(means) - 1) // 2]])
 
 
-def whole_document(context: Any, id: str) -> dict:
-    """A held-out document as `Shown.document` gives it, with a `note`: every token that can be sampled has a row.
+def whole_document(context: Any, id: str, evaluated: Mapping[int | None, Mapping]) -> dict:
+    """A held-out document as `Shown.document` gives it, with a `note`: every token that can be sampled has a row. Those
+    that were `evaluated`, by place, keep what was said of them.
 
-    Writes what is said of each token, with its scores, to `evaluation/probes/whole_document.parquet`. Raises
-    `InputError` where the text cannot be read again as it was."""
+    Writes what is said of each token, with its scores, to `evaluation/whole_document.parquet`. Raises `InputError` where
+    the text cannot be read again as it was."""
     c, found = context.run.config, activations_of(context, id)
     said, scores, usual = {}, {}, variance(np.asarray(context.vectors, np.float64))
+    progress, done = Progress("whole document", 2), [evaluated.get(position + 1, {}) for position in found.positions]
     for name, pair in (("warm", context.warm), ("rl", context.pair)):
         explained = pair.explain(
             found.vectors, c.prompts.max_new_tokens, c.evaluate.temperature, c.seed, batch=c.evaluate.batch
         )
         said[name] = [explanation.accepted or "" for explanation in explained]
         recon = pair.reconstruct(said[name], batch=c.evaluate.batch).astype(np.float64)
-        scores |= {f"fve_{name}": 1 - mse(recon, found.vectors) / usual, f"cos_{name}": cosine(recon, found.vectors)}
+        new = {f"fve_{name}": 1 - mse(recon, found.vectors) / usual, f"cos_{name}": cosine(recon, found.vectors)}
+        said[name] = [row.get(name, text) for row, text in zip(done, said[name])]
+        scores |= {key: np.array([row.get(key, x) for row, x in zip(done, values)]) for key, values in new.items()}
+        progress.update()
+    progress.close()
     if is_writer():
         facts = found.table().select(["doc_id", "n_raw_tokens", "token", "role"]).to_pydict()
-        file = context.run.workdir / "evaluation" / "probes" / "whole_document.parquet"
-        write_table(pa.table(facts | said | scores), file)
-    return Shown(OneDocument(found, said), scores, tuple(said)).document(id) | {"note": note(c.extract.min_position)}
+        write_table(pa.table(facts | said | scores), context.run.workdir / "evaluation" / "whole_document.parquet")
+    return Shown(OneDocument(found, said), scores, tuple(said)).document(id) | {"note": note(tokens_read(c.extract))}
 
 
 def activations_of(context: Any, id: str) -> Activations:
@@ -82,7 +88,7 @@ def activations_of(context: Any, id: str) -> Activations:
     if any(c.source.to_dict().values()):
         raise InputError("The activations came from files, which do not hold the whole texts.")
     document = next((document for document in run.documents() if document.id == id), None)
-    every = Extract(positions=MOST, min_position=c.min_position, max_tokens=min(c.max_tokens, MOST))
+    every = tokens_read(c)
     found = sample_activations(context.subject, [document] if document else [], every, run.config.seed)
     ids = found.token_ids[-1] if len(found) else []
     as_it_was = [old for i, old in zip(context.column("doc_id"), context.column(IDS)) if i == id]
@@ -92,11 +98,16 @@ def activations_of(context: Any, id: str) -> Activations:
     return found[np.linalg.norm(found.vectors, axis=1) <= SINK * usual]
 
 
-def note(first: int) -> str:
-    """Which tokens have a colour."""
+def tokens_read(c: Extract) -> Extract:
+    """Settings that read every token of one document which `c` may sample, the first `MOST` of them."""
+    return Extract(positions=MOST, min_position=c.min_position, max_tokens=min(c.max_tokens, c.min_position + MOST))
+
+
+def note(c: Extract) -> str:
+    """Which tokens have a colour where these settings have read the document."""
     return (
-        f"Every token that may be sampled has a colour. Left out are those before number {first + 1}, special tokens, "
-        f"those of a chat's template, attention sinks, and all beyond the first {MOST} tokens."
+        f"Every token that may be sampled has a colour. Left out are those before number {c.min_position + 1}, special "
+        f"tokens, those of a chat's template, attention sinks, and all beyond the first {c.max_tokens} tokens."
     )
 
 

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from nla_jax.config import Evaluate, Extract
 from nla_jax.data.activations import Activations
 from nla_jax.data.corpus import Document, document_of
-from nla_jax.fve import row_fve
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import write_table
 from nla_jax.pair import Pair
@@ -57,7 +56,9 @@ class PairContext(Context):
     def __post_init__(self):
         self.vectors = np.asarray(self.activations.vectors)
         self.documents = [document_of(id) for id in self.activations.doc_ids]
-        self.seed, self.max_new_tokens = self.sampling.seed, self.sampling.max_new_tokens
+        s = self.sampling
+        self.seed, self.max_new_tokens, self.batch = s.seed, s.max_new_tokens, s.batch
+        self.column, self.texts = map(functools.cache, (self.column, self.texts))
 
     @functools.cached_property
     def embedding(self) -> Float[np.ndarray, "V E"]:
@@ -68,13 +69,11 @@ class PairContext(Context):
     def _columns(self) -> pa.Table:
         return self.activations.table()
 
-    @functools.cache  # noqa: B019 (one context a process)
     def column(self, name: str) -> list:
         """A column of the rows; "" for each row where there is no such column."""
         there = name in self._columns.column_names
         return self._columns.column(name).to_pylist() if there else [""] * len(self.vectors)
 
-    @functools.cache  # noqa: B019
     def texts(self, name: str) -> list[str]:
         """The AV's texts of one condition."""
         conditions = {
@@ -93,19 +92,6 @@ class PairContext(Context):
             progress.update(len(part))
         progress.close()
         return found
-
-    @functools.cache  # noqa: B019
-    def recon(self, name: str, pair: Pair | None = None) -> Float[np.ndarray, "n d"]:
-        """What an AR rebuilds from `texts(name)`."""
-        return (pair or self.pair).reconstruct(self.texts(name), batch=self.sampling.batch)
-
-    def row_fve(self, texts: Sequence[str], pair: Pair | None = None) -> Float[np.ndarray, "n"]:
-        """The score of each row when the AR reads these texts."""
-        return self._row_fve(tuple(texts), pair or self.pair)
-
-    @functools.cache  # noqa: B019
-    def _row_fve(self, texts: tuple[str, ...], pair: Pair) -> Float[np.ndarray, "n"]:
-        return row_fve(pair.reconstruct(texts, batch=self.sampling.batch), self.vectors)
 
     def keep(self, name: str, learned: Any) -> None:
         """Nothing: a pair without its run has no folder to write to, as it may be a download."""
