@@ -128,7 +128,8 @@ class Study:
     @functools.cached_property
     def joint_program(self) -> Callable[[TrainState, Frozen, JointBatch], tuple[TrainState, dict, dict]]:
         """The compiled joint step; the state that it is given is consumed."""
-        return jit_step(self.joint, self.mesh, self.config.compute.optimize)
+        c = self.config.compute
+        return jit_step(self.joint, self.mesh, c.optimize, dtype=c.dtype)
 
     @functools.cached_property
     def boxed(self) -> tuple[dict, dict]:
@@ -284,7 +285,7 @@ class Study:
         state = placed(self.mesh, jax.eval_shape(step.init, own))
         return Program(
             self.mesh,
-            jit_step(step, self.mesh, self.config.compute.optimize),
+            jit_step(step, self.mesh, self.config.compute.optimize, dtype=self.config.compute.dtype),
             (state, batch, base),
             samples=n,
             runs=settings.steps,

@@ -11,6 +11,7 @@ from conftest import TINY, close
 
 from nla_jax.models import cpu_forms
 from nla_jax.models.attention import Segment, attend
+from nla_jax.models.layers import gated, linear, tied_scores
 from nla_jax.models.transformer import Transformer, empty_cache, layers_apart, truncate
 from nla_jax.models.views import with_layers
 
@@ -31,6 +32,38 @@ def naive_attention(q, segments, scale):
     scores = jnp.einsum("btmh,bsmh->bmts", q, k) * scale
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
     return jnp.einsum("bmts,bsmh->btmh", weights, v)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "function, shapes",
+    [
+        (lambda x, w: linear(x, w, 1), [(3, 5, 16), (16, 24)]),
+        (lambda x, w: linear(x, w, 1), [(3, 5, 24), (24, 8)]),  # here x is the larger operand
+        (lambda x, w: linear(x, w, 2), [(3, 5, 4, 6), (4, 6, 8)]),
+        (tied_scores, [(3, 5, 16), (40, 16)]),
+        (functools.partial(gated, jax.nn.silu), [(3, 5, 16), (3, 5, 16)]),
+    ],
+    ids=["a wide result", "a narrow one", "of heads", "scores of the vocabulary", "a gate"],
+)
+def test_products_and_their_gradients_are_those_of_numpy(function, shapes, dtype, tolerance):
+    """Whatever form this platform computes: results and gradients from products in float64 of the same rounded arrays."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    y, backward = jax.vjp(jax.jit(function), x, w)
+    d_y = jnp.asarray(rng.normal(size=y.shape), y.dtype)
+    found = [y, *backward(d_y)]
+    a, b, d = (np.asarray(z, np.float64) for z in (x, w, d_y.astype(dtype)))
+    if function is tied_scores:
+        expected = [a @ b.T, d @ b, np.einsum("rtv,rtd->vd", d, a)]
+    elif len(shapes[0]) == len(shapes[1]):
+        sigmoid = 1 / (1 + np.exp(-a))
+        expected = [a * sigmoid * b, d * b * sigmoid * (1 + a * (1 - sigmoid)), d * a * sigmoid]
+    else:
+        flat, kernel = a.reshape(15, -1), b.reshape(-1, b.shape[-1])
+        expected = [flat @ kernel, d.reshape(15, -1) @ kernel.T, flat.T @ d.reshape(15, -1)]
+    for given, true in zip(found, expected, strict=True):
+        close(np.asarray(given, np.float64).reshape(true.shape), true, tolerance)
 
 
 @pytest.mark.parametrize("cache", [cpu_forms.CACHE, 1])

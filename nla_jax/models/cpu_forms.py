@@ -1,7 +1,9 @@
 """Faster forms of some computations for CPUs. Other platforms compute the plain forms, in attention.py and layers.py.
 
 XLA's CPU backend is slow if the rows of a matrix product are spread over several axes (it writes a transposed copy), if
-it reads the larger operand by columns, and if scores outgrow the cache. Each operation chooses once, by `by_platform`.
+it reads the larger operand by columns, and if scores outgrow the cache. Arrays of 16 bits it multiplies as they are only
+if both operands lie row by row and the first is summed over its columns; all others it first casts to float32, which
+costs twice the time. Each operation chooses once, by `by_platform`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +24,12 @@ def by_platform(plain: Callable, cpu: Callable, on_mesh: bool = False) -> Callab
     return lambda *operands: jax.lax.platform_dependent(*operands, cpu=cpu, default=plain)
 
 
+def for_halves(plain: Callable, cpu: Callable, on_mesh: bool = False) -> Callable:
+    """`by_platform` of arrays of 16 bits; others are computed by `plain` everywhere."""
+    chosen = by_platform(plain, cpu, on_mesh)
+    return lambda first, *others: (chosen if first.dtype.itemsize == 2 else plain)(first, *others)
+
+
 def product_of_matrices(letters: str, x: Array, y: Array) -> Float[Array, "b N ..."]:
     """`attention.product` with all queries of a row and head (axes r, T, g) in one axis q."""
     left, right, result = letters.replace("->", ",").split(",")
@@ -39,9 +47,20 @@ def scores_of_matrices(letters: str, queries: Float[Array, "b N r T g H"], keys:
 
 
 def product_over_rows(x: Float[Array, "..."], y: Float[Array, "..."], rows: int) -> Float[Array, "..."]:
-    """xᵀ y, summed over their first `rows` axes, as one product of matrices: a CPU then reads xᵀ without writing it."""
+    """xᵀ y, summed over their first `rows` axes, as one product of matrices. A CPU then reads xᵀ of 32 bits without
+    writing it; of 16 bits it is written."""
     a, b = (z.reshape(np.prod(z.shape[:rows], dtype=int), -1) for z in (x, y))
-    return jnp.tensordot(a, b, (0, 0)).reshape(x.shape[rows:] + y.shape[rows:])
+    out = jnp.dot(_turned(a), b) if x.dtype.itemsize == 2 else jnp.tensordot(a, b, (0, 0))
+    return out.reshape(x.shape[rows:] + y.shape[rows:])
+
+
+def _turned(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
+    """xᵀ as an array of its own, row by row.
+
+    The barriers keep what computes x out of the loop that turns it, and the turning out of the product. Without the
+    third axis the compiler would take the result for x itself, read by columns."""
+    alone = jax.lax.optimization_barrier
+    return alone(jnp.moveaxis(alone(x)[None], 2, 0).reshape(x.shape[::-1]))
 
 
 def product_of_halves(x: Float[Array, "..."], y: Float[Array, "..."], axes: int) -> Float[Array, "..."]:

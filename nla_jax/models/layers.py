@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nla_jax.models.cpu_forms import by_platform, on_halves, product_of_halves, product_over_rows
+from nla_jax.models.cpu_forms import by_platform, for_halves, on_halves, product_of_halves, product_over_rows
 from nla_jax.models.sharding import gathered
 
 
@@ -85,7 +85,8 @@ def frozen_linear(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
     """`x [*rows, *inputs]` · `kernel [*inputs, *outputs]`, summed over the `axes` inputs. For the kernel's gradient its
-    own rule transposes the smaller operand. (JAX transposes the gradient of the result, in an MLP the larger one.)"""
+    own rule transposes the smaller operand (on a CPU in 16 bits: x). JAX transposes the gradient of the result, in an
+    MLP the larger one."""
     return jnp.tensordot(x, kernel, axes)
 
 
@@ -99,10 +100,12 @@ def _linear_backward(axes, saved, d_y):
     outputs, rows = kernel.ndim - axes, x.ndim - axes
     d_x = jnp.tensordot(d_y, kernel, [list(range(-outputs, 0))] * 2)
     plain = lambda x, y: jnp.tensordot(x, y, [list(range(rows))] * 2)
-    over_rows = by_platform(plain, functools.partial(product_over_rows, rows=rows), on_mesh=True)
-    if x.size <= d_y.size:
-        return d_x, over_rows(x, d_y)
-    return d_x, jnp.moveaxis(over_rows(d_y, x), range(outputs), range(-outputs, 0))
+    over_rows = cpu = functools.partial(product_over_rows, rows=rows)
+    if x.size > d_y.size:
+        turned = lambda product: lambda x, y: jnp.moveaxis(product(y, x), range(outputs), range(-outputs, 0))
+        # A product of 16 bits whose result is transposed would be computed from other operands, in a slow loop.
+        plain, cpu = turned(plain), over_rows if x.dtype.itemsize == 2 else turned(over_rows)
+    return d_x, by_platform(plain, cpu, on_mesh=True)(x, d_y)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -119,6 +122,39 @@ vocabulary_scores.defvjp(
     lambda x, head: (vocabulary_scores(x, head), (x, head)),
     lambda saved, d_scores: _linear_backward(1, saved, d_scores.astype(saved[0].dtype)),
 )
+
+
+@jax.custom_vjp
+def tied_scores(x: Float[Array, "*B D"], embedding: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+    """`vocabulary_scores` where the head is the transposed embedding. A CPU multiplies 16 bits by the embedding as it
+    lies: transposed, it would be cast to float32."""
+    plain = lambda x, embedding: vocabulary_scores(x, embedding.T)
+    over_width = [[x.ndim - 1], [1]]
+    cpu = lambda x, embedding: jnp.tensordot(x, embedding, over_width, preferred_element_type=jnp.float32)
+    return for_halves(plain, cpu)(x, embedding)
+
+
+def _tied_backward(saved, d_scores):
+    """The gradients of x and of the embedding. A CPU in 16 bits transposes the gradient of the scores, though it is the
+    larger operand: the product of the other one would be read by columns."""
+    x, embedding = saved
+
+    def plain(x, embedding, d_y):
+        d_x, d_head = _linear_backward(1, (x, embedding.T), d_y)
+        return d_x, d_head.T
+
+    cpu = lambda x, embedding, d_y: (jnp.dot(d_y, embedding), product_over_rows(d_y, x, x.ndim - 1))
+    return for_halves(plain, cpu)(x, embedding, d_scores.astype(x.dtype))
+
+
+tied_scores.defvjp(lambda x, embedding: (tied_scores(x, embedding), (x, embedding)), _tied_backward)
+
+
+def gated(activation: Callable, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """activation(gate) · up. A CPU computes it of 16 bits in float32: it would round and cast after every operation."""
+    plain = lambda gate, up: activation(gate) * up
+    cpu = lambda gate, up: plain(gate.astype(jnp.float32), up.astype(jnp.float32)).astype(gate.dtype)
+    return for_halves(plain, cpu, on_mesh=True)(gate, up)
 
 
 def frozen_scores(x: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:

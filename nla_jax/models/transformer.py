@@ -17,7 +17,17 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from nla_jax.models.attention import MASKED, SAVED, Queries, Segment, attend, causal_mask, soft_cap
 from nla_jax.models.kernels import attend_by
-from nla_jax.models.layers import Dense, Projection, RMSNorm, frozen_scores, moved, normal, vocabulary_scores
+from nla_jax.models.layers import (
+    Dense,
+    Projection,
+    RMSNorm,
+    frozen_scores,
+    gated,
+    moved,
+    normal,
+    tied_scores,
+    vocabulary_scores,
+)
 from nla_jax.models.rope import Rope, rotate
 from nla_jax.models.sharding import DECODE, TRAIN, cut_batch, gathered, where_table_lies
 from nla_jax.models.views import part, split
@@ -149,7 +159,7 @@ class Block(nn.Module):
 
         with jax.named_scope("mlp"):
             ys = norm("mlp_norm")(parts)
-            ys = [ACTIVATIONS[c.activation](gate) * up for gate, up in zip(dense("gate")(ys), dense("up")(ys))]
+            ys = [gated(ACTIVATIONS[c.activation], *pair) for pair in zip(dense("gate")(ys), dense("up")(ys))]
             ys = dense("down")(ys)
             ys = norm("mlp_post_norm")(ys) if c.post_norms else ys
             parts = [x + y for x, y in zip(parts, ys)]
@@ -294,7 +304,8 @@ class Transformer(nn.Module):
         if not layers or (cache is None and jnp.dtype(c.dtype).itemsize > 2):
             return self.blocks(carry, list(past), jnp.arange(c.layers), jnp.asarray(kinds), context, edit)
 
-        frozen = dataclasses.replace(c, decoding=True)
+        # The barrier: else the compiler would compute the sines again in every block, for every head.
+        frozen, context = dataclasses.replace(c, decoding=True), jax.lax.optimization_barrier(context)
         block, new = jax.jit(Block(frozen, parent=None).apply), []  # jitted, so that it is traced once
         if cache is None and len(parts) > 1:
             return self._scan_halves(block, parts, past, kinds, context, edit)
@@ -325,9 +336,13 @@ class Transformer(nn.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Final norm and output head; float32. Rows of the head that pad the vocabulary get no probability."""
         (hidden,) = self.final_norm([hidden])
-        head = self.embedding.T if self.config.tied_head else self.head
-        scores = frozen_scores if self.config.decoding else vocabulary_scores
-        logits = scores(hidden, head.astype(hidden.dtype))
+        if self.config.decoding:
+            head = self.embedding.T if self.config.tied_head else self.head
+            logits = frozen_scores(hidden, head.astype(hidden.dtype))
+        elif self.config.tied_head:
+            logits = tied_scores(hidden, self.embedding.astype(hidden.dtype))
+        else:
+            logits = vocabulary_scores(hidden, self.head.astype(hidden.dtype))
         logits = soft_cap(logits, self.config.logit_cap)
         real = np.arange(logits.shape[-1]) < self.config.vocab_size
         return logits if real.all() else jnp.where(real, logits, MASKED)

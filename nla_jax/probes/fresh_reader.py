@@ -54,7 +54,7 @@ def trained(study: Study, pair: Pair, texts: Sequence[str], vectors: Float[np.nd
     progress = Progress("fresh AR", c.sft.ar.steps)
     with jax.set_mesh(mesh):
         state = first_state(step, mesh, study.boxed[1], pair.reconstructor_params)
-        train = jit_step(step, mesh, c.compute.optimize, c.sft.ar.steps)
+        train = jit_step(step, mesh, c.compute.optimize, c.sft.ar.steps, c.compute.dtype)
         for i in range(c.sft.ar.steps):
             state, _ = train(state, place_batch(mesh, batch_of_step(i)), pair.base)
             progress.update()

@@ -127,7 +127,8 @@ def fit(
     and where the loss stays NaN."""
     mesh, boxed = loop.run.mesh, jax.eval_shape(step.init, abstract)
     state = loop.resume(placed(mesh, boxed), lambda: first_state(step, mesh, abstract, params), params)
-    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize, loop.total), time.monotonic()
+    c = loop.run.config.compute
+    train, clock = jit_step(step, mesh, c.optimize, loop.total, c.dtype), time.monotonic()
     for i in loop.steps():
         batch = place_batch(mesh, batch_of_step(i))
         loop.phases.enter("train step")
