@@ -72,15 +72,15 @@ def negative_log_mse(s: Scored) -> Float[Array, "B"]:
     return jnp.where(s.valid, -jnp.log(s.mse + 1e-6), -np.log(UNCORRELATED))
 
 
-TRUTH = 0.2  # what an explanation whose claims are all true earns: as much as an mse that is lower by so much
+TRUTH = 0.2  # what an explanation earns whose claims are all true: as much as by an mse that is lower by so much
 
 
-def truthful(s: Scored) -> Float[Array, "B"]:
-    """-mse + `TRUTH` · truth: pays for claims that hold, which the reconstruction alone does not.
+def truthful(s: Scored, weight: float = TRUTH) -> Float[Array, "B"]:
+    """-mse + `weight` · truth: pays for claims that hold, which the reconstruction alone does not.
 
     `truth` is a feature: of extractive labels `nla_jax.labels.extractive:true_share`. It needs the text, which an
     activation of training has. A failed response gets -2."""
-    return jnp.where(s.valid, -s.mse + TRUTH * s.features["truth"], -UNCORRELATED)
+    return jnp.where(s.valid, -s.mse + weight * s.features["truth"], -UNCORRELATED)
 
 
 PRICE = 0.01  # of a token
