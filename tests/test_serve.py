@@ -341,6 +341,8 @@ def test_claims_are_read_and_checked():
     assert ("last words", "only bread is left", True) in found and ("last word", "left", True) in found
     assert ("next", "over", None) in found and ("certainty", "Next perhaps", None) in found
     assert claims_of("It is about rivers.", context) == []
+    within = {token: claims_of(label_one(context, "ft"), context, token) for token in ("ft", " left")}
+    assert [[c["true"] for c in found if c["kind"] == "last token"] for found in within.values()] == [[True], [False]]
 
 
 @pytest.mark.parametrize("n, rows", [(1, 1), (2, 4), (4, 4), (5, 16), (16, 16), (20, 24), (24, 24)])

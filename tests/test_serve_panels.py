@@ -33,7 +33,7 @@ def talking(monkeypatch):
         answers = []
         for document, row in wanted:
             said = label_one(document.context(row))
-            claims = claims_of(said, document.context(row))
+            claims = claims_of(said, document.context(row), document.tokens[row])
             about = {"explanation": said, "cut": False, "cosine": 0.5, "fve": 0.5, "claims": claims}
             answers.append(document.answers.setdefault((number, row), {"pair": number, "row": row} | about))
         return answers

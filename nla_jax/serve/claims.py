@@ -17,8 +17,8 @@ def read(explanation: str) -> tuple[Behaviour | Extractive, list[Claim]]:
     return Extractive(), Extractive().claims(explanation)
 
 
-def claims_of(explanation: str, context: str) -> list[dict]:
-    """The claims of an explanation: `kind, value, true`.
+def claims_of(explanation: str, context: str, token: str = "") -> list[dict]:
+    """The claims of an explanation of the last token of a text: `kind, value, true`.
 
     `true` is None where it is not checked: what the subject expects next."""
     labeller, claims = read(explanation)
@@ -26,7 +26,7 @@ def claims_of(explanation: str, context: str) -> list[dict]:
         ends = last_words(TAGS.sub(" ", context[-WINDOW:]), EXPECTING.words, EXPECTING.characters)
         holds = lambda claim: f" {ends}".endswith(f" {claim.value}") if claim.kind in LAST else None
     else:
-        row = LabelRow(context, "", 0, "", "")
+        row = LabelRow(context, token, 0, "", "")
         holds = lambda claim: bool(labeller.true(claim, row))
     return [{"kind": claim.kind, "value": claim.value, "true": holds(claim)} for claim in claims]
 

@@ -206,7 +206,7 @@ def explain(served: Served, number: int, wanted: Sequence[tuple[Document, int]],
     scored = score(served, [one.text for one in said], vectors)
     answers = []
     for (document, row), one, measured in zip(wanted, said, scored):
-        claims = claims_of(one.text, document.context(row))
+        claims = claims_of(one.text, document.context(row), document.tokens[row])
         about = {"pair": number, "row": row, "explanation": one.text, "cut": one.cut, "claims": claims}
         answers.append(document.answers.setdefault((number, row), about | measured))
     return answers
