@@ -168,14 +168,20 @@ def indices(positions: Any, length: int) -> list[int]:
 
 
 def activations_at(
-    subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], doc_ids: Sequence[str]
+    subject: Subject,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    doc_ids: Sequence[str],
+    batch: int | None = None,
 ) -> Activations:
     """Activations of token rows at the given indices of each, in the order of the rows.
 
-    Raises `InputError` for a token that the subject has no embedding of, and where an activation is not finite."""
+    `batch`: so many rows are read at a time; None: up to `ROWS`, few as few. The size of a program can change the last
+    digits. Raises `InputError` for a token that the subject has no embedding of, and where an activation is not finite."""
     check_ids(subject, rows, doc_ids)
     decode = lambda ids: subject.tokenizer.decode(ids, skip_special_tokens=True)
-    vectors = list(residual_rows(subject, rows, positions))
+    batch = batch or padded_rows(len(rows), ROWS, subject.mesh or jax.sharding.get_mesh())
+    vectors = list(residual_rows(subject, rows, positions, batch))
     vectors = np.concatenate(vectors) if vectors else np.zeros((0, subject.model.config.width), np.float32)
     where = [(list(row), i, id) for row, chosen, id in zip(rows, positions, doc_ids, strict=True) for i in chosen]
     for at in np.flatnonzero(~np.isfinite(vectors).all(1))[:1]:
@@ -224,7 +230,6 @@ def residual_rows(
     """For each row the vectors `[len(positions), d]`, batched by length so that shapes are few and padding is small."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, np.ndarray] = {}
-    batch = padded_rows(len(rows), batch, subject.mesh or jax.sharding.get_mesh())
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         chosen = at_positions(residual_batch(subject, [rows[i] for i in some], batch), [positions[i] for i in some])

@@ -169,7 +169,7 @@ def test_check_says_what_a_run_would_need(tmp_path, capsys):
     assert list(found)[:5] == ["functions", "mesh", "memory", "documents", "disk"]
     assert re.search(r"heldout \d+, rl \d+; at most 8 activations of each", found["documents"])
     longer = r"(; \d of 8 are longer, and are not trained on)?"  # on Pythons whose topics read otherwise
-    assert re.fullmatch(rf"\d+ to \d+ tokens in 8 samples, 40 allowed{longer}", found["labels"])
+    assert re.fullmatch(rf"\d+ to \d+ tokens in 8 samples, 44 allowed{longer}", found["labels"])
     assert found["AV reads"] == "'<|bos|><|user|>Explain this activation: ㈎<|assistant|>'"
     writes, reads = map(ast.literal_eval, (found["AV writes"], found["AR reads"]))
     assert re.fullmatch(r"<explanation>\n.* … .*\n</explanation><\|end\|>", writes)

@@ -93,8 +93,13 @@ class RunContext(Context):
             self.rows = spread(load_rows(self.run.workdir, "heldout"), c.evaluate.rows)
         self.vectors = self.rows.vectors
         self.documents = [document_of(id) for id in self.rows.column("doc_id")]
-        self.seed, self.max_new_tokens, self.batch = c.seed, c.prompts.max_new_tokens, c.evaluate.batch
+        self.seed, self.max_new_tokens = c.seed, c.prompts.max_new_tokens
         self.column, self._sampled = map(functools.cache, (self.column, self._sampled))
+
+    @property
+    def batch(self) -> int:
+        """`evaluate.batch`."""
+        return self.run.config.evaluate.batch
 
     @functools.cached_property
     def pair(self) -> Pair:

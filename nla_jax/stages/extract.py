@@ -23,7 +23,7 @@ from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.run import Run
 from nla_jax.stages.check import documents_of_splits
-from nla_jax.subject import SINK, Activations, Subject, activations_at, attention_sinks, load_subject
+from nla_jax.subject import ROWS, SINK, Activations, Subject, activations_at, attention_sinks, load_subject
 
 
 def extract(run: Run) -> None:
@@ -132,7 +132,7 @@ def sample_activations(subject: Subject, documents: Sequence[Document], settings
         ordinary = lambda i: row[i] not in special and (roles is None or roles[i])
         candidates = [i for i in range(settings.min_position, len(row)) if ordinary(i)]
         chosen.append(sample_positions(document.id, candidates, settings.positions, seed))
-    found = activations_at(subject, rows, chosen, [document.id for document in documents])
+    found = activations_at(subject, rows, chosen, [document.id for document in documents], ROWS)
     said = [roles[i] if roles else "" for roles, positions in zip(spoken, chosen) for i in positions]
     return dataclasses.replace(found, roles=said)
 

@@ -29,9 +29,10 @@ class TrainingContext(RunContext):
     `warm` has the AR before RL, beside the AV as it is; `texts("warm")` are those of the AV before RL. Nothing that
     belongs to a step is kept after it."""
 
+    batch = Context.batch  # the state of RL lies on the devices too
+
     def __post_init__(self):
         super().__post_init__()
-        self.batch = Context.batch  # the state of RL lies on the devices too
         self.said: dict[str, list[str]] = {}
 
     def enter(self, pair: Pair, warm: Pair, texts: list[str]) -> None:

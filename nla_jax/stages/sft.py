@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from nla_jax.autoencoder import PromptIds
@@ -41,7 +43,7 @@ def sft(run: Run) -> None:
     """The AV learns to write the labels from the activations, the AR to rebuild the activations from the labels.
 
     Writes the pair to `{workdir}/pair_warm`."""
-    c, limit = run.config.sft, run.config.prompts.max_new_tokens
+    c, limit, dtype = run.config.sft, run.config.prompts.max_new_tokens, run.config.compute.dtype
     with run.stage("sft") as result:
         if result is None:
             return
@@ -70,7 +72,7 @@ def sft(run: Run) -> None:
         kept = there[kept]
         batches = text_batches(tokens, lengths, av_rows.vectors, kept, c.av.batch, run.config.seed, c.widths)
         with Loop(run, "sft", "sft_av", c.av.steps, subject) as loop:
-            av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base)
+            av = fit(loop, study.sft_av, pair.verbalizer_params, study.boxed[0], batches, pair.base, dtype)
 
         there = labelled(ar_rows, "ar_sft")
         read = functools.partial(read_labels, resolve(c.reader, "sft.reader"), run.config.seed)
@@ -78,7 +80,7 @@ def sft(run: Run) -> None:
         tokens, lengths = map(np.concatenate, zip(*inputs))
         batches = text_batches(tokens, lengths, ar_rows.vectors, there, c.ar.batch, run.config.seed, c.widths)
         with Loop(run, "sft", "sft_ar", c.ar.steps, subject) as loop:
-            ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base)
+            ar = fit(loop, study.sft_ar, pair.reconstructor_params, study.boxed[1], batches, pair.base, dtype)
 
         save(run, dataclasses.replace(pair, verbalizer_params=av, reconstructor_params=ar), "pair_warm")
 
@@ -119,16 +121,16 @@ def fit(
     abstract: dict,
     batch_of_step: Callable[[int], TextBatch],
     base: dict | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> dict:
     """Trains `params` (which are consumed) and returns them, sharded; continues from the newest checkpoint.
 
     `abstract`: the shapes of `params` with logical axis names. `batch_of_step(i)` is a pure function, so that a resumed
-    run sees the batches it would have seen. `base`: the frozen model beneath an adapter. Raises `Stopped` on SIGTERM,
-    and where the loss stays NaN."""
+    run sees the batches it would have seen. `base`: the frozen model beneath an adapter. `dtype`: what the step computes
+    in. Raises `Stopped` on SIGTERM, and where the loss stays NaN."""
     mesh, boxed = loop.run.mesh, jax.eval_shape(step.init, abstract)
     state = loop.resume(placed(mesh, boxed), lambda: first_state(step, mesh, abstract, params), params)
-    c = loop.run.config.compute
-    train, clock = jit_step(step, mesh, c.optimize, loop.total, c.dtype), time.monotonic()
+    train, clock = jit_step(step, mesh, loop.run.config.compute.optimize, loop.total, dtype), time.monotonic()
     for i in loop.steps():
         batch = place_batch(mesh, batch_of_step(i))
         loop.phases.enter("train step")
