@@ -133,9 +133,8 @@ CLAIMS = {  # what a label says, by the words around it
     "last words": re.compile(rf": … (.*[^\s{BREAK}{BLANKS}])", re.DOTALL),
 }
 LAST = ("last words", "last word")  # claims about how the text ends
-NAMED = re.compile(
-    rf"(\bIt ends (?:{one_of(POSITIONS)})) with (?:-\S+ of )?\S+?(?=: …)"
-)  # the last word, before the last words
+# The last word, and the token it ends with, where they are named before the last words.
+NAMED = re.compile(rf"(\bIt ends (?:{one_of(POSITIONS)})) with (?:-\S+ of )?\S+?(?=: …)")
 
 
 class Extractive:
@@ -236,9 +235,8 @@ def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
 def holds(claim: Claim, found: Mapping[str, str | None]) -> bool:
     """Whether a claim agrees with what `describe` has found in a text."""
     if claim.kind == "last token":
-        return (
-            claim.value == found["last token"] if found["last token"] else (found["ending"] or "").endswith(claim.value)
-        )
+        token = found["last token"]
+        return claim.value == token if token else (found["ending"] or "").endswith(claim.value)
     if claim.kind in LAST:
         return any(f" {found[end] or ''}".endswith(f" {claim.value}") for end in ("last words", "ending"))
     return found[claim.kind] == claim.value

@@ -132,7 +132,7 @@ def sample_activations(subject: Subject, documents: Sequence[Document], settings
         ordinary = lambda i: row[i] not in special and (roles is None or roles[i])
         candidates = [i for i in range(settings.min_position, len(row)) if ordinary(i)]
         chosen.append(sample_positions(document.id, candidates, settings.positions, seed))
-    found = activations_at(subject, rows, chosen, [document.id for document in documents], ROWS)
+    found = activations_at(subject, rows, chosen, [document.id for document in documents], batch=ROWS)
     said = [roles[i] if roles else "" for roles, positions in zip(spoken, chosen) for i in positions]
     return dataclasses.replace(found, roles=said)
 
