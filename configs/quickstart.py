@@ -4,6 +4,7 @@ nla quickstart --workdir runs/quickstart
 nla quickstart --config configs/quickstart.py:tiny --workdir runs/tiny         # a minute: does it work here?
 nla quickstart --config configs/quickstart.py:truth --workdir runs/truth       # RL pays for true claims too
 nla quickstart --config configs/quickstart.py:steady --workdir runs/steady     # RL ends where claims get less true
+nla quickstart --config configs/quickstart.py:layers --workdir runs/layers     # one pair for the activations of two blocks
 nla quickstart --config configs/quickstart.py:short --workdir runs/short       # or another lever: see LEVERS below
 nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
 """
@@ -48,7 +49,8 @@ QUICKSTART = {
     "split": {"av_sft": 0.60, "ar_sft": 0.20, "rl": 0.14, "heldout": 0.06},  # shares of the documents
     # The subject: a folder or hub id; "" means the one that `pretrain` writes. `architecture`: the content of its
     # config.json, for `nla plan` and `nla benchmark` where it is not here.
-    "subject": {"path": "", "layer": 2, "architecture": {}},
+    # `earlier_layers`: blocks before `layer` that the pair reads too, each in a slot of its own.
+    "subject": {"path": "", "layer": 2, "earlier_layers": (), "architecture": {}},
     "pretrain": {
         "init_from": "shipped",  # a folder, "shipped" (comes with the package), or "" (random)
         "steps": 0,
@@ -171,6 +173,10 @@ FRONT = {  # the first tokens say most: labels begin with the last words, and th
     "sft": {"reader": "nla_jax.objective:random_prefix", "ar": {"steps": 600}},
     "rl": {"reader": "nla_jax.objective:random_prefix"},
 }
+LAYERS = {  # one pair for the activations of two blocks
+    "subject": {"earlier_layers": (0,)},
+    "prompts": {"verbalizer_template": "Explain these activations: {injection_char}, {injection_char}"},
+}
 LEVERS = {  # what RL pays for, and what the AR reads (experiments/levers)
     "short": {"rl": {"reward": "nla_jax.objective:short"}},
     "within": {"rl": {"reward": "nla_jax.objective:within"}},
@@ -180,13 +186,20 @@ LEVERS = {  # what RL pays for, and what the AR reads (experiments/levers)
     "downstream": {"rl": {"subject_kl": True, "reward": "nla_jax.objective:downstream"}},
     "front": FRONT,
 }
-VARIANTS = {"": {}, "subject": SUBJECT, "tiny": TINY, "truth": TRUTH, "steady": STEADY} | LEVERS  # what each changes
+VARIANTS = {
+    "": {},
+    "subject": SUBJECT,
+    "tiny": TINY,
+    "truth": TRUTH,
+    "steady": STEADY,
+    "layers": LAYERS,
+} | LEVERS  # what each changes
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "tiny" (a minute: it
     explains little, but its controls differ), "truth" (RL pays for true claims too), "steady" (RL ends where claims get
-    less true), and the `LEVERS`."""
+    less true), "layers" (one pair for the activations of two blocks), and the `LEVERS`."""
     if variant not in VARIANTS:
         *others, last = filter(None, VARIANTS)
         raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are {', '.join(others)} and {last}.")

@@ -20,15 +20,30 @@ from jaxtyping import Array, Float, Int
 
 from nla_jax.fve import normalise
 from nla_jax.models.lora import Lora
-from nla_jax.models.transformer import KeyValues, Transformer, TransformerConfig, abstract_params, truncate
+from nla_jax.models.transformer import (
+    KeyValues,
+    Transformer,
+    TransformerConfig,
+    abstract_params,
+    between,
+    truncate,
+)
 from nla_jax.runtime.errors import InputError
 
 
-def residual(model: Transformer, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream after the last block of `model` (a subject truncated to K+1 blocks: after block K),
-    float32."""
-    (hidden,), _ = model.apply({"params": params}, [model.apply({"params": params}, tokens, method="embed")])
-    return hidden.astype(jnp.float32)
+def residual(
+    model: Transformer, params: dict, tokens: Int[Array, "B T"], earlier: tuple[int, ...] = ()
+) -> Float[Array, "B T W"]:
+    """The residual stream after the last block of `model` (a subject truncated to K+1 blocks: after block K), float32.
+
+    With `earlier` blocks, ascending: the streams after each of them and after the last one, side by side."""
+    x, streams, start = model.apply({"params": params}, tokens, method="embed"), [], 0
+    for block in (*earlier, model.config.layers - 1):
+        config, blocks = between(model.config, params, start, block + 1)
+        (x,), _ = Transformer(config).apply({"params": blocks}, [x])
+        streams.append(x.astype(jnp.float32))
+        start = block + 1
+    return jnp.concatenate(streams, -1)
 
 
 def replace(
@@ -111,7 +126,7 @@ class Verbalizer:
     With `lora`, what is trained is an adapter, which `assemble` joins to a frozen base; every other method takes the
     whole parameters.
 
-    Activations are `[A, D]`, or `[A, n, D]` for a prompt with n slots."""
+    Activations are `[A, D]`; `[A, n, D]` or `[A, n·D]` for a prompt with n slots."""
 
     model: Transformer
     prefix: tuple[int, ...]
@@ -140,7 +155,7 @@ class Verbalizer:
         """The input embeddings of token ids."""
         return self.model.apply({"params": params}, tokens, method="embed")
 
-    def read_prompt(self, params: dict, vectors: Float[Array, "A *n D"]) -> tuple[list[KeyValues], Float[Array, "A D"]]:
+    def read_prompt(self, params: dict, vectors: Float[Array, "A *W"]) -> tuple[list[KeyValues], Float[Array, "A D"]]:
         """Runs the prompt: the constant prefix once, markers and suffix once per activation.
 
         Returns the two segments that responses attend to, and the state that predicts a response's first token."""
@@ -148,7 +163,7 @@ class Verbalizer:
         return past, prompt[:, -1]
 
     def read_responses(
-        self, params: dict, vectors: Float[Array, "A *n D"], responses: Int[Array, "B R"]
+        self, params: dict, vectors: Float[Array, "A *W"], responses: Int[Array, "B R"]
     ) -> Float[Array, "B R D"]:
         """The states that predict each response token; B = A·G, an activation's G responses in a row.
 
@@ -158,7 +173,7 @@ class Verbalizer:
         first = jnp.repeat(prompt[:, -1:], len(responses) // len(vectors), axis=0)
         return jnp.concatenate([first, states], 1)
 
-    def _read(self, params: dict, vectors: Float[Array, "A *n D"], *responses: Float[Array, "B T D"]):
+    def _read(self, params: dict, vectors: Float[Array, "A *W"], *responses: Float[Array, "B T D"]):
         """Runs prefix, prompt and responses (if any). Returns the residual streams and the segments of all parts."""
         prefix, suffix = (self.embed(params, jnp.asarray(ids, jnp.int32)) for ids in (self.prefix, self.suffix))
         prompt = jnp.broadcast_to(suffix, (len(vectors), *suffix.shape))
@@ -176,22 +191,31 @@ class Verbalizer:
 class Reconstructor:
     """The AR: K+1 blocks without final norm, then a linear map read at the last real token.
 
-    `params`: `{backbone, head [D, D]}`; the head acts as `x @ head` and starts as the identity. `prefix`: token ids
-    with which every input begins. With `lora`, the backbone that is trained is an adapter, which `assemble` joins to
-    the frozen base; the head is trained whole."""
+    `params`: `{backbone, head [D, W]}`; the head acts as `x @ head` and starts as the identity, once for each of the
+    `layers` L whose activations are rebuilt side by side. `prefix`: token ids with which every input begins. With
+    `lora`, the backbone that is trained is an adapter, which `assemble` joins to the frozen base; the head is trained
+    whole."""
 
     model: Transformer
     prefix: tuple[int, ...] = ()
     lora: Lora | None = None
+    layers: int = 1
+
+    @property
+    def width(self) -> int:
+        """W = L·D, the entries of what is rebuilt."""
+        return self.layers * self.model.config.width
 
     def init_params(self, backbone: dict) -> dict:
         """The AR before training: the subject's blocks (or a new adapter to them) and the identity."""
-        return {"backbone": backbone, "head": np.eye(self.model.config.width, dtype=np.float32)}
+        identity = np.eye(self.model.config.width, dtype=np.float32)
+        return {"backbone": backbone, "head": np.tile(identity, self.layers)}
 
     def abstract_params(self) -> dict:
         """Shapes of what is trained, with logical axis names."""
-        config, d = self.model.config, self.model.config.width
-        head = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((d, d), jnp.float32), ("embed", "embed_out"))
+        config = self.model.config
+        shape = jax.ShapeDtypeStruct((config.width, self.width), jnp.float32)
+        head = nn.LogicallyPartitioned(shape, ("embed", "embed_out"))
         backbone = self.lora.abstract_params(config) if self.lora else abstract_params(config, truncated=True)
         return {"backbone": backbone, "head": head}
 
@@ -202,7 +226,7 @@ class Reconstructor:
         backbone = self.lora.attach(truncate(base, self.model.config.layers), params["backbone"])
         return {"backbone": backbone, "head": params["head"]}
 
-    def reconstruct(self, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    def reconstruct(self, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B W"]:
         """ĥ, raw (not normalised), float32, read at index `length - 1` of right-padded token rows.
 
         Each row begins with `prefix`, which runs once, at batch 1."""
@@ -221,11 +245,18 @@ def autoencoder(
     injection_scale: float | None,
     injections: tuple[Injection, ...] = (Injection(),),
     adapters: tuple[Lora | None, Lora | None] = (None, None),
+    earlier: tuple[int, ...] = (),
 ) -> tuple[Verbalizer, Reconstructor]:
-    """AV and AR of a subject whose activations are read after block `layer`; `adapters` of AV and AR, None: trained
-    whole.
+    """AV and AR of a subject whose activations are read after block `layer`, and after the `earlier` blocks, each in a
+    slot of its own; `adapters` of AV and AR, None: trained whole.
 
-    Raises `InputError` for an injection behind a block that the model does not have."""
+    Raises `InputError` for an injection behind a block that the model does not have, and for several layers where the
+    prompt does not have a slot for each."""
+    layers = len(earlier) + 1
+    if layers > 1 and len(prompt.slots) != layers:
+        raise InputError(
+            f"The AV's prompt has {len(prompt.slots)} slots for the activations of {layers} layers; it needs one for each."
+        )
     for injection in injections:
         if not -1 <= injection.block < model.layers:
             raise InputError(
@@ -242,12 +273,12 @@ def autoencoder(
         prompt.slots,
         adapters[0],
     )
-    return av, Reconstructor(Transformer(model.truncated(layer + 1)), prompt.text_prefix, adapters[1])
+    return av, Reconstructor(Transformer(model.truncated(layer + 1)), prompt.text_prefix, adapters[1], layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def reconstruct(
     reconstructor: Reconstructor, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-) -> Float[Array, "B D"]:
+) -> Float[Array, "B W"]:
     """`Reconstructor.reconstruct`, compiled."""
     return reconstructor.reconstruct(params, tokens, lengths)

@@ -7,7 +7,6 @@ fills in what the file leaves out. `nla <verb> --config.section.field=value` ove
 import dataclasses
 import difflib
 import sys
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -133,6 +132,7 @@ class Corpus(Section):
 class Subject(Section):
     path: str = setting("", "folder or hub id of the subject; '' is the one that `pretrain` writes")
     layer: int = setting(2, "activations are read after this block, counted from 0", least=0)
+    earlier_layers: tuple[int, ...] = setting((), "blocks before it that are read too, each in a slot of its own")
     architecture: dict = setting({}, "content of its config.json, for `nla plan` and `nla benchmark` without the model")
 
 
@@ -312,6 +312,17 @@ class Config(Section):
 
     def __post_init__(self):
         """What no field can say alone."""
+        blocks = self.subject.earlier_layers
+        if list(blocks) != sorted({*blocks}) or not all(0 <= block < self.subject.layer for block in blocks):
+            raise InputError(
+                f"subject.earlier_layers is {blocks}; they must be blocks before subject.layer ({self.subject.layer}), "
+                f"counted from 0, in ascending order."
+            )
+        if blocks and (named := [name for name, file in self.extract.source.to_dict().items() if file]):
+            raise InputError(
+                f"extract.source.{named[0]} names activations of one layer, but subject.earlier_layers is {blocks}; leave out "
+                f"one of the two."
+            )
         for name in ("micro_batches", "rollout_chunks"):
             if self.rl.activations % getattr(self.rl, name):
                 raise InputError(
@@ -354,8 +365,9 @@ def _checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
             raise InputError(f"{name} is {value!r}, expected a section with fields.")
         return _read(kind, value, f"{name}.")
     if typing.get_origin(kind) is tuple:
-        value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
-        good = isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+        (of, _) = typing.get_args(kind)
+        value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, of) else value
+        good = isinstance(value, tuple) and all(isinstance(x, of) and not isinstance(x, bool) for x in value)
     elif kind is float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         value = float(value) if good else value
@@ -387,7 +399,8 @@ def _all_finite(tree: Mapping, name: str) -> None:
 
 def _in_words(kind: Any) -> str:
     words = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False", dict: "a mapping"}
-    return words.get(kind, "a tuple of texts" if isinstance(kind, types.GenericAlias) else str(kind))
+    several = {tuple[str, ...]: "a tuple of texts", tuple[int, ...]: "a tuple of whole numbers"}
+    return (words | several).get(kind, str(kind))
 
 
 def settings(kind: type = Config, path: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

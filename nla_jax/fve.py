@@ -30,6 +30,19 @@ def normalise(x: Rows, scale: float | None = None) -> Rows:
     return x * scale / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) + eps)
 
 
+def joined(x: Rows, layers: int) -> Rows:
+    """Activations `[*B, W = L·D]` of several blocks, side by side, each at length sqrt(D): every block then counts the same,
+    and `normalise` changes nothing. With one layer `x` as it is: training and scores normalise it themselves."""
+    if layers == 1:
+        return x
+    return normalise(x.reshape(*x.shape[:-1], layers, -1)).reshape(x.shape)
+
+
+def lengths(vectors: Float[np.ndarray, "n ..."], layers: int) -> Float[np.ndarray, "n {layers}"]:
+    """The length of activations at each layer, in float64."""
+    return np.linalg.norm(vectors.reshape(len(vectors), layers, -1).astype(np.float64), axis=-1)
+
+
 def mse(prediction: Rows, gold: Rows) -> Float[Any, "*B"]:
     """mean_D (p̂ - ĝ)² = 2(1 - cos), in [0, 4]: the reconstructor's loss, and minus the verbalizer's reward."""
     return ((normalise(prediction) - normalise(gold)) ** 2).mean(-1)

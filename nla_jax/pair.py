@@ -16,8 +16,9 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from nla_jax.autoencoder import Injection, Reconstructor, Verbalizer, autoencoder, keep, reconstruct
+from nla_jax.data.activations import in_words
 from nla_jax.data.batches import pad_tokens
-from nla_jax.fve import cosine, mse
+from nla_jax.fve import cosine, joined, mse
 from nla_jax.io.adapters import CONFIG as ADAPTER
 from nla_jax.io.adapters import load_adapter, save_adapter
 from nla_jax.io.conventions import Conventions
@@ -90,7 +91,7 @@ class Pair:
             f"{model.model.config.family} of {model.model.config.layers} blocks{', LoRA' * bool(model.lora)}"
         )
         return (
-            f"Pair(subject {self.sidecar.base_checkpoint!r}, layer {self.sidecar.layer}, width {self.sidecar.d_model}; "
+            f"Pair(subject {self.sidecar.base_checkpoint!r}, {in_words(self.sidecar.layers)}, width {self.sidecar.d_model}; "
             f"AV: {of(self.verbalizer)}; AR: {of(self.reconstructor)})"
         )
 
@@ -129,7 +130,8 @@ class Pair:
         first: int = 0,
     ) -> list[str]:
         """One explanation for each row of `vectors`, raw activations [n, d] ([n, slots, d] for a prompt of several
-        slots) or `Activations`: the texts of `explain`, which has the same arguments."""
+        slots; those of several layers side by side) or `Activations`: the texts of `explain`, which has the same
+        arguments."""
         options = {"inject": inject, "batch": batch, "first": first}
         return [found.text for found in self.explain(vectors, max_new_tokens, temperature, seed, **options)]
 
@@ -153,7 +155,8 @@ class Pair:
         Raises `InputError` for vectors that are no numbers, not finite, zero, or of another layer, and for a setting
         out of range."""
         slots = len(self.verbalizer.slots)
-        vectors = self._checked(vectors, slots if slots > 1 else None)
+        several = slots > 1 and not self.sidecar.earlier_layers
+        vectors = self._checked(vectors, slots if several else None)
         limit, temperature, seed = sampling(max_new_tokens, temperature, seed)
         inject, batch, first = yes_or_no("inject", inject), whole_number("batch", batch, 1), row_number(first)
         verbalizer = self.verbalizer if inject else dataclasses.replace(self.verbalizer, injections=(Injection(keep),))
@@ -185,16 +188,16 @@ class Pair:
                 found += [Explanation(*row) for row in zip(texts, (~finished).tolist(), strict)]
         return found
 
-    def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> Float[np.ndarray, "n D"]:
-        """ĥ [n, d], float32, from explanations: the AR's raw output. Compare it after normalising (`score`,
-        `nla.fve`).
+    def reconstruct(self, texts: Sequence[str], *, batch: int = 64) -> Float[np.ndarray, "n W"]:
+        """ĥ [n, d], float32, from explanations: the AR's raw output (of several layers side by side). Compare it after
+        normalising (`score`, `nla.fve`).
 
         Texts of similar length are read together, at most `batch` at a time, so that a long one costs its own length
         alone. Raises `InputError` where `texts` is no list of texts."""
         batch = whole_number("batch", batch, 1)
         texts = text_list("reconstruct and score take", texts)
         rows = self.prompts.reconstructor_ids(texts)
-        out = np.zeros((len(rows), self.sidecar.d_model), np.float32)
+        out = np.zeros((len(rows), self.sidecar.width), np.float32)
         with self._on_mesh() as mesh:
             for part in similar_lengths([len(row) for row in rows], batch):
                 padding = [[0]] * (padded_rows(len(part), batch, mesh) - len(part))
@@ -267,8 +270,8 @@ class Pair:
 
     def _write(self, folder: AnyPath, dtype: Any) -> None:
         """Writes `folder/av` and `folder/ar`."""
-        d = self.sidecar.d_model
-        head = np.asarray(to_host(self.reconstructor_params["head"]), np.float32).reshape(d, d)
+        shape = self.sidecar.d_model, self.sidecar.width
+        head = np.asarray(to_host(self.reconstructor_params["head"]), np.float32).reshape(shape)
         sidecar = dataclasses.replace(self.sidecar, provenance=stamped(self.sidecar.provenance, head))
         extra = {"av": {}, "ar": {HEAD: lambda path: write_head(path, head)}}
         for role, model, params in (
@@ -298,17 +301,20 @@ class Pair:
                     scratch, params, model.lora, config, self.sidecar.base_checkpoint, wrapped=is_wrapped(self.base_at)
                 )
 
-    def _checked(self, vectors: ArrayLike, slots: int | None = None) -> Float[np.ndarray, "n *slots D"]:
-        """Activations as float32 rows. Raises `InputError` where they cannot be that, and for those of another layer."""
-        layer = getattr(vectors, "layer", None)
-        if layer not in (None, self.sidecar.layer):
-            ours = self.sidecar.layer
+    def _checked(self, vectors: ArrayLike, slots: int | None = None) -> Float[np.ndarray, "n *slots W"]:
+        """Activations as float32 rows, those of several layers `fve.joined`. Raises `InputError` where they cannot be
+        that, and for those of another layer."""
+        sidecar = self.sidecar
+        theirs, ours = getattr(vectors, "layers", None), sidecar.layers
+        if theirs not in (None, ours):
+            earlier = f", earlier={sidecar.earlier_layers}" if sidecar.earlier_layers else ""
             raise InputError(
-                f"These are activations of layer {layer}, the pair reads layer {ours}: load_subject(…, {ours})."
+                f"These are activations of {in_words(theirs)}, the pair reads {in_words(ours)}: load_subject(…, "
+                f"{sidecar.layer}{earlier})."
             )
-        shape = ([slots] if slots else []) + [self.sidecar.d_model]
-        keeps_length = self.sidecar.injection_scale is None and Injection() in self.verbalizer.injections
-        return usable_rows(vectors, shape, keeps_length)
+        keeps_length = sidecar.injection_scale is None and Injection() in self.verbalizer.injections
+        rows = usable_rows(vectors, [*([slots] if slots else []), sidecar.width], keeps_length)
+        return joined(rows, len(ours)).astype(np.float32, copy=False)
 
 
 def new_pair(
@@ -331,7 +337,13 @@ def new_pair(
     prompts = sidecar.prompts(load_tokenizer(folder))
     sidecar = with_ids(sidecar, prompts)
     verbalizer, reconstructor = autoencoder(
-        config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, adapters
+        config,
+        sidecar.layer,
+        prompts.ids(),
+        sidecar.injection_scale,
+        sidecar.injections,
+        adapters,
+        sidecar.earlier_layers,
     )
     base = how.frozen(folder, config) if av_lora or ar_lora else None
     keys = jax.random.split(jax.random.key(seed))
@@ -399,7 +411,7 @@ def _read(av: str | Path, ar: str | Path | None, base: str | Path | None, said: 
             f"The sidecar of {ar} says d_model {sidecar.d_model} and layer {sidecar.layer} ({sidecar.layer + 1} blocks), but "
             f"config.json says width {truncated.width} and {truncated.layers} blocks (AV: width {config.width})."
         )
-    head = read_head(ar, sidecar.d_model)
+    head = read_head(ar, sidecar.d_model, sidecar.width)
     sidecar = dataclasses.replace(sidecar, provenance=unstamped(sidecar.provenance, head, av, ar))
     av_lora, av_params = load_adapter(av, config) if adapters[av] else (None, None)
     ar_lora, backbone = load_adapter(ar, truncated) if adapters[ar] else (None, None)
@@ -408,7 +420,13 @@ def _read(av: str | Path, ar: str | Path | None, base: str | Path | None, said: 
     if has_tokenizer(ar) and not (same_tokenizer(ar, speller) or prompts.reads_as(load_tokenizer(ar))):
         raise InputError(f"The tokenizer of {ar} cuts text otherwise than the AV's; AV and AR must share one.")
     verbalizer, reconstructor = autoencoder(
-        config, sidecar.layer, prompts.ids(), sidecar.injection_scale, sidecar.injections, (av_lora, ar_lora)
+        config,
+        sidecar.layer,
+        prompts.ids(),
+        sidecar.injection_scale,
+        sidecar.injections,
+        (av_lora, ar_lora),
+        sidecar.earlier_layers,
     )
     reconstructor = dataclasses.replace(reconstructor, model=Transformer(truncated))  # whose config.json is its own
     frozen = how.frozen(base_at, how.config(base_at)) if base_at else None

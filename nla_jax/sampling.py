@@ -163,7 +163,7 @@ def _less(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
 def rollout(
     verbalizer: Verbalizer,
     params: dict,
-    vectors: Float[Array, "A *n D"],
+    vectors: Float[Array, "A *W"],
     rng: Array,
     first_row: Int[Array, ""] | int = 0,
     limit: Int[Array, ""] | int | None = None,

@@ -17,7 +17,7 @@ from nla_jax.runtime.user_input import is_finite
 
 FILE = "nla_meta.yaml"
 INJECTIONS = {"replace": replace, "norm_matched_addition": add_norm_matched}  # by their names in a sidecar
-JOINT = ("d_model", "layer", "reconstructor_template")  # what AV and AR of a pair must agree in
+JOINT = ("d_model", "layer", "earlier_layers", "reconstructor_template")  # what AV and AR of a pair must agree in
 LARGEST = 1 << 20  # bytes of a sidecar that is worth reading
 
 
@@ -54,7 +54,8 @@ class _Fields:
 class Sidecar:
     """The facts shared by an AV, its AR and their data. None: the folder's sidecar does not say (its partner's may).
 
-    `injection_scale` None means that activations are injected at their own length. `special_tokens`, `thinking`,
+    `earlier_layers`: blocks before `layer` whose activations the pair reads too, ascending. `injection_scale` None means
+    that activations are injected at their own length. `special_tokens`, `thinking`,
     `reading`: see `Conventions`. `ids`: the prompts as the pair was trained with them. `maker`: whose sidecar it is, of
     `MAKERS`; `guessed`: what it does not say, and the maker is known to do. `base_hash` and the like go to
     `provenance`."""
@@ -72,10 +73,21 @@ class Sidecar:
     thinking: str = "off"
     reading: str = "tags"
     ids: PromptIds | None = None
+    earlier_layers: tuple[int, ...] = ()
     provenance: dict = dataclasses.field(default_factory=dict, hash=False)
     maker: str = dataclasses.field(default="nla_jax", compare=False)
     guessed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     foreign: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # names of injections not known here
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """After which blocks the activations are read, ascending."""
+        return (*self.earlier_layers, self.layer)
+
+    @property
+    def width(self) -> int:
+        """Entries of an activation: `d_model` of each layer."""
+        return len(self.layers) * self.d_model
 
     def write(self, path: Path, role: str) -> None:
         """Writes `nla_meta.yaml` for a model of `role` "av" or "ar"."""
@@ -94,6 +106,7 @@ class Sidecar:
             "extraction_layer_index": self.layer,
             "extraction": {
                 "layer_index": self.layer,
+                **({"earlier_layers": list(self.earlier_layers)} if self.earlier_layers else {}),
                 "injection_scale": self.injection_scale,
                 **injections[0],
                 **({"more_injections": injections[1:]} if injections[1:] else {}),
@@ -163,6 +176,7 @@ class Sidecar:
             injections=read_injections(injections),
             **conventions,
             ids=_read_ids(fields),
+            earlier_layers=_read_layers(fields),
             maker=maker,
             guessed=tuple(guessed),
             foreign=_foreign_injections(injections),
@@ -323,6 +337,16 @@ ID_FIELDS = {  # as the sidecar names them
     "ar_prefix": "text_prefix",
     "ar_suffix": "text_suffix",
 }
+
+
+def _read_layers(fields: _Fields) -> tuple[int, ...]:
+    """The earlier layers. Raises `InputError` where they are no numbers of blocks in ascending order."""
+    found = fields.get("extraction.earlier_layers", kind=list, default=[])
+    if not all(type(i) is int and i >= 0 for i in found) or found != sorted(set(found)):
+        raise InputError(
+            f"{fields.file}: extraction.earlier_layers is {reprlib.repr(found)}, expected numbers of blocks, ascending."
+        )
+    return tuple(found)
 
 
 def _read_ids(fields: _Fields) -> PromptIds | None:

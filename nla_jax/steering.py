@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
+from nla_jax.data.activations import in_words
 from nla_jax.data.chats import Messages, answer_tokens, chat_tokens, checked, spoken_positions
 from nla_jax.pair import Pair
 from nla_jax.patching import patch
@@ -101,8 +102,9 @@ def steer(
 
     Raises `InputError` where the explanation does not contain `old`, the AV says nothing, the text has no such token, and
     for a pair of another layer."""
-    if subject.layer != pair.sidecar.layer:
-        raise InputError(f"The pair reads layer {pair.sidecar.layer}, not {subject.layer}: load_subject(…, layer).")
+    if subject.layers != pair.sidecar.layers:
+        ours, theirs = in_words(pair.sidecar.layers), in_words(subject.layers)
+        raise InputError(f"The pair reads {ours}, the subject gives {theirs}: load_subject(…, layer).")
     ids, position = read(subject, text, token)
     acts = activations_at(subject, [ids], [[position]], ["0"])
     if explanation is None and not (explanation := pair.explain(acts, temperature=0.0)[0].text):
@@ -156,8 +158,8 @@ def normalised(text: str) -> str:
 def directions(
     pair: Pair, original: str, edited: str, paraphrase: str, unrelated: str, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Δ [D] of an edited explanation and of its controls; the random one depends on `seed`."""
-    of = pair.reconstruct([original, edited, paraphrase, unrelated])
+    """Δ [D] of an edited explanation and of its controls, after block K; the random one depends on `seed`."""
+    of = pair.reconstruct([original, edited, paraphrase, unrelated])[:, -pair.sidecar.d_model :]
     return {
         EDIT: of[1] - of[0],
         NOTHING: of[0] - of[0],
@@ -185,7 +187,7 @@ def steer_along(
         raise InputError(f"along must be a mapping of names to directions; found {along!r:.50}.")
     strengths, new_tokens = _strengths(strengths), token_limit("new_tokens", new_tokens)
     ids, position = read(subject, text, token)
-    h = activations_at(subject, [ids], [[position]], ["0"]).vectors[0]
+    h = activations_at(subject, [ids], [[position]], ["0"]).vectors[0, -subject.model.config.width :]
     return steer_tokens(subject, ids, position, h, along, strengths, new_tokens)
 
 

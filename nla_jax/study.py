@@ -82,7 +82,10 @@ class Study:
     def of_shapes(cls, config: Config, mesh: Mesh, model: TransformerConfig) -> "Study":
         """A study of a subject of which only the shapes are known; prompts have the lengths under `plan`."""
         p = config.plan
-        prompt = PromptIds(tuple(range(p.prefix)), tuple(range(p.suffix)), (0,), -1, tuple(range(p.text_prefix)))
+        earlier = config.subject.earlier_layers
+        slots = tuple(range(len(earlier) + 1))
+        suffix = tuple(range(max(p.suffix, len(slots))))
+        prompt = PromptIds(tuple(range(p.prefix)), suffix, slots, -1, tuple(range(p.text_prefix)))
         av, ar = autoencoder(
             model,
             config.subject.layer,
@@ -90,6 +93,7 @@ class Study:
             config.prompts.injection_scale or 1.0,
             injections(config),
             (lora(config.sft.av.lora), lora(config.sft.ar.lora)),
+            earlier,
         )
         return cls(config, mesh, av, ar, -(-(p.text + config.prompts.max_new_tokens) // 8) * 8)
 
@@ -200,7 +204,7 @@ class Study:
         sampler, second, shared = self._sampler()
         chunks, trained = c.rl.rollout_chunks, state.models["verbalizer"].params
         A, B = c.rl.activations, c.rl.activations * c.rl.group
-        vectors = placed_batch(mesh, _floats(A // chunks, self.verbalizer.model.config.width))
+        vectors = placed_batch(mesh, _floats(A // chunks, self.reconstructor.width))
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
         return {
@@ -232,7 +236,7 @@ class Study:
 
     def joint_batch(self) -> JointBatch:
         """Shapes of a batch of the joint step."""
-        c, width = self.config, self.verbalizer.model.config.width
+        c, width = self.config, self.reconstructor.width
         A, R, T = c.rl.activations, c.prompts.max_new_tokens, self.text_width
         B = A * c.rl.group
         return placed_batch(
@@ -280,8 +284,8 @@ class Study:
     def _supervised(self, step: SupervisedStep, settings, width: int, base: dict | None) -> Program:
         """A warm start; the other model's parameters stay in memory meanwhile."""
         own, other = self.boxed if step.name == "verbalizer" else reversed(self.boxed)
-        n, d = settings.batch, self.verbalizer.model.config.width
-        batch = placed_batch(self.mesh, TextBatch(_ints(n, width), _ints(n), _floats(n, d)))
+        n = settings.batch
+        batch = placed_batch(self.mesh, TextBatch(_ints(n, width), _ints(n), _floats(n, self.reconstructor.width)))
         state = placed(self.mesh, jax.eval_shape(step.init, own))
         return Program(
             self.mesh,
@@ -301,8 +305,8 @@ class Study:
         known = c.corpus.max_documents < 10**9  # 10**9 and more: as many as there are
         return Program(
             host,
-            jax.jit(residual, static_argnums=0),
-            (model, params, tokens),
+            jax.jit(residual, static_argnums=(0, 3)),
+            (model, params, tokens, c.subject.earlier_layers),
             samples=ROWS,
             runs=-(-c.corpus.max_documents // (ROWS * len(hosts))) if known else 0,
             copies=len(hosts),

@@ -23,10 +23,10 @@ from nla_jax.io.folders import dtypes_of, load_params, load_tokenizer, model_con
 from nla_jax.io.hub import check_once, fingerprint, locate
 from nla_jax.models.kernels import with_kernel
 from nla_jax.models.sharding import place_batch, shardings, usable_mesh
-from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
-from nla_jax.models.views import part, with_layers
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params, between
+from nla_jax.models.views import with_layers
 from nla_jax.runtime.errors import InputError, first_line
-from nla_jax.runtime.user_input import padded_rows, text_list, whole_number
+from nla_jax.runtime.user_input import padded_rows, real_array, text_list, whole_number
 
 ROWS = 16  # texts that are read at a time
 SINK = 5.0  # how many times longer than the median an activation is that counts as an attention sink
@@ -36,7 +36,8 @@ SHIPPED = Path(__file__).parent / "quickstart/subject"
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """Blocks 0..K of a frozen model; `model` ends with the residual stream after block `layer`."""
+    """Blocks 0..K of a frozen model; `model` ends with the residual stream after block `layer`. Its activations are
+    those after the `earlier` blocks (ascending) too, side by side."""
 
     name: str
     folder: Path
@@ -45,6 +46,17 @@ class Subject:
     params: dict
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh | None = None  # where the parameters lie
+    earlier: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """After which blocks the activations are read, ascending."""
+        return (*self.earlier, self.layer)
+
+    @property
+    def width(self) -> int:
+        """Entries of an activation."""
+        return len(self.layers) * self.model.config.width
 
     @functools.cached_property
     def weights(self) -> dict:
@@ -65,10 +77,9 @@ class Subject:
     def rest(self) -> tuple[Transformer, dict]:
         """What reads an activation: the blocks after `layer` and the head, with their parameters. On a CPU these share
         the memory of `whole`; other devices hold the blocks twice."""
-        config, params, after = self.whole.model.config, self.whole.params, slice(self.layer + 1, None)
-        config = dataclasses.replace(config, layers=config.layers - self.layer - 1, local=config.local[after])
-        blocks = jax.tree.map(lambda x: part(x, after), params["blocks"])
-        return Transformer(config), with_layers(params | {"blocks": blocks})
+        config = self.whole.model.config
+        config, params = between(config, self.whole.params, self.layer + 1, config.layers)
+        return Transformer(config), with_layers(params)
 
 
 def load_whole(name: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Subject:
@@ -84,14 +95,22 @@ def load_whole(name: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = N
 
 
 def load_subject(
-    name: str | Path, layer: int, dtype=jnp.float32, mesh: Mesh | None = None, attention: str = "xla"
+    name: str | Path,
+    layer: int,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    attention: str = "xla",
+    *,
+    earlier: Sequence[int] = (),
 ) -> Subject:
     """Loads blocks 0..`layer` of a model folder or hub id in `dtype`, on a `mesh` straight into their training place.
-    `attention` names a kernel (models/kernels.py).
+    `attention` names a kernel (models/kernels.py). `earlier`: blocks before `layer`, ascending, whose activations are
+    read too.
 
     Raises `InputError` for a layer that the model does not have, where the mesh does not divide it, and for damaged
     weights."""
     folder, mesh, layer = locate(name), usable_mesh(mesh), whole_number("layer", layer, -1)
+    earlier = ascending("earlier", earlier, layer)
     check_once(folder)
     dtype = dtypes_of(folder, dtype)[1]
     config = with_kernel(read_config(folder, dtype), attention, mesh)
@@ -102,7 +121,20 @@ def load_subject(
     config = config.truncated(layer + 1)
     layout = shardings(mesh, abstract_params(config, truncated=True)) if mesh else None
     params = load_params(folder, config, truncated=True, dtype=dtype, layout=layout)
-    return Subject(str(name), folder, layer, Transformer(config), params, load_tokenizer(folder), mesh)
+    return Subject(str(name), folder, layer, Transformer(config), params, load_tokenizer(folder), mesh, earlier)
+
+
+def ascending(name: str, blocks: Sequence[int], layer: int) -> tuple[int, ...]:
+    """Blocks before `layer` as a tuple. Raises `InputError` where they are not whole numbers in ascending order."""
+    found = real_array(blocks)
+    found = (
+        None if found is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu") else found.tolist()
+    )
+    if found is None or found != sorted({*found}) or (found and not 0 <= found[0] <= found[-1] < layer):
+        raise InputError(
+            f"{name} is {blocks!r:.60}; it must be blocks before {layer}, counted from 0, in ascending order."
+        )
+    return tuple(found)
 
 
 def extract(
@@ -182,7 +214,7 @@ def activations_at(
     decode = lambda ids: subject.tokenizer.decode(ids, skip_special_tokens=True)
     batch = batch or padded_rows(len(rows), ROWS, subject.mesh or jax.sharding.get_mesh())
     vectors = list(residual_rows(subject, rows, positions, batch))
-    vectors = np.concatenate(vectors) if vectors else np.zeros((0, subject.model.config.width), np.float32)
+    vectors = np.concatenate(vectors) if vectors else np.zeros((0, subject.width), np.float32)
     where = [(list(row), i, id) for row, chosen, id in zip(rows, positions, doc_ids, strict=True) for i in chosen]
     for at in np.flatnonzero(~np.isfinite(vectors).all(1))[:1]:
         row, i, id = where[at]
@@ -202,6 +234,7 @@ def activations_at(
         token_ids=[row[: i + 1] for row, i, _ in where],
         roles=[""] * len(where),
         layer=subject.layer,
+        earlier=subject.earlier,
     )
 
 
@@ -217,34 +250,41 @@ def check_ids(subject: Subject, rows: Sequence[Sequence[int]], names: Sequence[s
             )
 
 
-def attention_sinks(norms: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Which activations are far longer than the others (`SINK` times the median): a first token, a rare apostrophe.
+def attention_sinks(norms: Float[np.ndarray, "n *L"]) -> Bool[np.ndarray, "n"]:
+    """Which activations are far longer than the others (`SINK` times the median), at one of their layers at least: a first
+    token, a rare apostrophe.
 
     They carry little of their text, and most of the raw variance."""
-    return norms > SINK * np.median(norms) if len(norms) else np.zeros(0, bool)
+    if not len(norms):
+        return np.zeros(0, bool)
+    return (norms > SINK * np.median(norms, axis=0)).reshape(len(norms), -1).any(1)
 
 
 def residual_rows(
     subject: Subject, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], batch: int = ROWS
 ) -> Iterator[np.ndarray]:
-    """For each row the vectors `[len(positions), d]`, batched by length so that shapes are few and padding is small."""
+    """For each row the vectors `[len(positions), W]`, batched by length so that shapes are few and padding is small."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, np.ndarray] = {}
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
-        chosen = at_positions(residual_batch(subject, [rows[i] for i in some], batch), [positions[i] for i in some])
+        hidden = residual_batch(subject, [rows[i] for i in some], batch, subject.earlier)
+        chosen = at_positions(hidden, [positions[i] for i in some])
         for i, vectors in zip(some, chosen):
             found[i] = vectors
     for i in range(len(rows)):
         yield found[i]
 
 
-def residual_batch(subject: Subject, rows: Sequence[Sequence[int]], batch: int = ROWS) -> Float[Array, "{batch} T D"]:
-    """The residual stream of up to `batch` token rows at all positions, float32: T is the longest row's length, rounded
-    up to a multiple of 64. What stands behind a row's end, and behind the last row, means nothing."""
+def residual_batch(
+    subject: Subject, rows: Sequence[Sequence[int]], batch: int = ROWS, earlier: tuple[int, ...] = ()
+) -> Float[Array, "{batch} T W"]:
+    """The residual stream after block K (before it those after `earlier` blocks) of up to `batch` token rows at all
+    positions, float32: T is the longest row's length, rounded up to a multiple of 64. What stands behind a row's end, and
+    behind the last row, means nothing."""
     tokens, _ = pad_tokens([*rows, *[[0]] * (batch - len(rows))], multiple=64)
     with on_mesh(subject) as mesh:
-        return _residual(subject.model, subject.weights, place_batch(mesh, tokens))
+        return _residual(subject.model, subject.weights, place_batch(mesh, tokens), earlier)
 
 
 def at_positions(hidden: Float[Array, "B T D"], positions: Sequence[Sequence[int]]) -> list[Float[np.ndarray, "_n D"]]:
@@ -266,7 +306,7 @@ def on_mesh(subject: Subject) -> Iterator[Mesh]:
         yield subject.mesh
 
 
-_residual = jax.jit(residual, static_argnums=0)
+_residual = jax.jit(residual, static_argnums=(0, 3))
 
 
 @jax.jit

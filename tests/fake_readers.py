@@ -8,6 +8,7 @@ A text says a colour and a shape in two statements of either order, a way of fou
 import itertools
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Reader(Pair):
     """An AR that gives each thing that it reads an entry of its own, and always sets the first entry."""
 
     def __init__(self, things: tuple[str, ...], read: Callable[[str], list[str]]):
-        vars(self).update(things=things, read=read)
+        vars(self).update(things=things, read=read, sidecar=SimpleNamespace(layers=(1,)))
 
     def __repr__(self):
         return f"Reader of {self.things}"

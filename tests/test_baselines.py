@@ -54,6 +54,7 @@ def context_of(order: int, count: int = 600, held: int = 90, spoken: bool = Fals
     asked = []
     return Held(
         vectors=gold,
+        pair=SimpleNamespace(sidecar=SimpleNamespace(layers=(1,))),
         training=SimpleNamespace(vectors=vectors, column=columns(train)),
         column=columns(test),
         embedding=EMBEDDING,

@@ -14,7 +14,7 @@ from tests.campaign import fast
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("draw", ["a", "b"])
+@pytest.mark.parametrize("draw", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_odd_arguments_give_the_right_result_or_one_sentence(finished, tmp_path, draw):
     folders = ["--pair", finished / "pair", "--subject", finished / "subject", "--scratch", tmp_path / "new"]
     command = [sys.executable, "-m", "tests.campaign_api", *folders, "--draw", draw, "--calls", "80"]

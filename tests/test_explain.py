@@ -248,7 +248,7 @@ def test_dtype_of_all_three_models(explain, monkeypatch, dtype):
     import nla_jax.tools.explain as module
 
     seen, load = [], module.load_subject
-    monkeypatch.setattr(module, "load_subject", lambda *a: seen.append(load(*a)) or seen[-1])
+    monkeypatch.setattr(module, "load_subject", lambda *a, **k: seen.append(load(*a, **k)) or seen[-1])
     rows, _ = explain("--text", TEXT, "--dtype", dtype)
     assert len(rows) == 1 and seen[0].params["embedding"].dtype == dtype
 

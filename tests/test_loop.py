@@ -82,6 +82,7 @@ def test_a_run_that_never_extracts_has_a_banner(finished, corpus, capsys):
     assert all(f"WARNING: {sentence}" in out and sentence in page for sentence in said)
 
 
+@pytest.mark.slow
 @pytest.mark.whole_run
 def test_bfloat16_with_rematerialisation(corpus, tmp_path):
     """The precision of accelerators: bfloat16 compute over float32 parameters, activations recomputed."""

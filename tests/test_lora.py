@@ -205,6 +205,7 @@ def test_supervised_steps_train_the_adapter_alone(adapters, vectors):
         assert losses[-1] < losses[0] and jax.tree.structure(state.models["model"].params) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 @pytest.mark.whole_run
 def test_the_loop_with_adapters_on_a_mesh(tmp_path):
     """Warm start and RL train adapters to one base, cut over four devices; RL starts from the warm start's."""

@@ -221,13 +221,13 @@ def test_a_transposed_head_is_written_as_it_is(tmp_path):
     assert not head.flags.c_contiguous
     write_head(tmp_path / HEAD, head)
     np.testing.assert_array_equal(load_file(tmp_path / HEAD)["weight"], head.T)
-    np.testing.assert_array_equal(read_head(tmp_path, 3), head)
+    np.testing.assert_array_equal(read_head(tmp_path, 3, 3), head)
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path):
     save_file({"weight": np.eye(3, dtype=np.float32), "bias": np.ones(3, np.float32)}, tmp_path / HEAD)
     with pytest.raises(InputError, match=r"more than the tensor 'weight' \('bias' of shape \(3,\)") as error:
-        read_head(tmp_path, 3)
+        read_head(tmp_path, 3, 3)
     one_sentence(error)
 
 

@@ -419,9 +419,10 @@ def wrecking(steps: int, lr: float, warmup: int) -> optax.GradientTransformation
     ("lr", "told"),
     [
         (1.0, "extraction_rate was below 0.25 at every recorded step from 5 to 7 (0, 0, 0)"),
-        (
+        pytest.param(
             1e3,
             "metrics or gradients were not finite at every recorded step from 5 to 7 (av_grad_norm, av_update_norm, entropy, ",
+            marks=pytest.mark.slow,
         ),
     ],
 )

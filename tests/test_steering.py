@@ -136,7 +136,7 @@ def test_wrong_input_is_named(subject, pair, change, said):
 
 
 def test_the_pair_reads_the_subjects_layer(subject_folder, pair):
-    with pytest.raises(nla.InputError, match="reads layer 1, not 0"):
+    with pytest.raises(nla.InputError, match="reads layer 1, the subject gives layer 0"):
         nla.steer(load_subject(subject_folder, 0), pair, TEXT, EDITING)
 
 

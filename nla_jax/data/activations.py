@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from nla_jax.fve import normalise
-from nla_jax.io.parquet import VECTORS, list_column, list_vectors, read_table, write_table
+from nla_jax.io.parquet import VECTORS, columns_of, list_column, list_vectors, read_table, write_table
 from nla_jax.runtime.errors import InputError
 
 TEXT, IDS = "detokenized_text_truncated", "token_ids"
+EARLIER = "earlier_layers"  # a column of activations of several layers
 COLUMNS = ("doc_id", "n_raw_tokens", "activation_layer", TEXT, "token", "following", "role", IDS)
 
 
@@ -22,7 +24,7 @@ class Activations:
     """Activations of a text's tokens, raw. `acts[3]`, `acts[2:5]` and `acts[mask]` are some of the rows; NumPy and a
     `Pair` take it as the array `acts.vectors`."""
 
-    vectors: np.ndarray  # [n, D] float32
+    vectors: np.ndarray  # [n, D] float32; of several layers side by side [n, L·D]
     tokens: list[str]
     texts: list[str]  # up to and with the token
     following: list[str]  # the text after it
@@ -31,12 +33,18 @@ class Activations:
     token_ids: list[list[int]]  # of the document, up to and with the token
     roles: list[str]  # who speaks there, in a chat; "" elsewhere
     layer: int | None = None  # after which block of the subject; None: not known, as of a vector from a file
+    earlier: tuple[int, ...] = ()  # blocks before it, after which they are read too
 
     def __len__(self) -> int:
         return len(self.vectors)
 
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """After which blocks they are read, ascending; None: not known."""
+        return None if self.layer is None else (*self.earlier, self.layer)
+
     def __repr__(self) -> str:
-        place = "" if self.layer is None else f" after block {self.layer}"
+        place = "" if self.layers is None else f" of {in_words(self.layers)}"
         return f"Activations({len(self)} of width {self.vectors.shape[-1]}{place})"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -53,6 +61,7 @@ class Activations:
 
         `token_ids` are those of the document up to the row's token; `role` is who speaks there, in a chat."""
         strings = lambda x: pa.array(x, pa.string())
+        several = {EARLIER: pa.array([self.earlier] * len(self), pa.list_(pa.int32()))} if self.earlier else {}
         return pa.table(
             {
                 VECTORS: list_column(self.vectors.astype(np.float32, copy=False)),
@@ -64,6 +73,7 @@ class Activations:
                 "following": strings(self.following),
                 "role": strings(self.roles),
                 IDS: pa.array(self.token_ids, pa.list_(pa.int32())),
+                **several,
             }
         )
 
@@ -87,12 +97,15 @@ class Activations:
         """Activations that `save` wrote, or a shard of a run.
 
         Raises `InputError` where the file cannot be read, and where it holds activations of several layers."""
-        table = read_table(Path(path), [VECTORS, *COLUMNS])
+        several = [name for name in columns_of(Path(path)) if name == EARLIER]
+        table = read_table(Path(path), [VECTORS, *COLUMNS, *several])
         vectors = table.column(VECTORS).combine_chunks()
         column = {name: table.column(name).to_pylist() for name in COLUMNS}
-        layers = set(column["activation_layer"])
+        earlier = table.column(EARLIER).to_pylist() if several else [()] * len(table)
+        layers = {(*before, layer) for before, layer in zip(earlier, column["activation_layer"])}
         if len(layers) > 1:
-            raise InputError(f"{path} holds activations of the layers {', '.join(map(str, layers))}; give one layer.")
+            found = ", others of ".join(map(in_words, sorted(layers, key=str)))
+            raise InputError(f"{path} holds activations of {found}; give those of one kind.")
         width = (
             vectors.type.list_size
             if pa.types.is_fixed_size_list(vectors.type)
@@ -109,8 +122,15 @@ class Activations:
             doc_ids=column["doc_id"],
             token_ids=column[IDS],
             roles=column["role"],
-            layer=layers.pop() if layers else None,
+            layer=max(layers)[-1] if layers else None,
+            earlier=max(layers)[:-1] if layers else (),
         )
+
+
+def in_words(layers: Sequence[int]) -> str:
+    """Layers as messages name them: "layer 2", "the layers 0 and 2"."""
+    *others, last = layers
+    return f"the layers {', '.join(map(str, others))} and {last}" if others else f"layer {last}"
 
 
 def median_norm_and_variance(vectors: Float[np.ndarray, "n D"], chunk: int = 1024) -> tuple[float, float]:

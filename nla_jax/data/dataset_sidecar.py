@@ -17,17 +17,20 @@ from nla_jax.sidecar import read_yaml
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where activations come from: the subject (`base_model` is its folder or hub id, `base_hash` its fingerprint) and
-    the block."""
+    """Where activations come from: the subject (`base_model` is its folder or hub id, `base_hash` its fingerprint), the
+    block, and earlier blocks."""
 
     base_model: str
     base_hash: str
     d_model: int
     layer_index: int
+    earlier_layers: tuple[int, ...] = ()
 
     def extraction(self, corpus: str, documents: int, positions: int) -> dict:
-        """The field `extraction` of a dataset's sidecar: the reference rejects any other key in it."""
-        return {
+        """The field `extraction` of a dataset's sidecar: the reference rejects any other key in it, and so what it cannot
+        use, activations of several layers."""
+        several = {"earlier_layers": list(self.earlier_layers)} if self.earlier_layers else {}
+        return several | {
             "base_model": self.base_model,
             "d_model": self.d_model,
             "layer_index": self.layer_index,
@@ -99,11 +102,13 @@ def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
         )
     short = lambda name: str(name).rstrip("/").rsplit("/", 1)[-1]
     found = extraction | {"base_model": short(extraction.get("base_model")), "norm": extraction.get("norm") or "none"}
+    found["earlier_layers"] = tuple(extraction.get("earlier_layers") or ())
     expected = dataclasses.asdict(subject) | {"base_model": short(subject.base_model), "norm": "none"}
     for name, remedy in (
         ("base_model", "set subject.path to that model, or use data of this one"),
         ("d_model", "set subject.path to the model that the data come from"),
         ("layer_index", "set subject.layer, or use data of that layer"),
+        ("earlier_layers", "set subject.earlier_layers, or use data of these layers"),
         ("norm", "use raw vectors"),
     ):
         if found.get(name) != expected[name]:

@@ -11,8 +11,10 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 
-from nla_jax.data.activations import IDS, TEXT
+from nla_jax.data.activations import EARLIER, IDS, TEXT
+from nla_jax.fve import joined, lengths
 from nla_jax.io.files import AnyPath, checksum, local
 from nla_jax.io.parquet import (
     VECTORS,
@@ -32,8 +34,8 @@ NO_LABEL = "no_label"  # in a file of labels: why a row has none
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of one split: `vectors` [n, d] float32 (raw), mapped from disk, and their other columns, read when asked
-    for.
+    """Rows of one split: `vectors` [n, d] float32 (raw; those of several layers `fve.joined`), mapped from disk, and
+    their other columns, read when asked for.
 
     `at` says which rows of the shards they are, ascending; None: all of them."""
 
@@ -65,6 +67,17 @@ class Rows:
                 yield read_table(shard, [name]).column(0).take(at).to_pylist()
             else:
                 yield [""] * len(at)
+
+    def lengths(self, layers: int) -> Float[np.ndarray, "n {layers}"]:
+        """The lengths of the activations of each layer as the subject has made them, read from the shards."""
+        width = self.vectors.shape[1]
+        found = [
+            lengths(list_vectors(batch.column(0), width, file), layers)
+            for file in map(local, self.shards)
+            for batch in read_batches(file, [VECTORS])
+        ]
+        found = np.concatenate(found) if found else np.zeros((0, layers))
+        return found if self.at is None else found[self.at]
 
     def labelled(self) -> np.ndarray:
         """The numbers of the rows that have a label, ascending."""
@@ -179,8 +192,11 @@ def _write_vectors(files: Sequence[Path], out: BinaryIO) -> None:
     shape = (sum(map(row_count, files)), width := kind.list_size)
     np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
     for file in files:
-        for batch in read_batches(file, [VECTORS]):
-            out.write(np.ascontiguousarray(list_vectors(batch.column(0), width, file)))
+        several = [EARLIER] if EARLIER in columns_of(file) else []
+        for batch in read_batches(file, [VECTORS, *several]):
+            vectors = list_vectors(batch.column(0), width, file)
+            layers = len(batch.column(1)[0]) + 1 if several and len(batch) else 1
+            out.write(np.ascontiguousarray(joined(vectors, layers), "<f4"))
 
 
 def _write_columns(files: Sequence[Path], out: BinaryIO) -> None:

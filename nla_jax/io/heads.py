@@ -15,8 +15,9 @@ HEAD = "value_head.safetensors"
 STAMP = "ar_head_hash"  # in the provenance of both sidecars
 
 
-def read_head(ar: Path, d: int) -> Float[np.ndarray, "{d} {d}"]:
+def read_head(ar: Path, d: int, width: int) -> Float[np.ndarray, "{d} {width}"]:
     """The head of the AR in a folder, as it acts here, `x @ head`: of a file of its own, or of the model's or adapter's.
+    `width`: entries of what it rebuilds.
 
     Raises `InputError` where there is none, saying what there is, and for one that is not finite or does not fit."""
     files = [ar / HEAD, *sorted(ar.glob(f"*_{HEAD}")), ar.parent / f"{ar.name}_{HEAD}", ar.parent / f"ar_lora_{HEAD}"]
@@ -30,9 +31,9 @@ def read_head(ar: Path, d: int) -> Float[np.ndarray, "{d} {d}"]:
         weight = tensors.get("weight", tensors.get("value_head.weight"))
         if weight is None or len(tensors) > 1:
             reason = "no tensor 'weight'" if weight is None else "more than the tensor 'weight'"
-            raise InputError(f"{file} holds {reason} ({found}), expected weight of shape {(d, d)} alone.")
-    if weight.shape != (d, d):
-        raise InputError(f"{file} holds weight of shape {weight.shape}, expected weight of shape {(d, d)}.")
+            raise InputError(f"{file} holds {reason} ({found}), expected weight of shape {(width, d)} alone.")
+    if weight.shape != (width, d):
+        raise InputError(f"{file} holds weight of shape {weight.shape}, expected weight of shape {(width, d)}.")
     head = weight.read().T.astype(np.float32)
     if not np.isfinite(head).all():
         raise InputError(f"{file}: weight holds NaN or infinite values.")
@@ -54,25 +55,25 @@ def _inside(ar: Path) -> list[Stored]:
     ]
 
 
-def write_head(file: Path, head: Float[np.ndarray, "D D"]) -> None:
+def write_head(file: Path, head: Float[np.ndarray, "D W"]) -> None:
     """Writes a head. Raises `InputError` for one that is not finite."""
     if not np.isfinite(head).all():
         raise InputError("The AR's head holds NaN or infinite values; it is not saved.")
     write_file(file, {"weight": np.ascontiguousarray(head.T)})
 
 
-def stamped(provenance: dict, head: Float[np.ndarray, "D D"]) -> dict:
+def stamped(provenance: dict, head: Float[np.ndarray, "D W"]) -> dict:
     """A sidecar's provenance with a hash of the AR's head: every step of training changes the head, so the hash says
     which AR an AV was saved with."""
     return provenance | {STAMP: _hash(head)}
 
 
-def unstamped(provenance: dict, head: Float[np.ndarray, "D D"], av: Path, ar: Path) -> dict:
+def unstamped(provenance: dict, head: Float[np.ndarray, "D W"], av: Path, ar: Path) -> dict:
     """The provenance of `av` without that hash. A note says where it is of another head than that of `ar`."""
     if provenance.get(STAMP) not in (None, _hash(head)):
         note(f"{av} was saved with another AR than {ar}, from another step or run; this AR may read its texts worse.")
     return {name: value for name, value in provenance.items() if name != STAMP}
 
 
-def _hash(head: Float[np.ndarray, "D D"]) -> str:
+def _hash(head: Float[np.ndarray, "D W"]) -> str:
     return hashlib.blake2b(np.ascontiguousarray(head, np.float32), digest_size=16).hexdigest()

@@ -172,44 +172,31 @@ class Extractive:
         return without(text, claim, self.patterns)
 
 
-SEPARATOR = " | "  # a word of its own: a text cut behind the last words ends where the subject stood
-WORDS_FIRST = {  # as CLAIMS, of a text that begins with the last words
-    "passage": re.compile(rf"(?:^|\| )({one_of(PASSAGES)})(?=\.|$)"),
-    "position": CLAIMS["position"],
-    "last words": re.compile(r"^… (.*\S(?= \| )|.*\S)", re.DOTALL),
+WORDS_FIRST = CLAIMS | {  # as CLAIMS, of a text that begins with the last word
+    "passage": re.compile(rf"(?:^|(?<=\. ))({one_of(PASSAGES)})(?=\. (?:It ends|Nothing)|\.?$)"),
+    "last token": re.compile(r"^-(\S+) of (?=\S+\. )"),
 }
+# The last word, and the token it ends with, where a text begins with them.
+NAMED_FIRST = re.compile(rf"^(?:-\S+ of )?\S+\. (?=(?:{one_of(PASSAGES)})\.|It ends)")
 
 
 class WordsFirst(Extractive):
-    """The same two statements behind the last words, and the very last word again at the end: a text whose first tokens
-    say most, and at whose end a reconstructor still reads at the token at which the subject stood.
+    """The same with the last word (within one, the token that it ends with) before everything else: a text whose first
+    tokens say most.
 
-        … given array | A parameter list. It ends late in a sentence: array"""
+        -mend of recommend. Prose. It ends late in a sentence: … we recommend"""
 
-    reads: ClassVar[tuple[str, ...]] = ("text",)
     patterns: ClassVar[Mapping[str, re.Pattern]] = WORDS_FIRST
 
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """See the class."""
-        return [words_first(row.text) for row in rows]
+        return [label_one(row.text, row.token, first=True) for row in rows]
 
     def without(self, text: str, claim: Claim) -> str:
-        """The text without what makes it claim so; the last words, and the last one, go at both places."""
-        found = self.patterns[LAST[0]].search(text)
-        if claim.kind not in LAST or found is None:
-            return super().without(text, claim).replace(" |. ", SEPARATOR)
-        rest, kept = text[found.end() :].partition(":")[0], ""
-        if claim.kind == LAST[1]:
-            kept = found[1].removesuffix(claim.value).rstrip()
-        return f"… {kept}{rest}" if kept else rest.removeprefix(SEPARATOR)
-
-
-def words_first(text: str) -> str:
-    """The label of one text, with its last words before the rest, and the last of them behind it too."""
-    of = describe(text)
-    if not of["last words"]:
-        return BLANK
-    return f"… {of['last words']}{SEPARATOR}{statements(of)}: {of['last words'].split()[-1]}"
+        """The text without what makes it claim so; the last word goes at both places."""
+        if claim.kind == "last token":
+            return self.patterns[claim.kind].sub("", text)
+        return super().without(NAMED_FIRST.sub("", text) if claim.kind in LAST else text, claim)
 
 
 def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
@@ -270,13 +257,15 @@ def with_last_word(claims: list[Claim]) -> list[Claim]:
     return claims + [Claim(LAST[1], claim.value.split()[-1]) for claim in claims if claim.kind == LAST[0]]
 
 
-def label_one(text: str, token: str = "") -> str:
-    """The label of one text, whose last token is `token`; without it, no ending within a word is named."""
+def label_one(text: str, token: str = "", first: bool = False) -> str:
+    """The label of one text, whose last token is `token`; without it, no ending within a word is named. `first`: the last
+    word is named before everything else."""
     of = describe(text, token)
     if not of["last words"]:
         return BLANK
     word = of["last words"].split()[-1]
-    return f"{statements(of)} with {ending_within(word, token)}{word}: … {of['last words']}{breaks(TAGS.sub('', text))}"
+    named, end = ending_within(word, token) + word, f": … {of['last words']}{breaks(TAGS.sub('', text))}"
+    return f"{named}. {statements(of)}{end}" if first else f"{statements(of)} with {named}{end}"
 
 
 def ending_within(word: str, token: str) -> str:

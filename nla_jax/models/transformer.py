@@ -370,6 +370,13 @@ def truncate(params: dict, layers: int) -> dict:
     return {"embedding": params["embedding"], "blocks": jax.tree.map(first, params["blocks"])}
 
 
+def between(config: TransformerConfig, params: dict, start: int, stop: int) -> tuple[TransformerConfig, dict]:
+    """The model of the blocks `start` to `stop - 1` of another, with their parameters and all that is no block's."""
+    config = dataclasses.replace(config, layers=stop - start, local=config.local[start:stop])
+    apart = {"layers": params["layers"][start:stop]} if "layers" in params else {}
+    return config, params | {"blocks": jax.tree.map(lambda x: part(x, slice(start, stop)), params["blocks"])} | apart
+
+
 def output_head(params: dict, config: TransformerConfig) -> dict:
     """The parameters that `Transformer.logits` reads, the matrix cast and gathered."""
     name, axes = ("embedding", ("vocab", "embed")) if config.tied_head else ("head", ("embed", "vocab"))

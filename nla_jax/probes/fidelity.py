@@ -15,8 +15,12 @@ OPENINGS = (10, 16)  # tokens
 
 @probe(HEADLINE, labels={"fve_rl": "AV after RL"})
 def after_rl(context: Context) -> dict[str, np.ndarray]:
-    """The reconstructor reads the verbalizer's text after RL: the headline."""
-    return {"fve_rl": row_fve(context.recon("rl"), context.vectors)}
+    """The reconstructor reads the verbalizer's text after RL: the headline. Of a pair that reads several layers also the
+    score of each by itself, as if it alone had been rebuilt."""
+    recon, layers = context.recon("rl"), context.pair.sidecar.layers
+    apart = zip(*(np.split(np.asarray(x), len(layers), axis=1) for x in (recon, context.vectors)))
+    of_layers = {f"fve_layer_{layer}": row_fve(*one) for layer, one in zip(layers, apart)} if len(layers) > 1 else {}
+    return {"fve_rl": row_fve(recon, context.vectors)} | of_layers
 
 
 @probe(HEADLINE, needs=("pair", "warm"), labels={"fve_warm": "AV warm start"})

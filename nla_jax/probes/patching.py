@@ -76,14 +76,17 @@ def _patched(context: Context) -> dict[str, Effect]:
         return {}
     at, following = _chosen(len(ids)), next_tokens(ids, context.column("doc_id"))
     rows = [[*ids[i], *([] if following[i] is None else [following[i]])] for i in at]
-    return effects(context.subject, rows, [len(ids[i]) - 1 for i in at], _vectors(context, at), rescale=False)
+    places, several = [len(ids[i]) - 1 for i in at], bool(context.subject.earlier)
+    return effects(context.subject, rows, places, _vectors(context, at), rescale=several)
 
 
 def _vectors(context: Context, at: Int[np.ndarray, "m"]) -> dict[str, Float[np.ndarray, "m d"] | None]:
-    """What h is replaced by, for each of the rows `at`."""
-    h = np.asarray(context.vectors[at])
-    read = lambda pair, name: pair.reconstruct([context.texts(name)[i] for i in at])
-    training = context.training.vectors
+    """What h after block K is replaced by, for each of the rows `at`. Of several layers the last counts, all of whose
+    lengths are one (`fve.joined`): these vectors are patched at the length of h, the mean too."""
+    width = context.subject.model.config.width
+    h = np.asarray(context.vectors[at])[:, -width:]
+    read = lambda pair, name: pair.reconstruct([context.texts(name)[i] for i in at])[:, -width:]
+    training = context.training.vectors[:, -width:]
     ordinary = ~attention_sinks(np.linalg.norm(training, axis=1))
     mean = np.broadcast_to(training[ordinary].mean(0, dtype=np.float64).astype(np.float32), h.shape)
     rl = read(context.pair, "rl")

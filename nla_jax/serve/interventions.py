@@ -54,6 +54,11 @@ def ids_upto(document: Document, row: int) -> list[int]:
     return ids
 
 
+def state(served: Served, number: int, document: Document, row: int) -> Float[np.ndarray, "D"]:
+    """The activation of a token after block K, the last of those that a pair reads."""
+    return document.vectors[number][row, -served.pair.sidecar.d_model :]
+
+
 def patched(served: Served, number: int, document: Document, row: int) -> dict:
     """What the subject says after a token with its activation h, and with the reconstruction in its place, beside an
     unrelated explanation's reconstruction and a random direction, all as long as h.
@@ -62,7 +67,8 @@ def patched(served: Served, number: int, document: Document, row: int) -> dict:
     `continuation`."""
     ids, explanation = ids_upto(document, row), explanation_of(served, number, document, row)
     load_whole(served.subject)
-    h, others = document.vectors[number][row], served.pair.reconstruct([explanation, served.unrelated])
+    h, others = state(served, number, document, row), served.pair.reconstruct([explanation, served.unrelated])
+    others = others[:, -len(h) :]
     others = np.concatenate([others, np.random.default_rng(0).normal(size=(1, len(h))).astype(np.float32)])
     states = np.concatenate([h[None], resized(others, np.broadcast_to(h, others.shape))])
     said = said_with(served.subject, ids, len(ids) - 1, states, NEW_TOKENS)
@@ -97,9 +103,9 @@ def steering(served: Served, number: int, document: Document, row: int, edited: 
     if edited.strip() == explanation.strip():
         raise InputError("The explanation is not changed; write something else into it.")
     load_whole(served.subject)
-    subject, h = served.subject, document.vectors[number][row]
+    subject, h = served.subject, state(served, number, document, row)
     along = directions(served.pair, explanation, edited, normalised(explanation), served.unrelated)
-    original = served.pair.reconstruct([explanation])[0].astype(np.float64)
+    original = served.pair.reconstruct([explanation])[0, -len(h) :].astype(np.float64)
     new, length = original + along[EDIT], np.linalg.norm
     words = {word: first_tokens(subject.tokenizer, word) for word in changed_words(explanation, edited)}
     edit = {

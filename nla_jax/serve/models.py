@@ -23,7 +23,7 @@ from nla_jax.serve.nearest import Training, training_of
 from nla_jax.steering import OTHER
 from nla_jax.subject import SINK, Subject, check_ids, extract, residual_rows, text_rows
 from nla_jax.tools.claims import ClaimReader, claim_reader
-from nla_jax.tools.explain import subject_of, training_variance
+from nla_jax.tools.explain import relative_norms, subject_of, training_variance
 
 LONGEST = 200  # tokens of an explanation, where the pair's sidecar does not say how long it may be
 READ = (64, 256, 1024)  # a text is padded to one of these lengths, or to a multiple of the last: programs are then few
@@ -51,7 +51,7 @@ class Served:
         """What the page says of the pair."""
         sidecar = self.pair.sidecar
         subject = "/".join(sidecar.base_checkpoint.rstrip("/").split("/")[-2:])  # a hub id, or the end of a path
-        facts = {"name": self.name, "subject": subject, "layer": sidecar.layer}
+        facts = {"name": self.name, "subject": subject, "layer": " and ".join(map(str, sidecar.layers))}
         chat = self.subject is not None and self.subject.tokenizer.chat_template is not None
         can = {"fve": training_variance(self.pair) is not None, "chat": chat, "nearest": self.training is not None}
         how = self.claims
@@ -110,7 +110,7 @@ def load(
     for name, short in zip(names, short_names(names)):
         pair = load_pair(name, dtype=dtype, base=subject, conventions=conventions)
         found = subject_of(pair, place_of(name), subject, dtype)
-        same = [s.subject for s in served if (s.subject.folder, s.subject.layer) == (found.folder, found.layer)]
+        same = [s.subject for s in served if (s.subject.folder, s.subject.layers) == (found.folder, found.layers)]
         training = None if workdir is None else training_of(workdir, pair, short)
         found = same[0] if same else found
         reader = None if samples is None else claim_reader(pair, name, samples, labeller, found)
@@ -157,18 +157,9 @@ def read_document(served: Sequence[Served], content: str | Messages, most: int) 
             raise InputError(f"{one.name} cuts this text into other tokens than {served[0].name}; serve them apart.")
         shared = [j for j in range(i) if served[j].subject is one.subject]
         vectors.append(vectors[shared[0]] if shared else activations(one.subject, ids, rows))
-        norms.append(norms_of(vectors[-1], one.pair))
+        norms.append(relative_norms(vectors[-1], one.pair))
     spoken = [roles[i] for i in rows]
     return Document(identity(content), tokens, spoken, vectors, norms, lambda row: ids[: rows[row] + 1], decode)
-
-
-def norms_of(vectors: Float[np.ndarray, "n D"], pair: Pair | None) -> list[float]:
-    """The lengths of activations, as multiples of the median one: of the pair's training, where its sidecar says that,
-    else of these."""
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    usual = pair and pair.sidecar.provenance.get("activation_norm")
-    usual = usual if isinstance(usual, (int, float)) and usual > 0 else float(np.median(lengths))
-    return (lengths / usual).tolist()
 
 
 def tokenized(subject: Subject, content: str | Messages) -> tuple[list[int], list[str], list[int]]:

@@ -72,8 +72,10 @@ def training_of(workdir: AnyName, pair: Pair, name: str) -> Training:
 def check_belongs(rows: Rows, pair: Pair, name: str, workdir: AnyName) -> None:
     """Raises `InputError` where activations are of another subject or layer than a pair's."""
     facts = _facts(rows.shards[0])
-    made = [(pair.sidecar.d_model, rows.vectors.shape[1], "width")]
-    made += [(pair.sidecar.layer, (facts.get("extraction") or {}).get("layer_index"), "layer")]
+    made = [(pair.sidecar.width, rows.vectors.shape[1], "width")]
+    read = facts.get("extraction") or {}
+    made += [(pair.sidecar.layer, read.get("layer_index"), "layer")]
+    made += [(pair.sidecar.earlier_layers, tuple(read.get("earlier_layers") or ()), "earlier layers")]
     made += [(pair.sidecar.provenance.get("base_hash"), facts.get("base_hash"), "subject (hash of its weights)")]
     for ours, theirs, what in made:
         if None not in (ours, theirs) and ours != theirs:

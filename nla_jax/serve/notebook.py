@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from nla_jax.data.activations import Activations
+from nla_jax.data.activations import Activations, in_words
 from nla_jax.data.chats import Messages
 from nla_jax.io.files import replacing
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
 from nla_jax.serve.export import saved_page
-from nla_jax.serve.models import Document, Served, limit_of, norms_of, read_document
+from nla_jax.serve.models import Document, Served, limit_of, read_document
 from nla_jax.serve.page import page
 from nla_jax.subject import Subject
-from nla_jax.tools.explain import subject_of
+from nla_jax.tools.explain import relative_norms, subject_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +60,22 @@ def of_activations(acts: Activations, pair: Pair | None, batch: int) -> Shown:
     Raises `InputError` where there are none, and for those of another layer than the pair's."""
     if not len(acts):
         raise InputError("There are no activations to show.")
-    if pair is not None and acts.layer not in (None, pair.sidecar.layer):
-        raise InputError(f"These are activations of layer {acts.layer}, the pair reads layer {pair.sidecar.layer}.")
+    if pair is not None and acts.layers not in (None, pair.sidecar.layers):
+        ours, theirs = in_words(pair.sidecar.layers), in_words(acts.layers)
+        raise InputError(f"These are activations of {theirs}, the pair reads {ours}.")
     vectors, upto = np.asarray(acts.vectors), lambda row: acts.token_ids[row]
     decode = pair.prompts.tokenizer.decode if pair else None
-    document = Document("activations", acts.tokens, _roles(acts), [vectors], [norms_of(vectors, pair)], upto, decode)
+    document = Document(
+        "activations", acts.tokens, _roles(acts), [vectors], [relative_norms(vectors, pair)], upto, decode
+    )
     if pair is not None:
         return _explained(Served(_name(pair), pair, None, limit_of(pair)), document, batch, None)
-    silent = {"name": "Activations", "subject": "", "layer": acts.layer, "silent": True}
+    silent = {
+        "name": "Activations",
+        "subject": "",
+        "layer": acts.layer and " and ".join(map(str, acts.layers)),
+        "silent": True,
+    }
     return Shown(page({"pairs": [silent], "document": document.shown, "saved": "in a notebook"}))
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nla_jax.config import Config
-from nla_jax.config import Prompts as PromptSettings
 from nla_jax.data.corpus import IMPORT_PATH, Document, split_of
 from nla_jax.data.dataset_sidecar import check_marker, read_facts, templates_of
 from nla_jax.data.interchange import check_sources
@@ -52,7 +51,7 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         make_labeller(config.label.labeller, config.label.settings, config.label.connection).ready()
     if {"sft", "rl", "evaluate"} & set(stages):
         check_injections(config)
-        check_templates(config.prompts)
+        check_templates(config)
     if "sft" in stages:
         check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer")
         check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer")
@@ -161,20 +160,23 @@ def check_subject(config: Config) -> None:
 
 def check_injections(config: Config) -> None:
     """Each injection keeps the shape of the slots' states."""
-    states = jax.ShapeDtypeStruct((ACTIVATIONS, 1, WIDTH), jnp.float32)
+    slots = len(config.subject.earlier_layers) + 1
+    states = jax.ShapeDtypeStruct((ACTIVATIONS, slots, WIDTH), jnp.float32)
     for injection in injections(config):
         found = jax.eval_shape(lambda x, v, f=injection.function: f(x, v, 1.0), states, states)
         if getattr(found, "shape", None) != states.shape:
             raise InputError(f"{injection.function} gives {_shape(found)}, expected shape {states.shape}.")
 
 
-def check_templates(prompts: PromptSettings) -> None:
-    """Each prompt has one place for what it is about."""
-    for name, place, what in (
-        ("verbalizer_template", "{injection_char}", "training shows one activation, at one place"),
-        ("reconstructor_template", "{explanation}", "the AR reads one text"),
+def check_templates(config: Config) -> None:
+    """Each prompt has as many places as there are things that it is about."""
+    layers = len(config.subject.earlier_layers) + 1
+    shown = "training shows one activation, at one place" if layers == 1 else f"{layers} layers need {layers} places"
+    for name, place, expected, what in (
+        ("verbalizer_template", "{injection_char}", layers, shown),
+        ("reconstructor_template", "{explanation}", 1, "the AR reads one text"),
     ):
-        if (count := getattr(prompts, name).count(place)) != 1:
+        if (count := getattr(config.prompts, name).count(place)) != expected:
             raise InputError(f"prompts.{name} holds {place} {count} times; {what}.")
 
 

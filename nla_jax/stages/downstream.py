@@ -36,7 +36,7 @@ class Downstream:
         parameters, as they are trained."""
         ar = self.study.reconstructor
         params, pieces = ar.assemble(reconstructor, self.base), self.study.config.rl.micro_batches
-        recon = reconstructions(ar, params, batch.texts, batch.text_lengths, pieces)
+        recon = reconstructions(ar, params, batch.texts, batch.text_lengths, pieces)[:, -ar.model.config.width :]
         own, recon = local_rows(jax.device_put(recon, batch_sharding(self.study.mesh, recon.shape)))
         group = len(batch.valid) // len(rows)
         with jax.set_mesh(host_mesh(self.study.mesh)):

@@ -148,7 +148,9 @@ class RunContext(Context):
         """The run's subject up to layer K; on several hosts each has it on its own devices."""
         c, mesh = self.run.config, host_mesh(self.run.mesh)
         place = mesh if mesh.size > 1 else None
-        return load_subject(self.run.subject_folder, c.subject.layer, c.compute.dtype, place, c.compute.attention)
+        how = c.compute.dtype, place, c.compute.attention
+        earlier = c.subject.earlier_layers
+        return load_subject(self.run.subject_folder, c.subject.layer, *how, earlier=earlier)
 
     @functools.cached_property
     def embedding(self) -> np.ndarray:

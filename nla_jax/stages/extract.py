@@ -36,7 +36,8 @@ def extract(run: Run) -> None:
         c, folder = run.config, locate(run.subject_folder)
         from_writer(lambda: check_bytes(folder))
         width = read_config(folder).width
-        origin = Origin(str(run.subject_folder), fingerprint(folder), width, c.subject.layer)
+        layers = c.subject.layer, c.subject.earlier_layers
+        origin = Origin(str(run.subject_folder), fingerprint(folder), width, *layers)
         sources = c.extract.source.to_dict()
         if any(sources.values()):
             result |= import_datasets(
@@ -50,7 +51,7 @@ def extract(run: Run) -> None:
         else:
             result |= extract_corpus(run, origin)
         result["base_hash"] = origin.base_hash
-        result["sinks"] = say_sinks([load_rows(run.workdir, split) for split in result["rows"]], c.subject.layer)
+        result["sinks"] = say_sinks([load_rows(run.workdir, split) for split in result["rows"]], *layers)
 
 
 def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
@@ -62,7 +63,14 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     for document in corpus:
         by_split[run.split(document)].append(document)
     place = mesh if mesh.size > 1 else None
-    subject = load_subject(run.subject_folder, run.config.subject.layer, compute.dtype, place, compute.attention)
+    subject = load_subject(
+        run.subject_folder,
+        run.config.subject.layer,
+        compute.dtype,
+        place,
+        compute.attention,
+        earlier=run.config.subject.earlier_layers,
+    )
     facts = origin.extraction(run.config.corpus.source, sum(documents.values()), c.positions)
     shards = []  # (file, split, documents)
     for split, found in by_split.items():
@@ -93,20 +101,15 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     return {"rows": rows, "documents": documents}
 
 
-def say_sinks(splits: Sequence[Rows], layer: int, chunk: int = 4096) -> int:
-    """Says on standard error how many of all activations are attention sinks, and at which positions; returns how
-    many."""
-    norms = [
-        np.linalg.norm(rows.vectors[start : start + chunk], axis=1)
-        for rows in splits
-        for start in range(0, len(rows), chunk)
-    ]
-    sinks = attention_sinks(np.concatenate(norms))
+def say_sinks(splits: Sequence[Rows], layer: int, earlier: Sequence[int] = ()) -> int:
+    """Says on standard error how many of all activations are attention sinks, at one of the layers at least, and at which
+    positions; returns how many."""
+    sinks = attention_sinks(np.concatenate([rows.lengths(len(earlier) + 1) for rows in splits]))
     if sinks.any() and is_writer():
         positions = np.concatenate([np.asarray(rows.column("n_raw_tokens")) - 1 for rows in splits])[sinks]
         places = [f"{place} ({count})" for place, count in collections.Counter(positions.tolist()).most_common(5)]
         print(
-            f"extract: {sinks.sum()} of {len(sinks)} activations after block {layer} are attention sinks, longer than {SINK:g} "
+            f"extract: {sinks.sum()} of {len(sinks)} activations after block {' and '.join(map(str, (*earlier, layer)))} are attention sinks, longer than {SINK:g} "
             f"times the median, most often at the positions {', '.join(places)}; a higher extract.min_position leaves out "
             f"first tokens.",
             file=sys.stderr,

@@ -63,7 +63,7 @@ def gather(run: Run, evaluated: dict, state: str = "") -> Report:
     return Report(
         title=run.config.report.title,
         subject=str(run.subject_folder),
-        layer=run.config.subject.layer,
+        layers=(*run.config.subject.earlier_layers, run.config.subject.layer),
         created=f"drawn {datetime.datetime.now():%Y-%m-%d %H:%M} with nla_jax {VERSION}",
         state=state,
         run={"seed": run.config.seed} | {k: v for k, v in newest.items() if k not in ("command", "date", "seconds")},

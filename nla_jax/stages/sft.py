@@ -49,7 +49,7 @@ def sft(run: Run) -> None:
             return
         run.require("label")
         av_rows, ar_rows = (load_rows(run.workdir, split) for split in ("av_sft", "ar_sft"))
-        sidecar = describe_pair(run, av_rows.vectors)
+        sidecar = describe_pair(run, av_rows)
         subject = {"subject": sidecar.provenance["base_hash"]}
         check_source(run, subject["subject"])
         compute = run.config.compute
@@ -162,14 +162,15 @@ def load(run: Run, name: str) -> Pair:
     )
 
 
-def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
-    """The sidecar of the pair that a run is about to train on the activations `vectors` [n, d].
+def describe_pair(run: Run, rows: Rows) -> Sidecar:
+    """The sidecar of the pair that a run is about to train on the activations of `rows`.
 
-    Their median norm is the injection scale where the config sets none; their variance makes the FVE of a single
-    activation meaningful."""
-    c, folder = run.config.prompts, locate(run.subject_folder)
-    check_templates(c)
-    norm, variance = median_norm_and_variance(vectors)
+    Their median norm (of several layers the mean of these) is the injection scale where the config sets none; their
+    variance makes the FVE of a single activation meaningful."""
+    c, folder, earlier = run.config.prompts, locate(run.subject_folder), run.config.subject.earlier_layers
+    check_templates(run.config)
+    norm, variance = median_norm_and_variance(rows.vectors)
+    norms = np.median(rows.lengths(len(earlier) + 1), axis=0).tolist() if earlier else [norm]
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
     prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
@@ -177,16 +178,17 @@ def describe_pair(run: Run, vectors: np.ndarray) -> Sidecar:
         base_checkpoint=str(run.subject_folder),
         d_model=read_config(folder).width,
         layer=run.config.subject.layer,
-        injection_scale=c.injection_scale or norm,
+        injection_scale=c.injection_scale or sum(norms) / len(norms),
         marker=marker,
         verbalizer_template=c.verbalizer_template,
         reconstructor_template=c.reconstructor_template,
         suffix_ids=tuple(prompts.suffix_ids()),
         injections=injections(run.config),
+        earlier_layers=earlier,
         provenance={
             "base_hash": fingerprint(folder),
             "activation_variance": variance,
-            "activation_norm": norm,
+            "activation_norm": norms if earlier else norm,
             "max_new_tokens": c.max_new_tokens,
         },
     )

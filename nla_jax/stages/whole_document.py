@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from nla_jax.config import Extract
 from nla_jax.data.activations import IDS, Activations
-from nla_jax.fve import cosine, mse, row_fve, variance
+from nla_jax.fve import cosine, joined, lengths, mse, row_fve, variance
 from nla_jax.io.parquet import write_table
 from nla_jax.runtime.distributed import is_writer
 from nla_jax.runtime.errors import InputError
@@ -18,7 +18,7 @@ from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.run import Run
 from nla_jax.stages.extract import sample_activations
 from nla_jax.stages.shown import Shown
-from nla_jax.subject import SINK
+from nla_jax.subject import attention_sinks
 
 MOST = 256  # tokens of the document that are read, at most
 RULE = (
@@ -61,6 +61,7 @@ def whole_document(context: Any, id: str, evaluated: Mapping[int | None, Mapping
     the text cannot be read again as it was."""
     c, found = context.run.config, activations_of(context, id)
     said, scores, usual = {}, {}, variance(np.asarray(context.vectors, np.float64))
+    vectors = joined(found.vectors, len(found.layers))
     progress, done = Progress("whole document", 2), [evaluated.get(position + 1, {}) for position in found.positions]
     for name, pair in (("warm", context.warm), ("rl", context.pair)):
         explained = pair.explain(
@@ -68,7 +69,7 @@ def whole_document(context: Any, id: str, evaluated: Mapping[int | None, Mapping
         )
         said[name] = [explanation.accepted or "" for explanation in explained]
         recon = pair.reconstruct(said[name], batch=c.evaluate.batch).astype(np.float64)
-        new = {f"fve_{name}": 1 - mse(recon, found.vectors) / usual, f"cos_{name}": cosine(recon, found.vectors)}
+        new = {f"fve_{name}": 1 - mse(recon, vectors) / usual, f"cos_{name}": cosine(recon, vectors)}
         said[name] = [row.get(name, text) for row, text in zip(done, said[name])]
         scores |= {key: np.array([row.get(key, x) for row, x in zip(done, values)]) for key, values in new.items()}
         progress.update()
@@ -94,8 +95,7 @@ def activations_of(context: Any, id: str) -> Activations:
     as_it_was = [old for i, old in zip(context.column("doc_id"), context.column(IDS)) if i == id]
     if not ids or any(old[: len(ids)] != ids[: len(old)] for old in as_it_was):
         raise InputError(f"The corpus does not hold the document {id!r} as it was any more.")
-    usual = np.median(np.linalg.norm(context.vectors, axis=1))
-    return found[np.linalg.norm(found.vectors, axis=1) <= SINK * usual]
+    return found[~attention_sinks(lengths(found.vectors, len(found.layers)))]
 
 
 def tokens_read(c: Extract) -> Extract:

@@ -8,7 +8,7 @@ import numpy as np
 
 from nla_jax.data.activations import Activations
 from nla_jax.data.chats import Messages
-from nla_jax.fve import cosine
+from nla_jax.fve import cosine, joined, lengths
 from nla_jax.pair import Pair
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
@@ -47,11 +47,12 @@ def most_moved(
             raise InputError(
                 f"{names} cut the text of {one.doc_ids[0]} into other tokens; they must share a tokenizer."
             )
-        far = [attention_sinks(np.linalg.norm(found.vectors, axis=1)) for found in (one, other)]
-        sinks += int((far[0] | far[1]).sum())
-        for i, similar in enumerate(cosine(one.vectors, other.vectors).tolist()):
+        layers = len(subjects[0].layers)
+        far = np.any([attention_sinks(lengths(found.vectors, layers)) for found in (one, other)], axis=0)
+        sinks += int(far.sum())
+        for i, similar in enumerate(cosine(*(joined(found.vectors, layers) for found in (one, other))).tolist()):
             number += 1
-            if far[0][i] or far[1][i]:
+            if far[i]:
                 continue
             moved = Moved(similar, number, one[i], other[i])
             heapq.heappush(best, moved) if len(best) < top else heapq.heappushpop(best, moved)
@@ -69,7 +70,7 @@ def diff_rows(pair: Pair, moved: Sequence[Moved], sampling: Sampling) -> Iterato
     for start in range(0, len(moved), sampling.batch):
         part = moved[start : start + sampling.batch]
         vectors = [np.concatenate([getattr(m, side).vectors for m in part]) for side in ("one", "other")]
-        lengths = [np.linalg.norm(x, axis=1) for x in vectors]
+        norms = [np.linalg.norm(x, axis=1) for x in vectors]
         options = {"batch": sampling.batch, "first": start}
         said = [
             pair.verbalize(x, sampling.max_new_tokens, sampling.temperature, sampling.seed, **options) for x in vectors
@@ -81,7 +82,7 @@ def diff_rows(pair: Pair, moved: Sequence[Moved], sampling: Sampling) -> Iterato
                 "token": m.one.tokens[0],
                 "role": m.one.roles[0],
                 "cosine": m.cosine,
-                "norm_ratio": float(lengths[1][i] / lengths[0][i]),
+                "norm_ratio": float(norms[1][i] / norms[0][i]),
                 "explanation": said[0][i],
                 "other": said[1][i],
             }

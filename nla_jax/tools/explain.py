@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from nla_jax.data.activations import Activations, median_norm_and_variance
 from nla_jax.data.chats import Messages, chat_tokens, spoken_positions
+from nla_jax.fve import joined, lengths
 from nla_jax.io.files import AnyName, AnyPath
 from nla_jax.io.folders import dtypes_of, load_tokenizer, read_config
 from nla_jax.io.hub import locate
@@ -49,7 +51,9 @@ def subject_of(pair: Pair, folder: AnyPath, name: str | None = None, dtype: Any 
     made_from = pair.sidecar.provenance.get("base_hash")
     name = name or find_base(pair.sidecar.base_checkpoint, folder, made_from)
     compute = dtypes_of(locate(name), dtype)[1]
-    subject = shared_subject(pair, name, compute) or load_subject(name, pair.sidecar.layer, compute)
+    subject = shared_subject(pair, name, compute) or load_subject(
+        name, pair.sidecar.layer, compute, earlier=pair.sidecar.earlier_layers
+    )
     if (width := subject.model.config.width) != pair.sidecar.d_model:
         raise InputError(f"The subject {subject.name} has width {width}, the pair {pair.sidecar.d_model}.")
     if made_from and made_from != subject.fingerprint:
@@ -68,7 +72,8 @@ def shared_subject(pair: Pair, name: AnyName, dtype: np.dtype) -> Subject | None
     config = read_config(at, dtype).truncated(pair.sidecar.layer + 1)
     as_loaded = lambda path, x: x.astype(dtype) if path[-1].key == "scale" else x  # as `load_subject` holds them
     params = jax.tree_util.tree_map_with_path(as_loaded, pair.trunk)
-    return Subject(str(name), at, pair.sidecar.layer, Transformer(config), params, load_tokenizer(at))
+    earlier = pair.sidecar.earlier_layers
+    return Subject(str(name), at, pair.sidecar.layer, Transformer(config), params, load_tokenizer(at), earlier=earlier)
 
 
 def of_texts(
@@ -141,11 +146,12 @@ def calibrated(pair: Pair, subject: Subject, documents: Sequence[tuple[str, str]
     for found in of_texts(subject, documents, "all", max_tokens):
         count = min(len(found), SPREAD * len(set(found.doc_ids)))
         kept.append(found.vectors[np.linspace(0, len(found) - 1, count).astype(int)])
-    vectors = np.concatenate(kept)
-    vectors = vectors[~attention_sinks(np.linalg.norm(vectors, axis=1))]
+    vectors, layers = np.concatenate(kept), len(pair.sidecar.layers)
+    vectors = vectors[~attention_sinks(lengths(vectors, layers))]
     if len(vectors) < ENOUGH:
         raise InputError(f"The texts to calibrate with give {len(vectors)} activations; give at least {ENOUGH}.")
-    norm, variance = median_norm_and_variance(vectors)
+    norm, variance = median_norm_and_variance(joined(vectors, layers))
+    norm = norm if layers == 1 else np.median(lengths(vectors, layers), axis=0).tolist()
     facts = {"activation_variance": variance, "activation_norm": norm, "calibrated_on": len(vectors)}
     sidecar = dataclasses.replace(pair.sidecar, provenance=pair.sidecar.provenance | facts)
     return dataclasses.replace(pair, sidecar=sidecar)
@@ -231,17 +237,29 @@ def measured(
 
 def note_sinks(pair: Pair, activations: Activations, rows: range, vectors: np.ndarray) -> None:
     """Says which activations are far longer than those that the pair was trained on, where its sidecar has their norm."""
-    usual = pair.sidecar.provenance.get("activation_norm")
-    if not isinstance(usual, (int, float)) or not usual > 0:
-        return
-    norms = np.linalg.norm(vectors.reshape(len(vectors), -1).astype(np.float64), axis=1)
-    for row, norm in zip(rows, norms):
-        if norm > SINK * usual:
+    for row, times in zip(rows, relative_norms(vectors, pair) if usual_norms(pair) else ()):
+        if times > SINK:
             note(
                 f"The activation of {activations.tokens[row]!r} (position {activations.positions[row]} of "
-                f"{activations.doc_ids[row]}) is {norm / usual:.0f} times as long as the median of the pair's training: "
+                f"{activations.doc_ids[row]}) is {times:.0f} times as long as the median of the pair's training: "
                 f"an attention sink, of which an explanation says little."
             )
+
+
+def usual_norms(pair: Pair) -> list[float]:
+    """The median length of the activations that a pair was trained on, of each layer; empty where its sidecar does not
+    say it."""
+    found = pair.sidecar.provenance.get("activation_norm")
+    found = found if isinstance(found, list) else [found]
+    good = len(found) == len(pair.sidecar.layers) and all(isinstance(x, (int, float)) and x > 0 for x in found)
+    return [float(x) for x in found] if good else []
+
+
+def relative_norms(vectors: Float[np.ndarray, "n ..."], pair: Pair | None) -> list[float]:
+    """The lengths of activations as multiples of the median one, of several layers the largest multiple: of the pair's
+    training where its sidecar says that, else of these."""
+    found = lengths(vectors, len(pair.sidecar.layers) if pair else 1)
+    return (found / ((pair and usual_norms(pair)) or np.median(found, axis=0))).max(1).tolist()
 
 
 def training_variance(pair: Pair) -> float | None:

@@ -118,10 +118,10 @@ def accept(pair: Pair, subject: Subject, dump: Dump, rows: int = 8) -> list[Chec
     over the chat, by the mse of its greedy texts.
 
     Raises `InputError` where the dump belongs to another layer, width or tokenizer."""
-    if (dump.layer, dump.width) != (pair.sidecar.layer, pair.sidecar.d_model):
+    if (dump.layer, dump.width) != (pair.sidecar.layer, pair.sidecar.width):
         raise InputError(
             f"The dump is of layer {dump.layer} and width {dump.width}, the pair of layer {pair.sidecar.layer} and width "
-            f"{pair.sidecar.d_model}."
+            f"{pair.sidecar.width}."
         )
     ids = token_ids(dump, subject)
     vectors = activations_at(subject, [ids], [list(range(len(ids)))], ["dump"]).vectors.astype(np.float64)

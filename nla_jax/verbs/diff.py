@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     conventions = given_conventions(arguments)
     pair = load_pair(arguments.pair, dtype=arguments.dtype, base=arguments.subject, conventions=conventions)
     one = subject_of(pair, place_of(arguments.pair), arguments.subject, arguments.dtype)
-    other = load_subject(arguments.other, pair.sidecar.layer, arguments.dtype)
+    other = load_subject(arguments.other, pair.sidecar.layer, arguments.dtype, earlier=pair.sidecar.earlier_layers)
     if (width := other.model.config.width) != pair.sidecar.d_model:
         raise InputError(f"The other subject {other.name} has width {width}, the pair {pair.sidecar.d_model}.")
     moved = most_moved((one, other), material, arguments.top, arguments.max_tokens)

@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         subject = subject_of(pair, place_of(arguments.pair), arguments.subject, arguments.dtype)
         pair = calibrated(pair, subject, texts, arguments.max_tokens) if texts else pair
     if arrays:
-        found = list(of_vectors(arrays, arguments.vectors, pair.sidecar.d_model))
+        found = list(of_vectors(arrays, arguments.vectors, pair.sidecar.width))
         total = sum(map(len, found))
     else:
         read = of_chats if arguments.chat else of_texts

@@ -73,8 +73,8 @@ def random_arrays(shapes: Any, seed: int) -> Any:
 
 
 def random_vectors(study: Study, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Activations [n, D], float32."""
-    return rng.standard_normal((n, study.verbalizer.model.config.width), np.float32)
+    """Activations [n, W], float32."""
+    return rng.standard_normal((n, study.reconstructor.width), np.float32)
 
 
 def random_base(study: Study, program: Program) -> dict | None:
@@ -249,9 +249,9 @@ def _supervised(study: Study, name: str, tokens: int) -> Benchmark:
 def extract(study: Study) -> Benchmark:
     """Activations of one batch of documents of the greatest length, gathered and brought to the host."""
     c, program = study.config.extract, study.programs()["extract"]
-    model, params, _ = program.arguments
+    model, params, _, earlier = program.arguments
     params = random_arrays(params, study.config.seed)
-    subject = Subject("random", Path(), study.config.subject.layer, model, params, None, program.mesh)
+    subject = Subject("random", Path(), study.config.subject.layer, model, params, None, program.mesh, earlier)
     rng = np.random.default_rng(study.config.seed)
     positions = [np.linspace(0, c.max_tokens - 1, min(c.positions, c.max_tokens), dtype=int).tolist()] * ROWS
 
