@@ -60,6 +60,23 @@ def test_every_claim_of_a_label_is_read_back_and_true(labeller, rows):
     assert speaks == [row.role == "user" for row in rows]
 
 
+def test_the_last_word_may_be_named_before_the_others(labeller, rows, subject_folder):
+    """The same label otherwise; every claim of it is read back, and true, that of the token within a word too."""
+    named, kinds = Behaviour(str(subject_folder), least=0.0, name_last=True), set()
+    for row, usual, label in zip(rows, labeller.label(rows), named.label(rows)):
+        claims = named.claims(label)
+        assert all(named.true(claim, row) for claim in claims), label
+        assert [claim for claim in claims if claim.kind != "last token"] == labeller.claims(usual)
+        last = row.text.split()[-1].replace('"', "'")
+        within = last != row.token and last.endswith(row.token) and any(map(str.isalnum, row.token))
+        assert label.startswith(usual.replace("It ends:", f"It ends with {f'-{row.token} of ' * within}{last}:")), label
+        assert label.endswith("␣") == row.text.endswith(" ")
+        kinds |= {claim.kind for claim in claims}
+    assert "last token" in kinds
+    with pytest.raises(InputError, match="label.settings.name_last"):
+        Behaviour("x", name_last="yes")
+
+
 def test_claims_of_another_row_are_false(labeller, rows):
     label, other = labeller.label([rows[0], rows[-2]])
     of = {claim.kind: claim for claim in labeller.claims(label)}

@@ -145,6 +145,14 @@ def test_claims_are_taken_out_of_labels_by_their_grammar():
         ("last words", "his"): 'Prose. Next perhaps "work", "book" or a blank.',
         ("last word", "his"): 'Prose. Next perhaps "work", "book" or a blank.',
     }
+    assert taken_out(Behaviour("none"), "Prose. Next surely a blank. It ends with -is of his: … in his␣") == {
+        ("passage", "Prose"): "Next surely a blank. It ends with -is of his: … in his␣",
+        ("certainty", "Next surely"): "Prose. a blank. It ends with -is of his: … in his␣",
+        ("next", "a blank"): "Prose. Next surely. It ends with -is of his: … in his␣",
+        ("last token", "is"): "Prose. Next surely a blank. It ends with his: … in his␣",
+        ("last words", "in his"): "Prose. Next surely a blank.",
+        ("last word", "his"): "Prose. Next surely a blank. It ends: … in␣",
+    }
     assert (
         taken_out(Behaviour("none"), "Prose. Anything may come next. It ends: … his")[
             ("certainty", "Anything may come next")

@@ -5,6 +5,11 @@
 Kind of passage (in a chat: who speaks), what the subject itself expects next, and the last words. A topic is left out: a
 linear probe hardly reads one from an activation, and a verbalizer that is asked for it makes one up (docs/labels.md).
 
+With `name_last` the last word, and within one the token that the text ends with, stand before the last words, as
+`Extractive` names them; so do the signs behind them:
+
+    Prose. Next perhaps "work", "book" or "idea". It ends with -breaking of groundbreaking: … in his groundbreaking
+
 The last words end the label, with no quotation mark behind them. A reconstructor whose template ends with the explanation
 then reads at the very token at which the subject stood, and is good before it is trained (docs/labels.md has figures).
 """
@@ -20,11 +25,26 @@ import numpy as np
 
 from nla_jax.io.folders import read_config
 from nla_jax.io.hub import fingerprint, locate
-from nla_jax.labels.extractive import LAST, PASSAGES, TAGS, WINDOW, kind, last_words, one_of, with_last_word, without
+from nla_jax.labels.extractive import (
+    BLANKS,
+    BREAK,
+    LAST,
+    PASSAGES,
+    TAGS,
+    WINDOW,
+    breaks,
+    ending_within,
+    kind,
+    last_words,
+    one_of,
+    with_last_word,
+    without,
+)
+from nla_jax.labels.extractive import CLAIMS as EXTRACTIVE
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.models.transformer import Transformer
 from nla_jax.runtime.errors import InputError
-from nla_jax.runtime.user_input import whole_number
+from nla_jax.runtime.user_input import whole_number, yes_or_no
 from nla_jax.subject import Subject, load_whole, residual_rows
 
 SPEAKERS = {"user": "A user speaks", "assistant": "The assistant answers", "system": "An instruction to the assistant"}
@@ -36,7 +56,8 @@ UNSEEN = ("a line break", "a blank", "the end")  # tokens without visible charac
 CLAIMS = {  # what a label says, by the words around it
     "passage": re.compile(rf"^\s*({one_of(PASSAGES | set(SPEAKERS.values()))})(?=\.|$)"),
     "certainty": re.compile(rf"\b(Next (?:surely|perhaps)|{OPEN})\b"),
-    "last words": re.compile(r"It ends: … (.*\S)", re.DOTALL),
+    "last token": EXTRACTIVE["last token"],
+    "last words": re.compile(rf"It ends(?: with (?:-\S+ of )?\S+)?: … (.*[^\s{BREAK}{BLANKS}])", re.DOTALL),
 }
 NEXT = re.compile(r"\bNext (?:surely|perhaps) (.*?)(?:\. It ends|$)", re.DOTALL)
 NAMED = re.compile(rf'"[^"]+"|{"|".join(UNSEEN)}')
@@ -47,7 +68,7 @@ class Behaviour:
     """`subject`: the folder or hub id of the model whose activations are explained; it computes in `dtype`.
 
     Up to `continuations` of its likeliest next tokens are named, those of probability `least` or more. The last `words`
-    are written, as far as they have `characters` together."""
+    are written, as far as they have `characters` together. `name_last`: the last word is named before them."""
 
     subject: str
     continuations: int = 3
@@ -55,14 +76,16 @@ class Behaviour:
     words: int = 6
     characters: int = 48
     dtype: str = "float32"
+    name_last: bool = False
 
     batch: ClassVar[int] = 256
-    reads: ClassVar[tuple[str, ...]] = ("text", "role", "token_ids")
+    reads: ClassVar[tuple[str, ...]] = ("text", "token", "role", "token_ids")
 
     def __post_init__(self):
         self.continuations = whole_number("label.settings.continuations", self.continuations, 1, AMONG)
         self.words = whole_number("label.settings.words", self.words, 1)
         self.characters = whole_number("label.settings.characters", self.characters, 1)
+        self.name_last = yes_or_no("label.settings.name_last", self.name_last)
         self._known: dict[tuple[int, ...], tuple[list[str], list[float]]] = {}
 
     def ready(self) -> None:
@@ -82,12 +105,21 @@ class Behaviour:
     def label(self, rows: Sequence[LabelRow]) -> list[str]:
         """One label for each row. Rows of one document cost one pass over its longest."""
         found = [self._described(row, *next) for row, next in zip(rows, self.expected(rows))]
-        ends = [f" It ends: … {of['last words']}" if of["last words"] else "" for of in found]
+        ends = [self._end(row, of["last words"]) for row, of in zip(rows, found)]
         return [f"{of['passage']}. {of['next']}.{end}" for of, end in zip(found, ends)]
+
+    def _end(self, row: LabelRow, words: str) -> str:
+        """The statement about the last words."""
+        if not words:
+            return ""
+        if not self.name_last:
+            return f" It ends: … {words}"
+        last = words.split()[-1]
+        return f" It ends with {ending_within(last, row.token)}{last}: … {words}{breaks(TAGS.sub('', row.text))}"
 
     def claims(self, text: str) -> list[Claim]:
         """What a text says that is written as labels are; what cannot be read is left out. Kinds: passage, certainty,
-        next (one for each token that is named), last words, last word."""
+        next (one for each token that is named), last token, last words, last word."""
         said = {name: pattern.search(text) for name, pattern in CLAIMS.items()}
         named = NAMED.findall(found[1]) if (found := NEXT.search(text)) else []
         claims = with_last_word([Claim(name, found[1]) for name, found in said.items() if found])
@@ -103,6 +135,8 @@ class Behaviour:
         of = self._described(row, texts, p)
         if claim.kind == "certainty":
             return of["next"].startswith(claim.value)
+        if claim.kind == "last token":
+            return claim.value == row.token
         if claim.kind in LAST:
             return f" {of['last words']}".endswith(f" {claim.value}")
         return of[claim.kind] == claim.value

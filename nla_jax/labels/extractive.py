@@ -134,7 +134,7 @@ CLAIMS = {  # what a label says, by the words around it
 }
 LAST = ("last words", "last word")  # claims about how the text ends
 # The last word, and the token it ends with, where they are named before the last words.
-NAMED = re.compile(rf"(\bIt ends (?:{one_of(POSITIONS)})) with (?:-\S+ of )?\S+?(?=: …)")
+NAMED = re.compile(rf"(\bIt ends(?: (?:{one_of(POSITIONS)}))?) with (?:-\S+ of )?\S+?(?=: …)")
 
 
 class Extractive:
