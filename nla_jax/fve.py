@@ -4,6 +4,7 @@ Training calls it with JAX arrays (float32), scoring with NumPy arrays (float64)
 library their input belongs to.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,13 @@ def joined(x: Rows, layers: int) -> Rows:
     and `normalise` changes nothing. With one layer `x` as it is: training and scores normalise it themselves."""
     if layers == 1:
         return x
-    return normalise(x.reshape(*x.shape[:-1], layers, -1)).reshape(x.shape)
+    return normalise(x.reshape(*x.shape[:-1], layers, x.shape[-1] // layers)).reshape(x.shape)
 
 
 def lengths(vectors: Float[np.ndarray, "n ..."], layers: int) -> Float[np.ndarray, "n {layers}"]:
     """The length of activations at each layer, in float64."""
-    return np.linalg.norm(vectors.reshape(len(vectors), layers, -1).astype(np.float64), axis=-1)
+    size = math.prod(vectors.shape[1:]) // layers
+    return np.linalg.norm(vectors.reshape(len(vectors), layers, size).astype(np.float64), axis=-1)
 
 
 def mse(prediction: Rows, gold: Rows) -> Float[Any, "*B"]:

@@ -104,7 +104,10 @@ def steer(
     for a pair of another layer."""
     if subject.layers != pair.sidecar.layers:
         ours, theirs = in_words(pair.sidecar.layers), in_words(subject.layers)
-        raise InputError(f"The pair reads {ours}, the subject gives {theirs}: load_subject(…, layer).")
+        earlier = f", earlier={pair.sidecar.earlier_layers}" if pair.sidecar.earlier_layers else ""
+        raise InputError(
+            f"The pair reads {ours}, the subject gives {theirs}: load_subject(…, {pair.sidecar.layer}{earlier})."
+        )
     ids, position = read(subject, text, token)
     acts = activations_at(subject, [ids], [[position]], ["0"])
     if explanation is None and not (explanation := pair.explain(acts, temperature=0.0)[0].text):

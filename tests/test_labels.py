@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from nla_jax.labels.extractive import BLANK, WINDOW, Extractive, WordsFirst, true_share
+from nla_jax.labels.extractive import BLANK, WINDOW, Extractive, WordsFirst, true_share, without_last_words
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.objective import Scored, truthful
 
@@ -203,6 +203,22 @@ def test_a_claim_is_taken_out_wherever_it_stands(kind, left):
     gone = {"last word": {"last token"}, "last words": {"last token", "last words", "last word"}}.get(kind, {kind})
     kinds = {"passage", "position", "last token", "last words", "last word"}
     assert {found.kind for found in labeller.claims(left)} == kinds - gone
+
+
+def test_a_text_without_its_first_word_is_read_too():
+    """As a verbalizer may write it, or as it stands without its last word: a passage of one word is no last word."""
+    labeller = WordsFirst()
+    for passage in ("Prose", "Code", "A table"):
+        text = f"{passage}. It ends late in a sentence: … we recommend"
+        assert dict(labeller.claims(text))["passage"] == passage
+        assert labeller.without(text, Claim("last word", "recommend")) == text.removesuffix(" recommend")
+        assert labeller.without(f"recommend. {text}", Claim("last word", "recommend")) == text.removesuffix(
+            " recommend"
+        )
+    found = without_last_words(
+        ["-mend of recommend. Prose. It ends late in a sentence: … we recommend"], np.random.default_rng(0)
+    )
+    assert found == ["Prose. It ends late in a sentence"]
 
 
 def test_claims_of_another_row_are_mostly_false(cuts):

@@ -15,10 +15,12 @@ from nla_jax.autoencoder import Injection, autoencoder
 from nla_jax.cli import main
 from nla_jax.config import read
 from nla_jax.data.rows import Rows, load_rows
-from nla_jax.fve import joined, mse, normalise, variance
+from nla_jax.fve import joined, lengths, mse, normalise, row_fve, variance
 from nla_jax.io.folders import read_config
 from nla_jax.io.parquet import write_table
+from nla_jax.labels.extractive import Extractive
 from nla_jax.pair import new_pair
+from nla_jax.probes.evidence import evidence
 from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError
 from nla_jax.stages.extract import say_sinks
@@ -108,7 +110,9 @@ def test_the_head_rebuilds_the_layers_side_by_side(several, subject_folder, side
 def test_a_saved_pair_says_its_layers(several, acts, tmp_path):
     several.save(tmp_path / "pair")
     again = nla.load_pair(tmp_path / "pair")
-    assert again.sidecar.layers == (0, 2) and "the layers 0 and 2" in repr(again) and "the layers 0 and 2" in repr(acts)
+    assert (
+        again.sidecar.layers == (0, 2) and "the layers 0 and 2" in repr(again) and "after block 0 and 2" in repr(acts)
+    )
     close(again.reconstructor_params, several.reconstructor_params, 0)
     assert again.verbalize(acts, 12, 0.0) == several.verbalize(acts, 12, 0.0) == again.verbalize(acts.vectors, 12, 0.0)
     texts = ["a river"] * len(acts)
@@ -119,7 +123,25 @@ def test_a_saved_pair_says_its_layers(several, acts, tmp_path):
     assert loaded.layers == acts.layers and np.array_equal(loaded.vectors, acts.vectors)
 
 
-def test_activations_of_other_layers_are_refused(several, acts, subject_folder, pair):
+def test_probes_and_claims_count_each_layer_the_same(several, subject, acts):
+    """By the formula, from what the public functions give; of no rows nothing is said."""
+    found = nla.probe(several, subject, acts, ["nla_jax.probes.fidelity:after_rl"], max_new_tokens=12)
+    texts = several.verbalize(acts, 12, 0.0)
+    recon, gold = several.reconstruct(texts).astype(np.float64), joined(acts.vectors, 2)
+    scores = found["after_rl"].rows
+    np.testing.assert_allclose(scores["fve_rl"], 1 - mse(recon, gold) / variance(gold), atol=1e-5)
+    for i, layer in enumerate(("fve_layer_0", "fve_layer_2")):
+        halves = (np.split(x, 2, axis=1)[i] for x in (recon, acts.vectors))
+        np.testing.assert_allclose(scores[layer], row_fve(*halves), atol=1e-5)
+    said = ["Prose. It ends: … the mill"] * len(acts)
+    for one in evidence(several, Extractive(), acts.vectors, said, [[]] * len(acts), [[]] * len(acts)):
+        shortened = Extractive().without(said[0], one.claim)
+        errors = [several.score([text], acts.vectors[[one.row]])["mse"][0] for text in (shortened, said[0])]
+        assert one.ablation == pytest.approx(np.log(errors[0] / errors[1]), abs=1e-4)
+    assert several.verbalize(acts[:0]) == [] and lengths(acts.vectors[:0], 2).shape == (0, 2)
+
+
+def test_activations_of_other_layers_are_refused(several, acts, subject_folder, pair, tmp_path):
     with pytest.raises(
         InputError, match=r"of layer 1, the pair reads the layers 0 and 2: load_subject\(…, 2, earlier="
     ) as e:
@@ -135,6 +157,13 @@ def test_activations_of_other_layers_are_refused(several, acts, subject_folder, 
         with pytest.raises(InputError, match="earlier is .* it must be blocks before 2") as e:
             nla.load_subject(subject_folder, 2, earlier=earlier)
         one_sentence(e)
+    several.save(tmp_path / "pair")
+    for file in (tmp_path / "pair").glob("*/nla_meta.yaml"):
+        text = file.read_text().replace("earlier_layers:\n  - 0", "earlier_layers:\n  - 5")
+        assert "- 5" in text
+        file.write_text("\n".join(line for line in text.splitlines() if not line.startswith("#")))
+    with pytest.raises(InputError, match=r"earlier_layers is \[5\], expected blocks before the layer 2"):
+        nla.load_pair(tmp_path / "pair")
     with pytest.raises(InputError, match="has 1 slots for the activations of 2 layers"):
         ids = dataclasses.replace(several.prompts.ids(), slots=(0,))
         autoencoder(TINY, 2, ids, 1.0, (Injection(),), earlier=(0,))
@@ -214,6 +243,10 @@ def test_a_study_of_two_layers(corpus, tmp_path, capsys):
     command = ["explain", "--pair", str(workdir / "pair"), "--subject", subject, "--text", SENTENCES[0], "--json"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["token"] == "."
+    assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 0
+    assert "The datasets are not written" in capsys.readouterr().err and not (tmp_path / "out/datasets").exists()
+    assert "after block 0 and 2" in (tmp_path / "out/README.md").read_text()
+    assert nla.load_pair(tmp_path / "out").sidecar.layers == (0, 2)
     before = weights(workdir)
     for stage in LOOP[LOOP.index("rl") :]:
         (workdir / "stages" / f"{stage}.json").unlink(missing_ok=True)

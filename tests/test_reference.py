@@ -306,6 +306,12 @@ BAD_SIDECARS = {
     "no model": ("extraction.base_model", None, "base_model is 'None', expected 'tiny'"),
     "other width": ("extraction.d_model", 9, "d_model is 9, expected 8; set subject.path"),
     "other layer": ("extraction.layer_index", 20, "layer_index is 20, expected 1; set subject.layer"),
+    "several layers": (
+        "extraction.earlier_layers",
+        [0],
+        "earlier_layers is (0,), expected (); set subject.earlier_layers",
+    ),
+    "no layers": ("extraction.earlier_layers", 3, "earlier_layers is 3, expected ()"),
     "normalised": ("extraction.norm", "l2", "norm is 'l2', expected 'none'; use raw vectors"),
     "a model's": ("kind", "nla_model", "kind is 'nla_model', expected 'nla_dataset'"),
     "no extraction": ("extraction", "x", "expected 'nla_dataset' with a field extraction"),

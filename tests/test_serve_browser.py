@@ -79,6 +79,7 @@ def saved(tab, button, folder):
 
 def test_paste_click_keys_search_alternatives(opened, served, desk):
     tab = opened()
+    assert tab.locator("#pairs").inner_text().count("after block 1") == 2
     read(tab)
     (document,) = desk.documents.values()
     assert "".join(tab.locator(".token").all_text_contents()).replace("↵", "") == TEXT

@@ -44,7 +44,7 @@ class Activations:
         return None if self.layer is None else (*self.earlier, self.layer)
 
     def __repr__(self) -> str:
-        place = "" if self.layers is None else f" of {in_words(self.layers)}"
+        place = "" if self.layers is None else f" after block {' and '.join(map(str, self.layers))}"
         return f"Activations({len(self)} of width {self.vectors.shape[-1]}{place})"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -96,7 +96,7 @@ class Activations:
     def load(cls, path: str | Path) -> "Activations":
         """Activations that `save` wrote, or a shard of a run.
 
-        Raises `InputError` where the file cannot be read, and where it holds activations of several layers."""
+        Raises `InputError` where the file cannot be read, and where its rows are of different layers."""
         several = [name for name in columns_of(Path(path)) if name == EARLIER]
         table = read_table(Path(path), [VECTORS, *COLUMNS, *several])
         vectors = table.column(VECTORS).combine_chunks()

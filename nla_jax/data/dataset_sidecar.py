@@ -102,7 +102,8 @@ def check_sidecar(file: Path, meta: dict, subject: Origin) -> dict:
         )
     short = lambda name: str(name).rstrip("/").rsplit("/", 1)[-1]
     found = extraction | {"base_model": short(extraction.get("base_model")), "norm": extraction.get("norm") or "none"}
-    found["earlier_layers"] = tuple(extraction.get("earlier_layers") or ())
+    earlier = extraction.get("earlier_layers") or ()
+    found["earlier_layers"] = tuple(earlier) if isinstance(earlier, list) else earlier
     expected = dataclasses.asdict(subject) | {"base_model": short(subject.base_model), "norm": "none"}
     for name, remedy in (
         ("base_model", "set subject.path to that model, or use data of this one"),

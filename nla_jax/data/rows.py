@@ -69,7 +69,11 @@ class Rows:
                 yield [""] * len(at)
 
     def lengths(self, layers: int) -> Float[np.ndarray, "n {layers}"]:
-        """The lengths of the activations of each layer as the subject has made them, read from the shards."""
+        """The lengths of the activations of each layer as the subject has made them; of several layers, which `vectors`
+        holds at one length, read from the shards."""
+        if layers == 1:
+            parts = [lengths(self.vectors[i : i + 4096], 1) for i in range(0, len(self), 4096)]
+            return np.concatenate(parts) if parts else np.zeros((0, 1))
         width = self.vectors.shape[1]
         found = [
             lengths(list_vectors(batch.column(0), width, file), layers)

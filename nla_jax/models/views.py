@@ -26,8 +26,11 @@ class ByLayer:
         return self.shape[0]
 
     def __getitem__(self, index: int | slice | tuple[()]) -> "Array | ByLayer":
-        if isinstance(index, slice):  # the first layers
-            return dataclasses.replace(self, shape=(len(range(self.shape[0])[index]), *self.shape[1:]))
+        if isinstance(index, slice):
+            which = range(self.shape[0])[index]
+            return dataclasses.replace(
+                self, shape=(len(which), *self.shape[1:]), make=lambda layer: self.make(which[layer])
+            )
         return self.make(None if index == () else index)
 
     def changed(self, change: Callable[[Array, int], Array]) -> "ByLayer":

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nla_jax.fve import mse
+from nla_jax.fve import joined, mse
 from nla_jax.io.files import AnyPath
 from nla_jax.labels.labeller import Claim
 from nla_jax.pair import Pair
@@ -80,10 +80,10 @@ def evidence(
     claims = [(i, claim) for i, text in enumerate(texts) for claim in grammar.claims(text)]
     if not claims:
         return []
-    owner = np.array([i for i, _ in claims])
+    owner, gold = np.array([i for i, _ in claims]), joined(np.asarray(vectors), len(pair.sidecar.layers))
     shortened = [without(grammar, texts[i], claim) for i, claim in claims]
-    with_it = mse(pair.reconstruct(texts).astype(np.float64), np.asarray(vectors))[owner]
-    without_it = mse(pair.reconstruct(shortened).astype(np.float64), np.asarray(vectors)[owner])
+    with_it = mse(pair.reconstruct(texts).astype(np.float64), gold)[owner]
+    without_it = mse(pair.reconstruct(shortened).astype(np.float64), gold[owner])
     ablation = np.log(np.maximum(without_it, EXACT) / np.maximum(with_it, EXACT))
     made = [[[grammar.claims(text) for text in of] for of in said] for said in (samples, before)]
     share = lambda of, claim: float(np.mean([makes(grammar, claim, one) for one in of])) if of else np.nan

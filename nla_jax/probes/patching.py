@@ -86,8 +86,9 @@ def _vectors(context: Context, at: Int[np.ndarray, "m"]) -> dict[str, Float[np.n
     width = context.subject.model.config.width
     h = np.asarray(context.vectors[at])[:, -width:]
     read = lambda pair, name: pair.reconstruct([context.texts(name)[i] for i in at])[:, -width:]
-    training = context.training.vectors[:, -width:]
-    ordinary = ~attention_sinks(np.linalg.norm(training, axis=1))
+    layers, training = len(context.subject.layers), context.training.vectors[:, -width:]
+    norms = np.linalg.norm(training, axis=1) if layers == 1 else context.training.lengths(layers)
+    ordinary = ~attention_sinks(norms)
     mean = np.broadcast_to(training[ordinary].mean(0, dtype=np.float64).astype(np.float32), h.shape)
     rl = read(context.pair, "rl")
     other = derangement([context.documents[i] for i in at], context.seed)

@@ -41,7 +41,7 @@ READINGS = 8  # reconstructions of all rows that a context keeps; of the scores 
 class Context(Protocol):
     """What a probe may read. All lists and arrays have an entry for each of the n held-out rows."""
 
-    vectors: Float[np.ndarray, "n d"]  # the activations, raw
+    vectors: Float[np.ndarray, "n d"]  # the activations, raw; of several layers `fve.joined`
     documents: list[str]  # which document each row comes from
     pair: Pair  # after RL; among `rl.probes` as it is at that step
     warm: Pair  # before RL; among `rl.probes` its AR alone is

@@ -16,7 +16,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from nla_jax.config import Config, is_free
+from nla_jax.config import Config, completed, is_free
 from nla_jax.data.corpus import Document, load_corpus, split_of
 from nla_jax.io.files import AnyPath, fits_seal, path_to, reaching, stand_in
 from nla_jax.models.sharding import make_mesh
@@ -225,7 +225,7 @@ class Run:
     def _goes_on(self, stage: str, record: dict) -> bool:
         """Whether a finished stage has more to do: more steps of its own, or (if it keeps nothing) of the stages
         before."""
-        made, now = flat(record["basis"]), flat(self.basis(stage))
+        made, now = flat(completed(record["basis"])), flat(completed(self.basis(stage)))
         changed = [name for name in made.keys() | now.keys() if made.get(name) != now.get(name) and not is_free(name)]
         if not changed or any(name.split(".")[-1] != "steps" or made[name] > now[name] for name in changed):
             return False

@@ -24,7 +24,8 @@ def claims_of(explanation: str, context: str, token: str = "") -> list[dict]:
     labeller, claims = read(explanation)
     if labeller is EXPECTING:
         ends = last_words(TAGS.sub(" ", context[-WINDOW:]), EXPECTING.words, EXPECTING.characters)
-        holds = lambda claim: f" {ends}".endswith(f" {claim.value}") if claim.kind in LAST else None
+        told = lambda claim: claim.value == token if claim.kind == "last token" and token else None
+        holds = lambda claim: f" {ends}".endswith(f" {claim.value}") if claim.kind in LAST else told(claim)
     else:
         row = LabelRow(context, token, 0, "", "")
         holds = lambda claim: bool(labeller.true(claim, row))

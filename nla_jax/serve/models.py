@@ -51,7 +51,7 @@ class Served:
         """What the page says of the pair."""
         sidecar = self.pair.sidecar
         subject = "/".join(sidecar.base_checkpoint.rstrip("/").split("/")[-2:])  # a hub id, or the end of a path
-        facts = {"name": self.name, "subject": subject, "layer": " and ".join(map(str, sidecar.layers))}
+        facts = {"name": self.name, "subject": subject, "blocks": " and ".join(map(str, sidecar.layers))}
         chat = self.subject is not None and self.subject.tokenizer.chat_template is not None
         can = {"fve": training_variance(self.pair) is not None, "chat": chat, "nearest": self.training is not None}
         how = self.claims
@@ -157,7 +157,7 @@ def read_document(served: Sequence[Served], content: str | Messages, most: int) 
             raise InputError(f"{one.name} cuts this text into other tokens than {served[0].name}; serve them apart.")
         shared = [j for j in range(i) if served[j].subject is one.subject]
         vectors.append(vectors[shared[0]] if shared else activations(one.subject, ids, rows))
-        norms.append(relative_norms(vectors[-1], one.pair))
+        norms.append(relative_norms(vectors[-1], one.pair, len(one.pair.sidecar.layers)))
     spoken = [roles[i] for i in rows]
     return Document(identity(content), tokens, spoken, vectors, norms, lambda row: ids[: rows[row] + 1], decode)
 

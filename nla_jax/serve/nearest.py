@@ -75,7 +75,7 @@ def check_belongs(rows: Rows, pair: Pair, name: str, workdir: AnyName) -> None:
     made = [(pair.sidecar.width, rows.vectors.shape[1], "width")]
     read = facts.get("extraction") or {}
     made += [(pair.sidecar.layer, read.get("layer_index"), "layer")]
-    made += [(pair.sidecar.earlier_layers, tuple(read.get("earlier_layers") or ()), "earlier layers")]
+    made += [(list(pair.sidecar.earlier_layers), read.get("earlier_layers", []) if read else None, "earlier layers")]
     made += [(pair.sidecar.provenance.get("base_hash"), facts.get("base_hash"), "subject (hash of its weights)")]
     for ours, theirs, what in made:
         if None not in (ours, theirs) and ours != theirs:

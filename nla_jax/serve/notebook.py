@@ -64,16 +64,16 @@ def of_activations(acts: Activations, pair: Pair | None, batch: int) -> Shown:
         ours, theirs = in_words(pair.sidecar.layers), in_words(acts.layers)
         raise InputError(f"These are activations of {theirs}, the pair reads {ours}.")
     vectors, upto = np.asarray(acts.vectors), lambda row: acts.token_ids[row]
+    layers = acts.layers or (pair.sidecar.layers if pair else ("unknown",))
+    norms = relative_norms(vectors, pair, len(layers))
     decode = pair.prompts.tokenizer.decode if pair else None
-    document = Document(
-        "activations", acts.tokens, _roles(acts), [vectors], [relative_norms(vectors, pair)], upto, decode
-    )
+    document = Document("activations", acts.tokens, _roles(acts), [vectors], [norms], upto, decode)
     if pair is not None:
         return _explained(Served(_name(pair), pair, None, limit_of(pair)), document, batch, None)
     silent = {
         "name": "Activations",
         "subject": "",
-        "layer": acts.layer and " and ".join(map(str, acts.layers)),
+        "blocks": " and ".join(map(str, acts.layers or ())),
         "silent": True,
     }
     return Shown(page({"pairs": [silent], "document": document.shown, "saved": "in a notebook"}))

@@ -36,7 +36,7 @@ class Downstream:
         parameters, as they are trained."""
         ar = self.study.reconstructor
         params, pieces = ar.assemble(reconstructor, self.base), self.study.config.rl.micro_batches
-        recon = reconstructions(ar, params, batch.texts, batch.text_lengths, pieces)[:, -ar.model.config.width :]
+        recon = reconstructions(ar, params, batch.texts, batch.text_lengths, pieces)
         own, recon = local_rows(jax.device_put(recon, batch_sharding(self.study.mesh, recon.shape)))
         group = len(batch.valid) // len(rows)
         with jax.set_mesh(host_mesh(self.study.mesh)):
@@ -66,7 +66,8 @@ class Downstream:
 def reconstructions(
     reconstructor: Reconstructor, params: dict, texts: Int[Array, "B T"], lengths: Int[Array, "B"], pieces: int
 ) -> Float[Array, "B D"]:
-    """What the AR makes of the texts of a step, read in as many `pieces` as the step has micro-batches."""
+    """What the AR makes of the texts of a step (of several layers the last), read in as many `pieces` as the step has
+    micro-batches."""
     parts = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (texts, lengths))
     recon = jax.lax.map(lambda part: reconstructor.reconstruct(params, *part), parts)
-    return recon.reshape(len(texts), -1)
+    return recon.reshape(len(texts), -1)[:, -reconstructor.model.config.width :]

@@ -18,7 +18,7 @@ from nla_jax.runtime.metrics import Progress
 from nla_jax.runtime.run import Run
 from nla_jax.stages.extract import sample_activations
 from nla_jax.stages.shown import Shown
-from nla_jax.subject import attention_sinks
+from nla_jax.subject import SINK
 
 MOST = 256  # tokens of the document that are read, at most
 RULE = (
@@ -95,7 +95,9 @@ def activations_of(context: Any, id: str) -> Activations:
     as_it_was = [old for i, old in zip(context.column("doc_id"), context.column(IDS)) if i == id]
     if not ids or any(old[: len(ids)] != ids[: len(old)] for old in as_it_was):
         raise InputError(f"The corpus does not hold the document {id!r} as it was any more.")
-    return found[~attention_sinks(lengths(found.vectors, len(found.layers)))]
+    layers = len(found.layers)
+    heldout = lengths(context.vectors, 1) if layers == 1 else context.rows.lengths(layers)
+    return found[(lengths(found.vectors, layers) <= SINK * np.median(heldout, axis=0)).all(1)]
 
 
 def tokens_read(c: Extract) -> Extract:

@@ -66,11 +66,12 @@ def most_moved(
 def diff_rows(pair: Pair, moved: Sequence[Moved], sampling: Sampling) -> Iterator[list[dict]]:
     """For each batch of tokens its rows: `document, position, token, role, cosine, norm_ratio, explanation, other`.
 
-    `norm_ratio`: the other activation's length by this one's. `other`: what the pair says of the other's activation."""
+    `norm_ratio`: the other activation's length by this one's, of several layers the mean. `other`: what the pair says of the other's activation."""
     for start in range(0, len(moved), sampling.batch):
         part = moved[start : start + sampling.batch]
         vectors = [np.concatenate([getattr(m, side).vectors for m in part]) for side in ("one", "other")]
-        norms = [np.linalg.norm(x, axis=1) for x in vectors]
+        layers = len(pair.sidecar.layers)
+        ratios = (lengths(vectors[1], layers) / lengths(vectors[0], layers)).mean(1)
         options = {"batch": sampling.batch, "first": start}
         said = [
             pair.verbalize(x, sampling.max_new_tokens, sampling.temperature, sampling.seed, **options) for x in vectors
@@ -82,7 +83,7 @@ def diff_rows(pair: Pair, moved: Sequence[Moved], sampling: Sampling) -> Iterato
                 "token": m.one.tokens[0],
                 "role": m.one.roles[0],
                 "cosine": m.cosine,
-                "norm_ratio": float(norms[1][i] / norms[0][i]),
+                "norm_ratio": float(ratios[i]),
                 "explanation": said[0][i],
                 "other": said[1][i],
             }

@@ -237,7 +237,7 @@ def measured(
 
 def note_sinks(pair: Pair, activations: Activations, rows: range, vectors: np.ndarray) -> None:
     """Says which activations are far longer than those that the pair was trained on, where its sidecar has their norm."""
-    for row, times in zip(rows, relative_norms(vectors, pair) if usual_norms(pair) else ()):
+    for row, times in zip(rows, relative_norms(vectors, pair, len(pair.sidecar.layers)) if usual_norms(pair) else ()):
         if times > SINK:
             note(
                 f"The activation of {activations.tokens[row]!r} (position {activations.positions[row]} of "
@@ -255,10 +255,10 @@ def usual_norms(pair: Pair) -> list[float]:
     return [float(x) for x in found] if good else []
 
 
-def relative_norms(vectors: Float[np.ndarray, "n ..."], pair: Pair | None) -> list[float]:
+def relative_norms(vectors: Float[np.ndarray, "n ..."], pair: Pair | None, layers: int) -> list[float]:
     """The lengths of activations as multiples of the median one, of several layers the largest multiple: of the pair's
     training where its sidecar says that, else of these."""
-    found = lengths(vectors, len(pair.sidecar.layers) if pair else 1)
+    found = lengths(vectors, layers)
     return (found / ((pair and usual_norms(pair)) or np.median(found, axis=0))).max(1).tolist()
 
 

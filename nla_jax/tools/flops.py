@@ -147,7 +147,9 @@ def verbalizer_flops(av: Verbalizer, activations: int, group: int, response: int
 def reconstructor_flops(ar: Reconstructor, rows: int, length: int) -> Flops:
     """The AR on inputs of `length` tokens, whose prefix runs once; its linear head reads one token a row."""
     c, prefix = ar.model.config, len(ar.prefix)
-    return blocks(c, [(1, prefix, 0), (rows, length - prefix, prefix)], ar.lora) + Flops(trained=2 * c.width**2 * rows)
+    return blocks(c, [(1, prefix, 0), (rows, length - prefix, prefix)], ar.lora) + Flops(
+        trained=2 * c.width * ar.width * rows
+    )
 
 
 def weight_bytes(c: TransformerConfig, lora: Lora | None = None, vocabulary: bool = True) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from nla_jax.config import Evaluate, Extract
 from nla_jax.data.activations import Activations
 from nla_jax.data.corpus import Document, document_of
+from nla_jax.fve import joined
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import write_table
 from nla_jax.pair import Pair
@@ -54,7 +55,8 @@ class PairContext(Context):
     provider: Provider | None = None
 
     def __post_init__(self):
-        self.vectors = np.asarray(self.activations.vectors)
+        layers = len(self.pair.sidecar.layers)
+        self.vectors = joined(np.asarray(self.activations.vectors), layers).astype(np.float32, copy=False)
         self.documents = [document_of(id) for id in self.activations.doc_ids]
         s = self.sampling
         self.seed, self.max_new_tokens, self.batch = s.seed, s.max_new_tokens, s.batch

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nla_jax.io.hub import push, reserve
     from nla_jax.pair import open_pair
     from nla_jax.runtime.errors import InputError
+    from nla_jax.runtime.notes import note
     from nla_jax.tools.claims import file_beside
     from nla_jax.tools.model_card import model_card
 
@@ -44,7 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.adapters and not (pair.verbalizer.lora or pair.reconstructor.lora):
         raise InputError(f"{folder} holds no LoRA adapters, only whole models; leave out --adapters.")
     with new_folder(out) as scratch:
-        if workdir:
+        if workdir and pair.sidecar.earlier_layers:
+            note(
+                "The datasets are not written: the reference's form holds activations of one layer, these are of several."
+            )
+        elif workdir:
             export_datasets(workdir, scratch / "datasets", pair.sidecar)
         (pair if arguments.adapters else pair.merged()).save(scratch, arguments.dtype)
         if learned := file_beside(folder):  # how sure one may be of its claims

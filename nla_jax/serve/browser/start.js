@@ -66,8 +66,8 @@ function fromAddress() {
 }
 
 function start() {
-  const after = (layer) => (Number.isInteger(layer) ? ` after block ${layer}` : "");
-  byId("pairs").textContent = state.pairs.map(({ name, subject, layer }) => `${name}${subject && `: ${subject}`}${after(layer)}`).join(" · ");
+  const after = (blocks) => (blocks ? ` after block ${blocks}` : "");
+  byId("pairs").textContent = state.pairs.map(({ name, subject, blocks }) => `${name}${subject && `: ${subject}`}${after(blocks)}`).join(" · ");
   startStrip();
   startReading();
   startKeep();
