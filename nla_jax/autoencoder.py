@@ -20,14 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from nla_jax.fve import normalise
 from nla_jax.models.lora import Lora
-from nla_jax.models.transformer import (
-    KeyValues,
-    Transformer,
-    TransformerConfig,
-    abstract_params,
-    between,
-    truncate,
-)
+from nla_jax.models.transformer import KeyValues, Transformer, TransformerConfig, abstract_params, truncate
 from nla_jax.runtime.errors import InputError
 
 
@@ -37,13 +30,12 @@ def residual(
     """The residual stream after the last block of `model` (a subject truncated to K+1 blocks: after block K), float32.
 
     With `earlier` blocks, ascending: the streams after each of them and after the last one, side by side."""
-    x, streams, start = model.apply({"params": params}, tokens, method="embed"), [], 0
-    for block in (*earlier, model.config.layers - 1):
-        config, blocks = between(model.config, params, start, block + 1)
-        (x,), _ = Transformer(config).apply({"params": blocks}, [x])
-        streams.append(x.astype(jnp.float32))
-        start = block + 1
-    return jnp.concatenate(streams, -1)
+    x = model.apply({"params": params}, tokens, method="embed")
+    if not earlier:
+        (hidden,), _ = model.apply({"params": params}, [x])
+        return hidden.astype(jnp.float32)
+    streams = model.apply({"params": params}, x, (*earlier, model.config.layers - 1), method="after_blocks")
+    return jnp.concatenate(list(streams.astype(jnp.float32)), -1)
 
 
 def replace(

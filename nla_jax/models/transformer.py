@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from nla_jax.models.attention import MASKED, SAVED, Queries, Segment, attend, causal_mask, soft_cap
@@ -117,6 +118,19 @@ class Context(NamedTuple):
     slot: int | Index
 
 
+@struct.dataclass
+class Kept:
+    """The streams `[n, B, T, D]` after n of the blocks, as far as these have run."""
+
+    blocks: Int[Array, "n"]
+    streams: Float[Array, "n B T D"]
+
+    def record(self, x: Float[Array, "B T D"], block: Index) -> "Kept":
+        """With the stream `x` after a block, where it is one of these."""
+        here = (self.blocks == block)[:, None, None, None]
+        return self.replace(streams=jnp.where(here, x.astype(self.streams.dtype), self.streams))
+
+
 class Block(nn.Module):
     """One pre-norm block."""
 
@@ -126,13 +140,13 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple, past: list[KeyValues], layer: Index | None, kind: Index, context: Context, edit: Edit | None
     ) -> tuple[tuple, list[KeyValues] | None]:
-        """`carry`: the `Streams` and, when decoding, the cache (`KeyValues`): of all layers, or of this one if `layer`
-        is None. (In the carry of a scan a cache is updated in place; as its input and output it would exist twice.)
+        """`carry`: the `Streams`; when decoding, the cache (`KeyValues`): of all layers, or of this one if `layer` is None
+        (in the carry of a scan it is updated in place; as its input and output it would exist twice); and what is `Kept`.
         `past`: of this layer. `kind`: 0 global, 1 local. `edit`: changes the streams after the block.
 
         Returns the new carry, and without a cache the keys and values of each part."""
         c, maps = self.config, projections(self.config)
-        parts, cache = carry
+        parts, cache, kept = carry
         norm = lambda name, axis="embed": RMSNorm(c.norm_eps, axis, c.norm_offset, name=name)
         dense = lambda name: Dense(maps[name], c.dtype, c.decoding, name=name)
         cut = lambda parts: [cut_batch(x, rules=c.rules) for x in parts]
@@ -165,7 +179,9 @@ class Block(nn.Module):
             parts = [x + y for x, y in zip(parts, ys)]
         if edit is not None:
             parts = edit(parts, layer)
-        return (cut(parts), cache), own if cache is None else None
+        if kept is not None:
+            kept = kept.record(parts[0], layer)
+        return (cut(parts), cache, kept), own if cache is None else None
 
     def _attend(self, q: Queries, segments: list[Segment], kind: Index) -> Queries:
         c = self.config
@@ -239,8 +255,17 @@ class Transformer(nn.Module):
             own, real = [mask & real[:, None] for mask in own], None
         positions = [start + sum(lengths[:i]) + jnp.arange(length) for i, length in enumerate(lengths)]
         context = self._context(past, start, own, positions, 0, real)
-        (streams, _), kv = self._run((list(parts), None), past, context, edit)
+        (streams, *_), kv = self._run((list(parts), None, None), past, context, edit)
         return streams, kv
+
+    def after_blocks(self, x: Float[Array, "B T D"], blocks: tuple[int, ...]) -> Float[Array, "n B T D"]:
+        """The residual streams of embeddings at positions 0 … after each of some blocks. (Running the blocks up to each
+        one in turn would copy their weights out of the stack.)"""
+        length = x.shape[1]
+        context = self._context((), 0, [causal_mask(length)], [jnp.arange(length)], 0)
+        kept = Kept(jnp.asarray(blocks), jnp.zeros((len(blocks), *x.shape), x.dtype))
+        (*_, kept), _ = self._run(([x], None, kept), (), context, None)
+        return kept.streams
 
     def decode(
         self,
@@ -259,7 +284,7 @@ class Transformer(nn.Module):
         length = jax.tree.leaves(cache)[0].shape[-2]
         own = (jnp.arange(length) <= index)[None, None]
         context = self._context(past, start, [own], [(start + index)[None]], index, real)
-        ((x,), cache), _ = self._run(([x], cache), past, context, None)
+        ((x,), cache, _), _ = self._run(([x], cache, None), past, context, None)
         return x, cache
 
     def _context(
@@ -299,7 +324,7 @@ class Transformer(nn.Module):
 
         Without a cache the stack is read where there is one, which is the smaller program. A single part in 16 bits is
         the exception: called apart, its blocks pass on a stream that XLA's CPU backend keeps in float32."""
-        c, (parts, cache) = self.config, carry
+        c, (parts, cache, kept) = self.config, carry
         kinds, layers = np.array(c.local or (False,) * c.layers, np.int32), self.get_variable("params", "layers")
         if not layers or (cache is None and jnp.dtype(c.dtype).itemsize > 2):
             return self.blocks(carry, list(past), jnp.arange(c.layers), jnp.asarray(kinds), context, edit)
@@ -312,10 +337,10 @@ class Transformer(nn.Module):
         for i, (params, kind) in enumerate(zip(layers, kinds, strict=True)):
             kv = [KeyValues(k[i], v[i]) for k, v in past]
             at, own = (np.int32(i), None) if cache is None else (None, KeyValues(cache.k[i], cache.v[i]))
-            (parts, own), read = block({"params": params}, (parts, own), kv, at, kind, context, edit)
+            (parts, own, kept), read = block({"params": params}, (parts, own, kept), kv, at, kind, context, edit)
             new.append(read if cache is None else [own])
         of_parts = [KeyValues(*zip(*of_layers)) for of_layers in zip(*new)]
-        return ((parts, None), of_parts) if cache is None else ((parts, of_parts[0]), None)
+        return ((parts, None, kept), of_parts) if cache is None else ((parts, of_parts[0], None), None)
 
     def _scan_halves(self, block: Callable, parts: Streams, past: Sequence[KeyValues], kinds, context, edit) -> tuple:
         """`_run` of `block` over the stacked layers in 16 bits. A scan that has the stack as its input would do the
@@ -327,11 +352,11 @@ class Transformer(nn.Module):
         def step(parts: Streams, layer: tuple) -> tuple[Streams, list[KeyValues]]:
             i, kind, kv = layer
             params = jax.tree.map(lambda x: moved(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x), stack)
-            (parts, _), read = block({"params": params}, (parts, None), kv, i, kind, context, edit)
+            (parts, *_), read = block({"params": params}, (parts, None, None), kv, i, kind, context, edit)
             return parts, read
 
         parts, of_parts = jax.lax.scan(step, parts, (jnp.arange(len(kinds)), jnp.asarray(kinds), past))
-        return (parts, None), of_parts
+        return (parts, None, None), of_parts
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Final norm and output head; float32. Rows of the head that pad the vocabulary get no probability."""
