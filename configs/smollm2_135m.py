@@ -5,7 +5,8 @@
     python experiments/smollm2/make_corpus.py --model runs/smollm2/model --out runs/smollm2/corpus.jsonl
     nla quickstart --config configs/smollm2_135m.py --workdir runs/smollm2/study
 
-Two CPU cores take a working day; `smollm2_135m.py:gpu` is the same study on one GPU, `:tenth` a tenth of it, `:tiny` a test's size. With a hub:
+Two CPU cores take a working day; `smollm2_135m.py:gpu` is the same study on one GPU, `:tenth` a tenth of it, `:tiny`
+a test's size. With a hub:
 --config.subject.path=HuggingFaceTB/SmolLM2-135M-Instruct. Expected: experiments/smollm2/README.md.
 """
 

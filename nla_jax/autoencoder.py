@@ -34,7 +34,7 @@ def residual(
     if not earlier:
         (hidden,), _ = model.apply({"params": params}, [x])
         return hidden.astype(jnp.float32)
-    streams = model.apply({"params": params}, x, (*earlier, model.config.layers - 1), method="after_blocks")
+    streams = model.apply({"params": params}, x, (*earlier, model.config.layers - 1), method="streams_after")
     return jnp.concatenate(list(streams.astype(jnp.float32)), -1)
 
 

@@ -199,15 +199,15 @@ class Sidecar:
             note(
                 f"The AV's sidecar says that it was made from {self.base_checkpoint}, the AR's says {other.base_checkpoint}."
             )
-        if self.earlier_layers and self.earlier_layers[-1] >= other.layer:
-            raise InputError(
-                f"{ar}: extraction.earlier_layers is {list(self.earlier_layers)}, expected blocks before the layer {other.layer}."
-            )
         for field, (a, b) in facts.items():
             if a is not None and a != b:
                 raise InputError(
                     f"{av} and {ar} are not a pair: {field} is {reprlib.repr(a)} in one and {reprlib.repr(b)} in the other."
                 )
+        if self.earlier_layers and self.earlier_layers[-1] >= other.layer:
+            raise InputError(
+                f"{av}: extraction.earlier_layers is {list(self.earlier_layers)}, expected blocks before the layer {other.layer}."
+            )
         return dataclasses.replace(
             self,
             layer=other.layer,
@@ -235,7 +235,8 @@ class Sidecar:
         if self.ids and (changed := [name for name in ("special_tokens", "thinking") if name in given]):
             raise InputError(f"{av} records the ids of its prompts, which {changed[0]} does not change; leave it out.")
         sidecar = dataclasses.replace(self, guessed=(), **given)
-        if sidecar.earlier_layers and sidecar.injection_scale is None:
+        replaced = any(x.function is replace for x in sidecar.injections or ())
+        if sidecar.earlier_layers and sidecar.injection_scale is None and replaced:
             raise InputError(
                 f"{av} reads several layers, which enter the prompt at one length; give an injection_scale."
             )

@@ -184,7 +184,7 @@ def fake_data(steps: int = 300, seed: int = 0) -> dict:
     return {
         "title": "quickstart",
         "subject": "byte-docs-6l",
-        "layers": (3,),
+        "place": "after block 3",
         "created": "drawn 2026-11-22 16:00 with nla_jax 0.2.0",
         "state": "",
         "run": {"seed": 3, "nla_jax": "0.2.0", "jax": "0.10.2", "commit": None, "devices": "2 × cpu"},

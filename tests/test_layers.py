@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import LOOP, SENTENCES, TINY, close, nla_main, one_sentence, weigh
 from transformers import AutoModelForCausalLM
 
 import nla_jax as nla
-from nla_jax.autoencoder import Injection, autoencoder
+from nla_jax.autoencoder import Injection, autoencoder, residual
 from nla_jax.cli import main
 from nla_jax.config import read
 from nla_jax.data.rows import Rows, load_rows
@@ -19,6 +20,9 @@ from nla_jax.fve import joined, lengths, mse, normalise, row_fve, variance
 from nla_jax.io.folders import read_config
 from nla_jax.io.parquet import write_table
 from nla_jax.labels.extractive import Extractive
+from nla_jax.models.sharding import host_mesh, make_mesh
+from nla_jax.models.transformer import Transformer, truncate
+from nla_jax.models.views import with_layers
 from nla_jax.pair import new_pair
 from nla_jax.probes.evidence import evidence
 from nla_jax.prompts import find_marker
@@ -68,6 +72,33 @@ def test_the_streams_are_those_of_torch(subject, acts, subject_folder):
         np.testing.assert_allclose(acts.vectors[i], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    "changes, tolerance",
+    [
+        ({}, 1e-6),
+        ({"remat": "nothing_saveable"}, 1e-6),
+        ({"window": 3, "local": (True, False, True)}, 1e-6),
+        ({"dtype": jnp.bfloat16}, 2e-2),
+    ],
+)
+def test_streams_are_those_of_the_blocks_up_to_each(params, changes, tolerance):
+    """By a model cut there, with parameters stacked and (as CPUs read them) apart."""
+    config = dataclasses.replace(TINY, **changes)
+    tokens = np.random.default_rng(0).integers(4, config.vocab_size, (3, 20)).astype(np.int32)
+    whole = jax.tree.map(jnp.asarray, truncate(params, 3))
+    for given in (whole, with_layers(whole)):
+        found = np.split(residual(Transformer(config), given, tokens, (0, 1)), 3, axis=-1)
+        for i, stream in enumerate(found):
+            expected = np.asarray(residual(Transformer(config.truncated(i + 1)), truncate(params, i + 1), tokens))
+            np.testing.assert_allclose(stream, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_on_a_mesh_they_are_the_same(subject_folder, acts):
+    many = nla.load_subject(subject_folder, 2, mesh=host_mesh(make_mesh(2, 2, 2)), earlier=(0,))
+    found = nla.extract(many, SENTENCES, positions=[-3, -1]).vectors
+    np.testing.assert_allclose(found, acts.vectors, rtol=0, atol=1e-5 * np.abs(acts.vectors).max())
+
+
 def test_each_layer_counts_the_same(acts):
     """`joined` brings each layer to length sqrt(D), whatever its own; the score is then the mean of the layers'."""
     raw = acts.vectors.astype(np.float64) * np.repeat([1.0, 50.0], TINY.width)
@@ -111,7 +142,7 @@ def test_a_saved_pair_says_its_layers(several, acts, tmp_path):
     several.save(tmp_path / "pair")
     again = nla.load_pair(tmp_path / "pair")
     assert (
-        again.sidecar.layers == (0, 2) and "the layers 0 and 2" in repr(again) and "after block 0 and 2" in repr(acts)
+        again.sidecar.layers == (0, 2) and "the layers 0 and 2" in repr(again) and "after blocks 0 and 2" in repr(acts)
     )
     close(again.reconstructor_params, several.reconstructor_params, 0)
     assert again.verbalize(acts, 12, 0.0) == several.verbalize(acts, 12, 0.0) == again.verbalize(acts.vectors, 12, 0.0)
@@ -201,7 +232,7 @@ def test_a_sink_at_one_layer_is_said(acts, tmp_path, capsys):
     rows = load_rows(tmp_path, "rl")
     np.testing.assert_allclose(np.linalg.norm(rows.vectors, axis=1), (2 * TINY.width) ** 0.5, rtol=1e-5)
     np.testing.assert_allclose(rows.vectors, joined(vectors, 2), rtol=1e-5, atol=1e-6)
-    assert say_sinks([rows], 2, (0,)) == 1 and "after block 0 and 2 are attention sinks" in capsys.readouterr().err
+    assert say_sinks([rows], 2, (0,)) == 1 and "after blocks 0 and 2 are attention sinks" in capsys.readouterr().err
     some = Rows(rows.vectors[[1, 3]], rows.shards, np.array([1, 3]))
     expected = np.linalg.norm(vectors.reshape(-1, 2, TINY.width)[[1, 3]], axis=-1)
     np.testing.assert_allclose(some.lengths(2), expected, rtol=1e-6)
@@ -235,7 +266,7 @@ def test_a_study_of_two_layers(corpus, tmp_path, capsys):
     assert variance(np.asarray(rows.vectors, np.float64)) == pytest.approx(apart, rel=1e-9)
     assert {"fve_rl", "fve_layer_0", "fve_layer_2"} <= scores.keys()
     assert scores["patch_recovery_h"] == pytest.approx(1, abs=1e-3)
-    assert "after block 0 and 2" in (workdir / "report.html").read_text()
+    assert "after blocks 0 and 2" in (workdir / "report.html").read_text()
     sidecar = nla.load_pair(workdir / "pair").sidecar
     assert sidecar.layers == (0, 2) and len(sidecar.provenance["activation_norm"]) == 2
     capsys.readouterr()
@@ -245,7 +276,7 @@ def test_a_study_of_two_layers(corpus, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["token"] == "."
     assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 0
     assert "The datasets are not written" in capsys.readouterr().err and not (tmp_path / "out/datasets").exists()
-    assert "after block 0 and 2" in (tmp_path / "out/README.md").read_text()
+    assert "after blocks 0 and 2" in (tmp_path / "out/README.md").read_text()
     assert nla.load_pair(tmp_path / "out").sidecar.layers == (0, 2)
     before = weights(workdir)
     for stage in LOOP[LOOP.index("rl") :]:

@@ -336,6 +336,9 @@ def test_claims_are_read_and_checked():
     assert right == {"passage": True, "position": True, "last words": True, "last word": True}
     wrong = {claim["kind"]: claim["true"] for claim in claims_of(label_one(context), "def f(x):\n    return x")}
     assert set(wrong.values()) == {False}
+    named = "Prose. Next surely a blank. It ends with -ft of left: … is left"
+    told = lambda token: [claim["true"] for claim in claims_of(named, TEXT, token) if claim["kind"] == "last token"]
+    assert [told("ft"), told(" left"), told("")] == [[True], [False], [None]]
     behaviour = 'Prose. Next perhaps "over", "." or a line break. It ends: … only bread is left'
     found = [(claim["kind"], claim["value"], claim["true"]) for claim in claims_of(behaviour, context)]
     assert ("last words", "only bread is left", True) in found and ("last word", "left", True) in found

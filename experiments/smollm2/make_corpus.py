@@ -67,8 +67,10 @@ def main() -> None:
     texts = choose(arguments.documents, arguments.seed, arguments.data_dir)
     questions = [question(id, text, arguments.seed) for id, text in texts]
     answers = answer(arguments.model, questions, arguments.max_new_tokens, arguments.seed)
+    entries = list(enumerate(zip(texts, questions, answers)))
     with replacing(arguments.out) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        for number, ((id, text), asked, said) in enumerate(zip(texts, questions, answers)):
+        for i in np.random.default_rng(arguments.seed).permutation(len(entries)):  # the first of them are of every kind
+            number, ((id, text), asked, said) = entries[i]
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
             for entry in ({"id": id, "text": text}, {"id": f"{document_of(id)}#{10_000 + number}", "messages": turns}):
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -44,7 +44,7 @@ class Activations:
         return None if self.layer is None else (*self.earlier, self.layer)
 
     def __repr__(self) -> str:
-        place = "" if self.layers is None else f" after block {' and '.join(map(str, self.layers))}"
+        place = "" if self.layers is None else f" {after_blocks(self.layers)}"
         return f"Activations({len(self)} of width {self.vectors.shape[-1]}{place})"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -125,6 +125,12 @@ class Activations:
             layer=max(layers)[-1] if layers else None,
             earlier=max(layers)[:-1] if layers else (),
         )
+
+
+def after_blocks(layers: Sequence[int]) -> str:
+    """Where activations are read: "after block 2", "after blocks 0 and 2"."""
+    *others, last = layers
+    return f"after blocks {', '.join(map(str, others))} and {last}" if others else f"after block {last}"
 
 
 def in_words(layers: Sequence[int]) -> str:

@@ -203,14 +203,15 @@ class WordsFirst(Extractive):
 
 def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
     """A reader for `rl.reader`: the texts up to the ellipsis before the last words, and without the last word where it is
-    named before them or at the beginning, so that quoting these there earns nothing. A verbalizer that is trained long enough quotes them
-    behind another sign (experiments/levers)."""
+    named before them or at the beginning, so that quoting these there earns nothing. A verbalizer that is trained long
+    enough quotes them behind another sign (experiments/levers)."""
     return [re.sub(r":? ?….*", "", NAMED_FIRST.sub("", NAMED.sub(r"\1", text)), flags=re.DOTALL) for text in texts]
 
 
 def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
     """A feature for `rl.features`: `truth`, the share of a text's claims that hold for its row, `[B]`; 0 where it makes
-    none. The texts are read as `Extractive` writes them. A reward can so pay for truth what a reconstruction does not (`objective.truthful`)."""
+    none. The texts are read as `Extractive` writes them. A reward can so pay for truth what a reconstruction does not
+    (`objective.truthful`)."""
     labeller = Extractive()
     ends = [(row["text"], row.get("token", "")) for row in rows]
     found = {end: describe(*end) for end in set(ends)}

@@ -125,10 +125,10 @@ class Kept:
     blocks: Int[Array, "n"]
     streams: Float[Array, "n B T D"]
 
-    def record(self, x: Float[Array, "B T D"], block: Index) -> "Kept":
-        """With the stream `x` after a block, where it is one of these."""
-        here = (self.blocks == block)[:, None, None, None]
-        return self.replace(streams=jnp.where(here, x.astype(self.streams.dtype), self.streams))
+    def record(self, cut: Callable[[Streams], Streams], x: Float[Array, "B T D"], block: Index) -> "Kept":
+        """With the stream `x` after a block, where it is one of these. `cut`: lays streams out over the devices."""
+        new = [jnp.where(here, x, old) for here, old in zip(self.blocks == block, self.streams)]
+        return self.replace(streams=jnp.stack(cut(new)))
 
 
 class Block(nn.Module):
@@ -179,9 +179,10 @@ class Block(nn.Module):
             parts = [x + y for x, y in zip(parts, ys)]
         if edit is not None:
             parts = edit(parts, layer)
+        parts = cut(parts)
         if kept is not None:
-            kept = kept.record(parts[0], layer)
-        return (cut(parts), cache, kept), own if cache is None else None
+            kept = kept.record(cut, parts[0], layer)
+        return (parts, cache, kept), own if cache is None else None
 
     def _attend(self, q: Queries, segments: list[Segment], kind: Index) -> Queries:
         c = self.config
@@ -258,7 +259,7 @@ class Transformer(nn.Module):
         (streams, *_), kv = self._run((list(parts), None, None), past, context, edit)
         return streams, kv
 
-    def after_blocks(self, x: Float[Array, "B T D"], blocks: tuple[int, ...]) -> Float[Array, "n B T D"]:
+    def streams_after(self, x: Float[Array, "B T D"], blocks: tuple[int, ...]) -> Float[Array, "n B T D"]:
         """The residual streams of embeddings at positions 0 … after each of some blocks. (Running the blocks up to each
         one in turn would copy their weights out of the stack.)"""
         length = x.shape[1]

@@ -20,7 +20,8 @@ def read(explanation: str) -> tuple[Behaviour | Extractive, list[Claim]]:
 def claims_of(explanation: str, context: str, token: str = "") -> list[dict]:
     """The claims of an explanation of the last token of a text: `kind, value, true`.
 
-    `true` is None where it is not checked: what the subject expects next."""
+    `true` is None where it is not checked: what only the whole subject can say (what it expects next), and what stands
+    beside that in such an explanation, but for its last words and last token."""
     labeller, claims = read(explanation)
     if labeller is EXPECTING:
         ends = last_words(TAGS.sub(" ", context[-WINDOW:]), EXPECTING.words, EXPECTING.characters)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nla_jax.data.activations import Activations
+from nla_jax.data.activations import Activations, after_blocks
 from nla_jax.data.chats import Messages, chat_tokens, checked
 from nla_jax.io.pairs import place_of
 from nla_jax.labels.extractive import WINDOW
@@ -51,7 +51,7 @@ class Served:
         """What the page says of the pair."""
         sidecar = self.pair.sidecar
         subject = "/".join(sidecar.base_checkpoint.rstrip("/").split("/")[-2:])  # a hub id, or the end of a path
-        facts = {"name": self.name, "subject": subject, "blocks": " and ".join(map(str, sidecar.layers))}
+        facts = {"name": self.name, "subject": subject, "place": after_blocks(sidecar.layers)}
         chat = self.subject is not None and self.subject.tokenizer.chat_template is not None
         can = {"fve": training_variance(self.pair) is not None, "chat": chat, "nearest": self.training is not None}
         how = self.claims

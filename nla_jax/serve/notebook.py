@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_jax.data.activations import Activations, in_words
+from nla_jax.data.activations import Activations, after_blocks, in_words
 from nla_jax.data.chats import Messages
 from nla_jax.io.files import replacing
 from nla_jax.pair import Pair
@@ -73,7 +73,7 @@ def of_activations(acts: Activations, pair: Pair | None, batch: int) -> Shown:
     silent = {
         "name": "Activations",
         "subject": "",
-        "blocks": " and ".join(map(str, acts.layers or ())),
+        "place": after_blocks(acts.layers) if acts.layers else "",
         "silent": True,
     }
     return Shown(page({"pairs": [silent], "document": document.shown, "saved": "in a notebook"}))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nla_jax.data.activations import after_blocks
 from nla_jax.data.chats import chat_tokens
 from nla_jax.data.corpus import Document
 from nla_jax.data.dataset_sidecar import Origin, sidecar_content
@@ -109,7 +110,7 @@ def say_sinks(splits: Sequence[Rows], layer: int, earlier: Sequence[int] = ()) -
         positions = np.concatenate([np.asarray(rows.column("n_raw_tokens")) - 1 for rows in splits])[sinks]
         places = [f"{place} ({count})" for place, count in collections.Counter(positions.tolist()).most_common(5)]
         print(
-            f"extract: {sinks.sum()} of {len(sinks)} activations after block {' and '.join(map(str, (*earlier, layer)))} are attention sinks, longer than {SINK:g} "
+            f"extract: {sinks.sum()} of {len(sinks)} activations {after_blocks((*earlier, layer))} are attention sinks, longer than {SINK:g} "
             f"times the median, most often at the positions {', '.join(places)}; a higher extract.min_position leaves out "
             f"first tokens.",
             file=sys.stderr,

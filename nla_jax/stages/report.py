@@ -8,6 +8,7 @@ import json
 import shlex
 
 from nla_jax.config import Config
+from nla_jax.data.activations import after_blocks
 from nla_jax.io.files import is_folder, path_to
 from nla_jax.io.folders import read_config
 from nla_jax.runtime.environment import VERSION
@@ -63,7 +64,7 @@ def gather(run: Run, evaluated: dict, state: str = "") -> Report:
     return Report(
         title=run.config.report.title,
         subject=str(run.subject_folder),
-        layers=(*run.config.subject.earlier_layers, run.config.subject.layer),
+        place=after_blocks((*run.config.subject.earlier_layers, run.config.subject.layer)),
         created=f"drawn {datetime.datetime.now():%Y-%m-%d %H:%M} with nla_jax {VERSION}",
         state=state,
         run={"seed": run.config.seed} | {k: v for k, v in newest.items() if k not in ("command", "date", "seconds")},

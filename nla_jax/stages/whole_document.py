@@ -97,7 +97,10 @@ def activations_of(context: Any, id: str) -> Activations:
         raise InputError(f"The corpus does not hold the document {id!r} as it was any more.")
     layers = len(found.layers)
     heldout = lengths(context.vectors, 1) if layers == 1 else context.rows.lengths(layers)
-    return found[(lengths(found.vectors, layers) <= SINK * np.median(heldout, axis=0)).all(1)]
+    ordinary = (lengths(found.vectors, layers) <= SINK * np.median(heldout, axis=0)).all(1)
+    if not ordinary.any():
+        raise InputError(f"All activations of the document {id!r} are attention sinks.")
+    return found[ordinary]
 
 
 def tokens_read(c: Extract) -> Extract:

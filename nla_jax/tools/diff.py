@@ -66,7 +66,8 @@ def most_moved(
 def diff_rows(pair: Pair, moved: Sequence[Moved], sampling: Sampling) -> Iterator[list[dict]]:
     """For each batch of tokens its rows: `document, position, token, role, cosine, norm_ratio, explanation, other`.
 
-    `norm_ratio`: the other activation's length by this one's, of several layers the mean. `other`: what the pair says of the other's activation."""
+    `norm_ratio`: the other activation's length by this one's, of several layers the mean. `other`: what the pair says of
+    the other's activation."""
     for start in range(0, len(moved), sampling.batch):
         part = moved[start : start + sampling.batch]
         vectors = [np.concatenate([getattr(m, side).vectors for m in part]) for side in ("one", "other")]

@@ -2,6 +2,7 @@
 
 import json
 
+from nla_jax.data.activations import after_blocks
 from nla_jax.io.files import AnyPath, path_to
 from nla_jax.runtime.environment import versions
 from nla_jax.runtime.notes import note
@@ -29,12 +30,11 @@ def model_card(name: str, sidecar: Sidecar, workdir: AnyPath | None = None) -> s
     )  # a path on this machine says nothing to others
     facts = ["library_name: nla_jax", *[f"base_model: {subject}"] * on_hub, "tags:", "- nla", "- interpretability"]
     made = ", ".join(f"{package} {version}" for package, version in versions().items())
-    blocks = " and ".join(map(str, sidecar.layers))
     earlier = f", earlier={sidecar.earlier_layers}" if sidecar.earlier_layers else ""
     parts = [
         "\n".join(["---", *facts, "---"]),
         f"# {name}",
-        f"A natural language autoencoder for the residual stream of `{subject}` after block {blocks} (width "
+        f"A natural language autoencoder for the residual stream of `{subject}` {after_blocks(sidecar.layers)} (width "
         f"{sidecar.d_model}). The verbalizer in `av` writes what an activation says, and the reconstructor in `ar` turns "
         f"the text back into the activation.",
         f'```python\nimport nla_jax as nla\n\npair = nla.load_pair("{name}")\nsubject = nla.load_subject("{subject}", '

@@ -134,9 +134,8 @@ def bytes_written(study: "Study", documents: int, pretrains: bool) -> dict[str, 
     c, size = study.config, lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nn.unbox(tree)))
     model = study.verbalizer.model.config
     av, ar = study.boxed
-    row = (
-        2 * 4 * study.reconstructor.width + 4 * c.extract.max_tokens
-    )  # vector; text and ids of half a document on average
+    # Of a row: the vector; text and ids of half a document on average.
+    row = 2 * 4 * study.reconstructor.width + 4 * c.extract.max_tokens
     copies = c.checkpoints.keep + 1
     kept = lambda steps: copies + (steps // c.checkpoints.keep_every if c.checkpoints.keep_every else 0)
     loops = {

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is exported, and where to."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pair", help="folder with av/ and ar/: writes OUT/av and OUT/ar")
-    source.add_argument("--workdir", help="a run: writes its pair, and its datasets to OUT/datasets")
+    source.add_argument("--workdir", help="a run: writes its pair, and its datasets (of one layer) to OUT/datasets")
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: that of the files)"

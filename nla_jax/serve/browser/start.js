@@ -66,8 +66,7 @@ function fromAddress() {
 }
 
 function start() {
-  const after = (blocks) => (blocks ? ` after block ${blocks}` : "");
-  byId("pairs").textContent = state.pairs.map(({ name, subject, blocks }) => `${name}${subject && `: ${subject}`}${after(blocks)}`).join(" · ");
+  byId("pairs").textContent = state.pairs.map(({ name, subject, place }) => `${name}${subject && `: ${subject}`}${place && ` ${place}`}`).join(" · ");
   startStrip();
   startReading();
   startKeep();

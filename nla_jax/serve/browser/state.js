@@ -16,7 +16,7 @@ const COMPUTED = { // of each pair, by row
 const SILENT = held.pairs.every(({ silent }) => silent); // activations alone, which nobody explains
 const nothing = () => held.pairs.map(() => ({}));
 const state = {
-  pairs: held.pairs, // name, subject, layer, limit; fve (is it known?), chat (does the subject read one?), nearest, silent;
+  pairs: held.pairs, // name, subject, place, limit; fve (is it known?), chat (does the subject read one?), nearest, silent;
   // confidence: samples, about (what it is, in words) and whether it was fitted; null where nobody asks
   content: held.content ?? null, // {text} or {messages}
   document: held.document ?? null, // id; tokens, roles, and for each pair norms and sinks, by row

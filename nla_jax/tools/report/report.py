@@ -19,7 +19,7 @@ class Report:
 
     title: str
     subject: str
-    layers: tuple[int, ...]
+    place: str  # of the activations: "after block 2"
     created: str  # when and with which version the page was drawn
     state: str  # of a run that is not evaluated yet: how far it is; of one that ended early: why; else ""
     run: Mapping[str, Any]  # seed, versions, devices
