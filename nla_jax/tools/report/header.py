@@ -25,7 +25,7 @@ def header(report: Report) -> str:
     words = fve_in_words(report) if lead in HEADLINES else ""
     return (
         f'<header><h1>{escape(report.title)}</h1><p class="meta">Subject {breakable(report.subject)} · residual stream '
-        f"{report.place} · {escape(report.created)}</p>{state}{alert(report)}"
+        f"{escape(report.place)} · {escape(report.created)}</p>{state}{alert(report)}"
         f'<div class="columns lead"><div>{headline(report, lead)}{words}</div>{scale(report)}</div></header>'
     )
 
