@@ -168,10 +168,9 @@ STEADY = {  # RL ends where two rounds of probes find fewer true claims, and kee
     "rl": {"probe_every": 9, "keep_best": {"fve_rl_frozen": 1, "true_after_rl": 1}},
     "watchdog": {"max_fall": {"true_after_rl": 0.05}},
 }
-FRONT = {  # the first tokens say most: labels begin with the last word, and the AR reads half of the texts cut anywhere
+FRONT = {  # the first tokens say most: labels begin with the last word, and the AR reads half of them cut anywhere
     "label": {"labeller": "nla_jax.labels.extractive:WordsFirst"},
     "sft": {"reader": "nla_jax.objective:prefix_or_whole", "ar": {"steps": 3000, "optimizer": {"lr": 3e-3}}},
-    "rl": {"reader": "nla_jax.objective:prefix_or_whole"},
 }
 LAYERS = {  # one pair for the activations of two blocks
     "subject": {"earlier_layers": (0,)},
