@@ -217,7 +217,8 @@ def test_optimizers_take_settings_that_the_config_leaves_out():
 def test_every_lever_is_a_study_that_differs_from_the_quickstart(variant):
     c, quickstart = config("quickstart", variant), config("quickstart")
     check_functions(c, ["label", "sft", "rl"])
-    assert (c.rl.reward, c.rl.reader) != (quickstart.rl.reward, quickstart.rl.reader)
+    objective = lambda config: (config.rl.reward, config.rl.reader, config.sft.reader)
+    assert objective(c) != objective(quickstart)
 
 
 def test_stories_are_the_quickstart_with_longer_texts(tokenizer):

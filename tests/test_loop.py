@@ -202,6 +202,7 @@ def sources(folder: Path, splits=SPLITS) -> list[str]:
 
 
 @pytest.mark.whole_run
+@pytest.mark.slow
 def test_a_run_from_exported_datasets_is_the_run_itself(finished, exported, corpus, tmp_path, capsys):
     """Vectors and labels from the files give the same models bit for bit; without texts, examples have none."""
     for split in SPLITS:

@@ -27,7 +27,7 @@ LORA = Lora(4)
 
 
 ADAPTERS = {"whole": (None, None), "LoRA": (LORA, LORA), "LoRA AV": (LORA, None)}
-QUICK = (("whole", "bfloat16"), ("LoRA AV", "float32"))
+QUICK = (("whole", "bfloat16"),)
 CASES = [
     pytest.param((kind, dtype), id=f"{kind}-{dtype}", marks=[] if (kind, dtype) in QUICK else pytest.mark.slow)
     for kind in ADAPTERS

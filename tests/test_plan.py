@@ -547,6 +547,7 @@ def test_search_compiles_nothing_on_a_mesh_that_cannot_hold_the_arguments(uncomp
     assert {mesh for mesh, _ in uncompiled} == least.keys() - {largest}
 
 
+@pytest.mark.slow
 def test_search_continues_where_it_was_stopped(uncompiled, tmp_path):
     file = tmp_path / "run/plan.jsonl"
     first, done = search(small(), slice_of(2), file), len(uncompiled)

@@ -383,6 +383,7 @@ def test_a_disk_that_fills_up_spares_the_checkpoint_before(talking, arguments, t
     same_run(talking, workdir)
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_gets_one_sentence_and_costs_nothing(talking, arguments, tmp_path):
     """In a process of its own, without root's right to write everywhere."""
     workdir, checkpoints = unfinished(talking, tmp_path)
