@@ -18,7 +18,7 @@ import jax
 import pytest
 import yaml
 from absl import logging
-from conftest import CONFIG, LOOP, copy_before, flip, nla_main, one_line
+from conftest import CONFIG, LOOP, SENTENCES, copy_before, flip, nla_main, one_line
 
 import nla_jax as nla
 from nla_jax.cli import load_config, main, sentence, sigterm_raises
@@ -30,7 +30,7 @@ from nla_jax.runtime.errors import InputError, Terminated, handle_unraisable
 from nla_jax.stages.check import check_batches, check_documents, check_functions
 from nla_jax.study import Study
 from nla_jax.subject import subject_config
-from nla_jax.verbs.check import bytes_written
+from nla_jax.verbs.check import bytes_written, sampled_labels
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs/quickstart.py") + ":tiny"
 
@@ -478,3 +478,15 @@ def test_the_marker_of_a_dataset_is_looked_at_before_anything_runs(finished, cor
     other = next(char for char in "~§¤|^" if char != tokens["injection_char"])
     assert nla_main("quickstart", tmp_path / "new", corpus, *flags, f"--config.prompts.marker={other}") == 1
     assert f"was made with the marker {tokens['injection_char']!r}" in capsys.readouterr().err
+
+
+def test_labels_that_need_the_tokens_are_sampled_too(subject_folder, tokenizer):
+    """The check gives a labeller all that a row of a run has: one that runs the subject needs the ids."""
+    settings = ["--config.label.labeller=nla_jax.labels.behaviour:Behaviour", "--config.extract.min_position=2"]
+    config = load_config(CONFIG, settings)
+    config = dataclasses.replace(
+        config, label=dataclasses.replace(config.label, settings={"subject": str(subject_folder)})
+    )
+    documents = [Document(f"d{i}", text) for i, text in enumerate(SENTENCES)]
+    labels = sampled_labels(config, documents, 2, tokenizer)
+    assert len(labels) == 2 and all("It ends: …" in label for label in labels)

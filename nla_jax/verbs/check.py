@@ -211,7 +211,7 @@ def sampled_labels(config: "Config", documents: "Sequence[Document]", count: int
         ids = ids[: max(config.extract.min_position + 1, len(ids) // 2)]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if text:
-            rows.append(LabelRow(text, tokenizer.decode(ids[-1:]), len(ids) - 1, "", document.id))
+            rows.append(LabelRow(text, tokenizer.decode(ids[-1:]), len(ids) - 1, "", document.id, tuple(ids)))
     labeller = make_labeller(config.label.labeller, config.label.settings, config.label.connection)
     return [label for label in labeller.label(rows) if isinstance(label, str)]
 
