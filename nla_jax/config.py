@@ -135,6 +135,11 @@ class Subject(Section):
     earlier_layers: tuple[int, ...] = setting((), "blocks before it that are read too, each in a slot of its own")
     architecture: dict = setting({}, "content of its config.json, for `nla plan` and `nla benchmark` without the model")
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """After which blocks activations are read, ascending."""
+        return (*self.earlier_layers, self.layer)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain(Section):

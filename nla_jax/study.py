@@ -83,7 +83,7 @@ class Study:
         """A study of a subject of which only the shapes are known; prompts have the lengths under `plan`."""
         p = config.plan
         earlier = config.subject.earlier_layers
-        slots = tuple(range(len(earlier) + 1))
+        slots = tuple(range(len(config.subject.layers)))
         suffix = tuple(range(max(p.suffix, len(slots))))
         prompt = PromptIds(tuple(range(p.prefix)), suffix, slots, -1, tuple(range(p.text_prefix)))
         av, ar = autoencoder(

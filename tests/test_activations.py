@@ -58,7 +58,7 @@ def test_attention_sinks_are_said_with_their_positions(tmp_path, capsys):
         {VECTORS: list_column(vectors), "n_raw_tokens": pa.array(np.arange(40) % 5 + 1), "doc_id": strings}
     )
     write_table(table, tmp_path / "activations/rl-00000-of-00001.parquet")
-    assert say_sinks([load_rows(tmp_path, "rl")], 12) == 2
+    assert say_sinks([load_rows(tmp_path, "rl")], (12,)) == 2
     said = capsys.readouterr().err
     assert "2 of 40 activations after block 12 are attention sinks" in said and "positions 3 (1), 2 (1)" in said
     assert attention_sinks(np.zeros(0)).shape == (0,)

@@ -232,7 +232,7 @@ def test_a_sink_at_one_layer_is_said(acts, tmp_path, capsys):
     rows = load_rows(tmp_path, "rl")
     np.testing.assert_allclose(np.linalg.norm(rows.vectors, axis=1), (2 * TINY.width) ** 0.5, rtol=1e-5)
     np.testing.assert_allclose(rows.vectors, joined(vectors, 2), rtol=1e-5, atol=1e-6)
-    assert say_sinks([rows], 2, (0,)) == 1 and "after blocks 0 and 2 are attention sinks" in capsys.readouterr().err
+    assert say_sinks([rows], (0, 2)) == 1 and "after blocks 0 and 2 are attention sinks" in capsys.readouterr().err
     some = Rows(rows.vectors[[1, 3]], rows.shards, np.array([1, 3]))
     expected = np.linalg.norm(vectors.reshape(-1, 2, TINY.width)[[1, 3]], axis=-1)
     np.testing.assert_allclose(some.lengths(2), expected, rtol=1e-6)

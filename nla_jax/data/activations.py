@@ -129,14 +129,17 @@ class Activations:
 
 def after_blocks(layers: Sequence[int]) -> str:
     """Where activations are read: "after block 2", "after blocks 0 and 2"."""
-    *others, last = layers
-    return f"after blocks {', '.join(map(str, others))} and {last}" if others else f"after block {last}"
+    return f"after block{'s' * (len(layers) > 1)} {_listed(layers)}"
 
 
 def in_words(layers: Sequence[int]) -> str:
     """Layers as messages name them: "layer 2", "the layers 0 and 2"."""
+    return f"{'the layers' if len(layers) > 1 else 'layer'} {_listed(layers)}"
+
+
+def _listed(layers: Sequence[int]) -> str:
     *others, last = layers
-    return f"the layers {', '.join(map(str, others))} and {last}" if others else f"layer {last}"
+    return f"{', '.join(map(str, others))} and {last}" if others else str(last)
 
 
 def median_norm_and_variance(vectors: Float[np.ndarray, "n D"], chunk: int = 1024) -> tuple[float, float]:

@@ -160,8 +160,7 @@ def check_subject(config: Config) -> None:
 
 def check_injections(config: Config) -> None:
     """Each injection keeps the shape of the slots' states."""
-    slots = len(config.subject.earlier_layers) + 1
-    states = jax.ShapeDtypeStruct((ACTIVATIONS, slots, WIDTH), jnp.float32)
+    states = jax.ShapeDtypeStruct((ACTIVATIONS, len(config.subject.layers), WIDTH), jnp.float32)
     for injection in injections(config):
         found = jax.eval_shape(lambda x, v, f=injection.function: f(x, v, 1.0), states, states)
         if getattr(found, "shape", None) != states.shape:
@@ -170,7 +169,7 @@ def check_injections(config: Config) -> None:
 
 def check_templates(config: Config) -> None:
     """Each prompt has as many places as there are things that it is about."""
-    layers = len(config.subject.earlier_layers) + 1
+    layers = len(config.subject.layers)
     shown = "training shows one activation, at one place" if layers == 1 else f"{layers} layers need {layers} places"
     for name, place, expected, what in (
         ("verbalizer_template", "{injection_char}", layers, shown),

@@ -37,8 +37,8 @@ def extract(run: Run) -> None:
         c, folder = run.config, locate(run.subject_folder)
         from_writer(lambda: check_bytes(folder))
         width = read_config(folder).width
-        layers = c.subject.layer, c.subject.earlier_layers
-        origin = Origin(str(run.subject_folder), fingerprint(folder), width, *layers)
+        where = c.subject.layer, c.subject.earlier_layers
+        origin = Origin(str(run.subject_folder), fingerprint(folder), width, *where)
         sources = c.extract.source.to_dict()
         if any(sources.values()):
             result |= import_datasets(
@@ -52,7 +52,7 @@ def extract(run: Run) -> None:
         else:
             result |= extract_corpus(run, origin)
         result["base_hash"] = origin.base_hash
-        result["sinks"] = say_sinks([load_rows(run.workdir, split) for split in result["rows"]], *layers)
+        result["sinks"] = say_sinks([load_rows(run.workdir, split) for split in result["rows"]], c.subject.layers)
 
 
 def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
@@ -102,15 +102,15 @@ def extract_corpus(run: Run, origin: Origin) -> dict[str, dict[str, int]]:
     return {"rows": rows, "documents": documents}
 
 
-def say_sinks(splits: Sequence[Rows], layer: int, earlier: Sequence[int] = ()) -> int:
+def say_sinks(splits: Sequence[Rows], layers: Sequence[int]) -> int:
     """Says on standard error how many of all activations are attention sinks, at one of the layers at least, and at which
     positions; returns how many."""
-    sinks = attention_sinks(np.concatenate([rows.lengths(len(earlier) + 1) for rows in splits]))
+    sinks = attention_sinks(np.concatenate([rows.lengths(len(layers)) for rows in splits]))
     if sinks.any() and is_writer():
         positions = np.concatenate([np.asarray(rows.column("n_raw_tokens")) - 1 for rows in splits])[sinks]
         places = [f"{place} ({count})" for place, count in collections.Counter(positions.tolist()).most_common(5)]
         print(
-            f"extract: {sinks.sum()} of {len(sinks)} activations {after_blocks((*earlier, layer))} are attention sinks, longer than {SINK:g} "
+            f"extract: {sinks.sum()} of {len(sinks)} activations {after_blocks(layers)} are attention sinks, longer than {SINK:g} "
             f"times the median, most often at the positions {', '.join(places)}; a higher extract.min_position leaves out "
             f"first tokens.",
             file=sys.stderr,

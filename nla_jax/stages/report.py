@@ -64,7 +64,7 @@ def gather(run: Run, evaluated: dict, state: str = "") -> Report:
     return Report(
         title=run.config.report.title,
         subject=str(run.subject_folder),
-        place=after_blocks((*run.config.subject.earlier_layers, run.config.subject.layer)),
+        place=after_blocks(run.config.subject.layers),
         created=f"drawn {datetime.datetime.now():%Y-%m-%d %H:%M} with nla_jax {VERSION}",
         state=state,
         run={"seed": run.config.seed} | {k: v for k, v in newest.items() if k not in ("command", "date", "seconds")},

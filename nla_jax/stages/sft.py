@@ -170,7 +170,7 @@ def describe_pair(run: Run, rows: Rows) -> Sidecar:
     c, folder, earlier = run.config.prompts, locate(run.subject_folder), run.config.subject.earlier_layers
     check_templates(run.config)
     norm, variance = median_norm_and_variance(rows.vectors)
-    norms = np.median(rows.lengths(len(earlier) + 1), axis=0).tolist() if earlier else [norm]
+    norms = np.median(rows.lengths(len(run.config.subject.layers)), axis=0).tolist() if earlier else [norm]
     tokenizer = load_tokenizer(folder)
     marker = find_marker(tokenizer, c.verbalizer_template, c.marker)
     prompts = Prompts(tokenizer, marker, c.verbalizer_template, c.reconstructor_template)
