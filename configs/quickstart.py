@@ -16,9 +16,10 @@ ADAMW = "nla_jax.objective:adamw"
 LORA = {"rank": 0, "alpha": 16.0, "rslora": True, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
 QUICKSTART = {
     "seed": 0,
-    # On TPU and GPU: bfloat16. `remat` names a policy of jax.checkpoint_policies: what blocks keep for the backward
-    # pass. `attention`: xla, cudnn (GPU) or splash (TPU); the kernels pay where texts are long.
-    "compute": {"dtype": "float32", "remat": "dots_with_no_batch_dims_saveable", "attention": "xla"},
+    # auto: bfloat16 on TPU and GPU, and on CPUs that multiply it faster; else float32. `remat` names a policy of
+    # jax.checkpoint_policies: what blocks keep for the backward pass. `attention`: xla, cudnn (GPU) or splash (TPU);
+    # the kernels pay where texts are long.
+    "compute": {"dtype": "auto", "remat": "dots_with_no_batch_dims_saveable", "attention": "xla"},
     "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     # Of every training loop. Kept: the newest `keep` checkpoints, those of steps that `keep_every` divides (0: none),
     # and the newest from before trouble. Trouble: over `window` steps metrics are not finite, or one of RL's stays
@@ -134,7 +135,7 @@ QUICKSTART = {
 SUBJECT = {"pretrain": {"init_from": "", "steps": 1200}}
 TINY = {  # the compiler takes most of its time: few programs (no rematerialisation, no KL, the headline's probes, RL's
     # held-out texts by the evaluation's program), and none is optimized
-    "compute": {"remat": "", "optimize": False},
+    "compute": {"dtype": "float32", "remat": "", "optimize": False},
     "corpus": {"source": "nla_jax.quickstart.topics:documents"},
     "split": {"av_sft": 0.5, "ar_sft": 0.2, "rl": 0.15, "heldout": 0.15},
     "subject": {"layer": 1},
@@ -162,7 +163,7 @@ TINY = {  # the compiler takes most of its time: few programs (no rematerialisat
     "report": {"title": "Quickstart, tiny"},
 }
 TRUTH = {  # RL pays for true claims too
-    "rl": {"features": ("nla_jax.labels.extractive:true_share",), "reward": "nla_jax.objective:truthful"},
+    "rl": {"truth": True, "reward": "nla_jax.objective:truthful"},
 }
 STEADY = {  # RL ends where two rounds of probes find fewer true claims, and keeps the best pair by a fixed reader and truth
     "rl": {"probe_every": 9, "keep_best": {"fve_rl_frozen": 1, "true_after_rl": 1}},

@@ -242,6 +242,7 @@ class Rl(Section):
     advantage: str = setting("nla_jax.objective:group_normalised", "import path: ([A, G]) -> [A, G]")
     reader: str = setting("nla_jax.objective:whole", "import path: what the AR reads, (texts, rng) -> texts")
     features: tuple[str, ...] = setting((), "import paths: (texts, rows) -> {name: [B]}, for the reward")
+    truth: bool = setting(False, "measure the share of claims that hold, by the run's labeller: the feature truth")
     subject_kl: bool = setting(False, "measure what the subject makes of reconstructions: the feature subject_kl")
     kl_coefficient: float = setting(0.01, "weight of KL(AV ‖ warm-started AV)", least=0)
     av_optimizer: dict = setting(ADAMW, "`function`, and its settings")

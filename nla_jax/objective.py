@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from nla_jax.runtime.errors import InputError
 
 UNCORRELATED = 2.0  # the mse of a cosine of 0: what a failed response counts as
-SUBJECT_KL = "subject_kl"  # the feature that `rl.subject_kl` measures
+TRUTH, SUBJECT_KL = "truth", "subject_kl"  # the features that `rl.truth` and `rl.subject_kl` measure
 
 
 @struct.dataclass
@@ -72,15 +72,12 @@ def negative_log_mse(s: Scored) -> Float[Array, "B"]:
     return jnp.where(s.valid, -jnp.log(s.mse + 1e-6), -np.log(UNCORRELATED))
 
 
-TRUTH = 0.2  # what an explanation earns whose claims are all true: as much as by an mse that is lower by so much
-
-
-def truthful(s: Scored, weight: float = TRUTH) -> Float[Array, "B"]:
+def truthful(s: Scored, weight: float = 0.2) -> Float[Array, "B"]:
     """-mse + `weight` · truth: pays for claims that hold, which the reconstruction alone does not.
 
-    `truth` is a feature: of extractive labels `nla_jax.labels.extractive:true_share`. It needs the text, which an
-    activation of training has. A failed response gets -2."""
-    return jnp.where(s.valid, -s.mse + weight * s.features["truth"], -UNCORRELATED)
+    An explanation whose claims are all true earns as much as by an mse that is lower by `weight`. The feature `truth`
+    (`rl.truth`) is the share of its claims that hold, by the run's labeller. A failed response gets -2."""
+    return jnp.where(s.valid, -s.mse + weight * s.features[TRUTH], -UNCORRELATED)
 
 
 PRICE = 0.01  # of a token

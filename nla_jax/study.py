@@ -41,7 +41,7 @@ from nla_jax.models.sharding import (
     relayout,
 )
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
-from nla_jax.objective import SUBJECT_KL
+from nla_jax.objective import SUBJECT_KL, TRUTH
 from nla_jax.runtime.compiler import jit_step
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import resolve
@@ -257,12 +257,13 @@ class Study:
     @functools.cached_property
     def feature_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what `rl.features` computes, whose functions are called once, on two empty texts, and of what the
-        subject is asked."""
+        labeller and the subject are asked."""
         c = self.config.rl
         B = c.activations * c.group
         found = compute_features(c.features, [""] * 2, [{}] * 2)
         shapes = {name: jax.ShapeDtypeStruct((B,), x.dtype) for name, x in found.items()}
-        return shapes | ({SUBJECT_KL: _floats(B)} if c.subject_kl else {})
+        asked = {TRUTH: c.truth, SUBJECT_KL: c.subject_kl}
+        return shapes | {name: _floats(B) for name, wanted in asked.items() if wanted}
 
     @property
     def _adapters(self) -> bool:

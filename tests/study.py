@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.py"
 TINY = {
+    "compute": {"dtype": "float32"},
     "corpus": {"max_documents": 60},
     "pretrain": {
         "init_from": "",

@@ -280,8 +280,16 @@ def test_wrong_functions_are_found_before_the_first_stage(corpus, tmp_path, caps
     assert not (tmp_path / "run/stages").exists()
 
 
-def test_a_feature_cannot_have_the_name_that_the_subjects_kl_has(flags, tmp_path, monkeypatch, capsys):
-    (tmp_path / "taken.py").write_text("def kl(texts, rows):\n    return {'subject_kl': [0.0] * len(texts)}\n")
+@pytest.mark.parametrize("name", ["subject_kl", "truth"])
+def test_a_feature_cannot_have_a_name_that_a_setting_measures(flags, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / f"taken_{name}.py").write_text(f"def mine(texts, rows):\n    return {{'{name}': [0.0] * len(texts)}}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["check", "--workdir", str(tmp_path / "run"), *flags, "--config.rl.features=taken:kl"]) == 1
-    assert "rl.features give 'subject_kl', which rl.subject_kl measures too; call yours otherwise." in one_line(capsys)
+    more = [f"--config.rl.features=taken_{name}:mine", f"--config.rl.{name}=True"]
+    assert main(["check", "--workdir", str(tmp_path / "run"), *flags, *more]) == 1
+    assert f"rl.features give '{name}', which rl.{name} measures too; call yours otherwise." in one_line(capsys)
+
+
+def test_truth_is_asked_of_a_labeller_that_can_check_claims(flags, tmp_path, capsys):
+    assert main(["check", "--workdir", str(tmp_path / "run"), *flags, "--config.rl.truth=True"]) == 1
+    said = one_line(capsys)
+    assert "rl.truth checks claims, which" in said and "my_study:Shouting" in said and "no methods claims" in said

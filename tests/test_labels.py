@@ -9,9 +9,10 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from nla_jax.labels.extractive import BLANK, WINDOW, Extractive, WordsFirst, true_share, without_last_words
+from nla_jax.labels.extractive import BLANK, WINDOW, Extractive, WordsFirst, without_last_words
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.objective import Scored, truthful
+from nla_jax.probes.claims import truth_of
 
 
 def label(texts):
@@ -267,27 +268,26 @@ def test_what_is_true_of_a_text(kind, value, true):
 
 def test_a_claim_of_a_last_token_that_is_another_earns_nothing():
     said = "Prose. It ends starting a sentence with -s of runs: … dog runs"
-    share = lambda token: true_share([said], [{"text": "The dog runs", "token": token}])["truth"].item()
+    share = lambda token: truth_of(Extractive(), [said], [LabelRow("The dog runs", token, 0, "", "a")]).item()
     assert share("s") == pytest.approx(share(" runs") + 0.2)
 
 
 def test_true_claims_can_be_paid_for():
     """The share of a text's claims that hold is a feature, and `truthful` adds it to the reward."""
     ends = ["The river turns north at the old mill", "Every function in this module returns a new list and"]
-    labels = Extractive().label([LabelRow(text, "", 0, "", "a") for text in ends])
-    rows = [{"text": ends[0]}, {"text": ends[1]}, {"text": ends[0]}, {"text": ends[0]}]
-    found = true_share([labels[0], labels[1], labels[1], "nothing of that kind"], rows)
-    claims = Extractive().claims(labels[1])
-    held = [Extractive().true(claim, LabelRow(ends[0], "", 0, "", "a")) for claim in claims]
-    assert claims and sum(held) < len(held)
-    assert found["truth"].tolist() == pytest.approx([1, 1, sum(held) / len(held), 0])
+    one, other = (LabelRow(text, "", 0, "", "a") for text in ends)
+    labels = Extractive().label([one, other])
+    found = truth_of(Extractive(), [labels[0], labels[1], labels[1], "nothing of that kind"], [one, other, one, one])
+    held = [Extractive().true(claim, one) for claim in Extractive().claims(labels[1])]
+    assert held and sum(held) < len(held)
+    assert found.tolist() == pytest.approx([1, 1, sum(held) / len(held), 0])
     scored = Scored(
         mse=np.array([0.5, 0.5, 0.5, 2.0]),
         cosine=np.zeros(4),
         valid=np.array([True, True, True, False]),
         mask=np.ones((4, 1), bool),
         logprobs=np.zeros((4, 1)),
-        features=found,
+        features={"truth": found},
         cosines=np.zeros((4, 1)),
         own=np.zeros(4, int),
     )

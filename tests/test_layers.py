@@ -36,6 +36,12 @@ SEVERAL = (
     "--config.subject.earlier_layers=(0,)",
     f"--config.prompts.verbalizer_template={TEMPLATE}",
 )
+ADAPTED = (
+    "--config.sft.av.lora.rank=4",
+    "--config.sft.ar.lora.rank=4",
+    "--config.rl.subject_kl=True",
+    "--config.rl.reward=nla_jax.objective:downstream",
+)
 
 
 @pytest.fixture(scope="module")
@@ -255,10 +261,11 @@ def test_settings_that_do_not_go_together_are_said():
 
 @pytest.mark.slow
 @pytest.mark.whole_run
-def test_a_study_of_two_layers(corpus, tmp_path, capsys):
+@pytest.mark.parametrize("kind", [(), ADAPTED], ids=["whole models", "adapters, and the subject's KL in the reward"])
+def test_a_study_of_two_layers(corpus, tmp_path, capsys, kind):
     """From extraction to a report and a pair that `nla explain` reads; resumed at a checkpoint it ends in the same bits."""
     workdir, probes = tmp_path / "run", "('nla_jax.probes.fidelity:after_rl', 'nla_jax.probes.patching:recovery')"
-    more = (*SEVERAL, f"--config.evaluate.probes={probes}")
+    more = (*SEVERAL, *kind, f"--config.evaluate.probes={probes}")
     assert nla_main("quickstart", workdir, corpus, *more) == 0
     rows, scores = load_rows(workdir, "heldout"), json.loads((workdir / "summary.json").read_text())
     assert rows.vectors.shape[1] == 2 * read_config(workdir / "subject").width

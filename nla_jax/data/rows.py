@@ -89,11 +89,15 @@ class Rows:
 
     def records(self, at: np.ndarray) -> list[dict]:
         """The rows `at`, each as `{doc_id, text, token, role, position}`: what features and labellers are given."""
-        names = {"doc_id": "doc_id", "text": TEXT, "token": "token", "role": "role", "position": "n_raw_tokens"}
-        columns = self._mapped.take(at if self.at is None else self.at[at]).to_pydict()
-        columns["n_raw_tokens"] = [n - 1 for n in columns["n_raw_tokens"]]
-        found = {name: columns.get(column, [""] * len(at)) for name, column in names.items()}
+        column = self.columns_at(at)
+        found = {name: column(TEXT if name == "text" else name) for name in ("doc_id", "text", "token", "role")}
+        found["position"] = [n - 1 for n in column("n_raw_tokens")]
         return [dict(zip(found, row)) for row in zip(*found.values())]
+
+    def columns_at(self, at: np.ndarray) -> Callable[[str], list]:
+        """`column` of the rows `at` alone, without their labels: made for a few rows at every step."""
+        taken = self._mapped.take(at if self.at is None else self.at[at])
+        return lambda name: taken.column(name).to_pylist() if name in taken.column_names else [""] * len(at)
 
     def token_ids(self, at: np.ndarray) -> list[list[int]]:
         """The tokens that the subject has read at the rows `at`. Raises `InputError` where they are not known, as of

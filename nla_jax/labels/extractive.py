@@ -208,20 +208,6 @@ def without_last_words(texts: list[str], rng: np.random.Generator) -> list[str]:
     return [re.sub(r":? ?….*", "", NAMED_FIRST.sub("", NAMED.sub(r"\1", text)), flags=re.DOTALL) for text in texts]
 
 
-def true_share(texts: list[str], rows: list[dict]) -> dict[str, np.ndarray]:
-    """A feature for `rl.features`: `truth`, the share of a text's claims that hold for its row, `[B]`; 0 where it makes
-    none. The texts are read as `Extractive` writes them. A reward can so pay for truth what a reconstruction does not
-    (`objective.truthful`)."""
-    labeller = Extractive()
-    ends = [(row["text"], row.get("token", "")) for row in rows]
-    found = {end: describe(*end) for end in set(ends)}
-    shares = []
-    for text, end in zip(texts, ends):
-        held = [holds(claim, found[end]) for claim in labeller.claims(text)]
-        shares.append(sum(held) / max(1, len(held)))
-    return {"truth": np.array(shares, np.float32)}
-
-
 def holds(claim: Claim, found: Mapping[str, str | None]) -> bool:
     """Whether a claim agrees with what `describe` has found in a text."""
     if claim.kind == "last token":

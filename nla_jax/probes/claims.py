@@ -150,6 +150,14 @@ def true_shares(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dic
     return {kind: _means(shares) for kind, shares in told_by(labeller, texts, rows).items()}
 
 
+def truth_of(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> Float[np.ndarray, "n"]:
+    """Of each text the share of all its claims that hold for its row; 0 where it makes none."""
+    getattr(labeller, "ready_for", lambda rows: None)(rows)
+    kinds = told_by(labeller, texts, rows).values()
+    held = [[claim for of in kinds for claim in of[i]] for i in range(len(texts))]
+    return np.array([np.mean(claims) if claims else 0.0 for claims in held], np.float32)
+
+
 def told_by(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dict[str, list[list[bool]]]:
     """By kind, for each text: which of its claims hold for its row."""
     told: dict[str, list[list[bool]]] = {}

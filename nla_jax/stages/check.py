@@ -21,7 +21,7 @@ from nla_jax.io.parquet import SIDECAR
 from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import make_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
-from nla_jax.objective import SUBJECT_KL, UNCORRELATED, Scored
+from nla_jax.objective import SUBJECT_KL, TRUTH, UNCORRELATED, Scored
 from nla_jax.probes.probe import ASKS, WHO_ASKS, chosen_probes, load_probes, there
 from nla_jax.probes.provider import provider_of
 from nla_jax.prompts import find_marker
@@ -29,7 +29,7 @@ from nla_jax.runtime.errors import InputError, first_line
 from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.stages.deciding import check_decisions
-from nla_jax.stages.reading import read_by
+from nla_jax.stages.reading import grammar_of, read_by
 from nla_jax.study import compute_features, injections, make_optimizer
 from nla_jax.subject import SHIPPED
 
@@ -220,12 +220,13 @@ def check_objective(config: Config) -> None:
     read_by(resolve(c.reader, "rl.reader"), texts[:GROUP], np.random.default_rng(0))
     rows = [{"doc_id": "doc", "text": "A text", "token": "text", "role": "", "position": 1}] * B
     features = compute_features(c.features, texts, rows)
-    if c.subject_kl:
-        if SUBJECT_KL in features:
-            raise InputError(
-                f"rl.features give {SUBJECT_KL!r}, which rl.subject_kl measures too; call yours otherwise."
-            )
-        features[SUBJECT_KL] = np.linspace(5, 0, B, dtype=np.float32)
+    for name, measured, values in ((TRUTH, c.truth, (0, 1)), (SUBJECT_KL, c.subject_kl, (5, 0))):
+        if measured and name in features:
+            raise InputError(f"rl.features give {name!r}, which rl.{name} measures too; call yours otherwise.")
+        if measured:
+            features[name] = np.linspace(*values, B, dtype=np.float32)
+    if c.truth:
+        grammar_of(config)
     shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, bits = jnp.float32, jnp.bool_
     parts = {

@@ -3,11 +3,16 @@
 import jax
 import numpy as np
 
+from nla_jax.config import Config
+from nla_jax.data.activations import TEXT
 from nla_jax.data.batches import pad_tokens
 from nla_jax.data.rows import Rows
 from nla_jax.joint_step import JointBatch
+from nla_jax.labels.labeller import CheckedLabeller, label_rows, make_labeller
 from nla_jax.models.sharding import local_rows, place_local
+from nla_jax.objective import TRUTH
 from nla_jax.pair import Pair
+from nla_jax.probes.claims import has_grammar, truth_of
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.runtime.user_input import is_whole
@@ -16,11 +21,16 @@ from nla_jax.study import Study, compute_features
 
 
 class Reading:
-    """The host's part of a step: from sampled ids to what the AR reads. Each host reads the rows of its own devices."""
+    """The host's part of a step: from sampled ids to what the AR reads. Each host reads the rows of its own devices.
+
+    Raises `InputError` where `rl.truth` is asked of a labeller without a grammar, or of data without texts."""
 
     def __init__(self, study: Study, pair: Pair, data: Rows):
         self.study, self.prompts, self.data, self.c = study, pair.prompts, data, study.config.rl
         self.reader = resolve(self.c.reader, "rl.reader")
+        self.grammar = grammar_of(study.config) if self.c.truth else None
+        if self.grammar and not all(data.columns_at(np.arange(1))(TEXT)):
+            raise InputError("rl.truth checks claims against the texts of activations; these activations have none.")
         self.shown: dict[int, dict] = {}  # texts of the step under way, by their row of the batch
         self.read_rows = 0  # rows of the batch that have been read, on all hosts
         self.cut: list[bool] = []  # of those that this host has read: whether the AR misses their end
@@ -35,10 +45,7 @@ class Reading:
         activations = rows[own // self.c.group]
         read = self._as_read([text or "" for text in texts], activations, step)
         ids, lengths = self._inputs(read)
-        features = {}
-        if self.c.features:
-            records = self.data.records(activations)
-            features = compute_features(self.c.features, [text or "" for text in texts], records)
+        features = self._features([text or "" for text in texts], activations)
         count, start = len(sampled.finished), self.read_rows
         for i, row, text, response in zip(own, activations, texts, responses):
             self.shown[start + i] = {"row": int(row), "valid": text is not None, "text": text or response}
@@ -55,6 +62,18 @@ class Reading:
             valid=place(np.array([text is not None for text in texts])),
             features={name: place(values) for name, values in features.items()},
         )
+
+    def _features(self, texts: list[str], activations: np.ndarray) -> dict[str, np.ndarray]:
+        """What `rl.features` and `rl.truth` say of the texts, `[B]` each."""
+        found = {}
+        if self.c.features:
+            found = compute_features(self.c.features, texts, self.data.records(activations))
+        if self.grammar:
+            at, own = np.unique(activations, return_inverse=True)
+            rows = label_rows(self.data.columns_at(at))
+            with self.grammar.function.blamed():
+                found[TRUTH] = truth_of(self.grammar.labeller, texts, [rows[i] for i in own])
+        return found
 
     def _inputs(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The AR's input. A text whose tokens outnumber the AR's loses its end, which rarely happens: as when the AV
@@ -87,6 +106,15 @@ class Reading:
         found = [self.shown[row] | scores[row] for row in sorted(known)]
         self.shown, self.read_rows = {}, 0
         return found
+
+
+def grammar_of(config: Config) -> CheckedLabeller:
+    """The run's labeller. Raises `InputError` where it cannot read and check claims, which `rl.truth` asks of it."""
+    c = config.label
+    found = make_labeller(c.labeller, c.settings, c.connection)
+    if not has_grammar(found.labeller):
+        raise InputError(f"rl.truth checks claims, which {found.function} cannot: it has no methods claims and true.")
+    return found
 
 
 def read_by(reader: UserFunction, texts: list[str], rng: np.random.Generator) -> list[str]:
