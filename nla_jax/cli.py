@@ -25,7 +25,7 @@ from nla_jax.runtime.errors import InputError, Stopped, Terminated, first_line, 
 DEFAULT_CONFIG = "configs/quickstart.py"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # why a file cannot become larger
 PACKAGE = Path(__file__).parent
-NEW_OBJECTS = 50_000  # between two searches for garbage: imports and tracing make millions of objects that stay
+NEW_OBJECTS = 10_000  # between two searches for garbage: imports and tracing make millions of objects that stay
 # Every verb with the module that runs it: `add_arguments(parser)`, `run(arguments)`. Only the verb's module is
 # imported.
 VERBS = {
@@ -313,7 +313,7 @@ def invalid(error: Exception) -> str:
 
 def command() -> None:
     """What `nla` runs: `main`, and the end of the process, in which a late Ctrl-C changes nothing any more."""
-    gc.set_threshold(NEW_OBJECTS, 20, 20)
+    gc.set_threshold(NEW_OBJECTS)
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # the process ends: nothing is worth looking for

@@ -58,6 +58,12 @@ class Scored:
         log-probability."""
         return -jnp.sum(self.logprobs * self.mask, 1) / jnp.maximum(self.length, 1)
 
+    def feature(self, name: str, given_by: str) -> Array:
+        """The feature `name` `[B]`. Raises `InputError` that names the setting which gives it, where it is not there."""
+        if name not in self.features:
+            raise InputError(f"This reward reads the feature {name!r}; set {given_by}.")
+        return self.features[name]
+
 
 # Rewards
 
@@ -77,7 +83,7 @@ def truthful(s: Scored, weight: float = 0.2) -> Float[Array, "B"]:
 
     An explanation whose claims are all true earns as much as by an mse that is lower by `weight`. The feature `truth`
     (`rl.truth`) is the share of its claims that hold, by the run's labeller. A failed response gets -2."""
-    return jnp.where(s.valid, -s.mse + weight * s.features[TRUTH], -UNCORRELATED)
+    return jnp.where(s.valid, -s.mse + weight * s.feature(TRUTH, "rl.truth=True"), -UNCORRELATED)
 
 
 PRICE = 0.01  # of a token
@@ -105,7 +111,7 @@ def own_words(s: Scored, price: float = 0.5) -> Float[Array, "B"]:
 
     The feature `copied` (below) is the share of a text's characters that its source holds too. It looks at no quotation
     mark: a quotation that is moved into brackets costs the same. A failed response gets -2 - `price`."""
-    return _priced(s, price * s.features["copied"], price)
+    return _priced(s, price * s.feature("copied", "rl.features=nla_jax.objective:copied"), price)
 
 
 def contrastive(s: Scored, weight: float = 0.1, temperature: float = 0.1) -> Float[Array, "B"]:
@@ -125,7 +131,7 @@ def downstream(s: Scored, weight: float = 0.1, most: float = 5.0) -> Float[Array
     The feature `subject_kl` (`rl.subject_kl`) is that of the next token when the reconstruction, as long as the
     activation, stands in its place after block K: what Braun et al. (2024) train sparse autoencoders on, here as a reward.
     A few texts have many nats: from `most` on they count the same, which a failed response pays too."""
-    return _priced(s, weight * jnp.minimum(s.features[SUBJECT_KL], most), weight * most)
+    return _priced(s, weight * jnp.minimum(s.feature(SUBJECT_KL, "rl.subject_kl=True"), most), weight * most)
 
 
 def _priced(s: Scored, price: Float[Array, "B"], of_failed: float) -> Float[Array, "B"]:

@@ -1,11 +1,14 @@
 """Labels of what the subject expects next: against torch, and read back by their own grammar."""
 
+import jax
 import numpy as np
 import pytest
 from conftest import SENTENCES, one_sentence
 
+from nla_jax.labels import behaviour
 from nla_jax.labels.behaviour import OPEN, SURE, Behaviour, in_words
 from nla_jax.labels.labeller import Claim, LabelRow
+from nla_jax.models.sharding import make_mesh
 from nla_jax.runtime.errors import InputError
 
 
@@ -119,3 +122,24 @@ def test_what_many_claims_need_is_computed_together(labeller, rows, subject_fold
     fresh.ready_for(rows)
     assert all(fresh.true(claim, row) for row, text in zip(rows, labeller.label(rows)) for claim in fresh.claims(text))
     assert [count for count in computed if count] == [len({row.token_ids for row in rows})]
+
+
+def test_what_is_remembered_makes_room_before_it_is_asked_for(rows, subject_folder, monkeypatch):
+    """Whatever was computed for some rows together is there when a claim about one of them is checked."""
+    monkeypatch.setattr(behaviour, "KEPT", 2)
+    fresh, computed = Behaviour(str(subject_folder), least=0.0), []
+    whole = Behaviour._computed
+    monkeypatch.setattr(Behaviour, "_computed", lambda self, ids: computed.append(len(ids)) or whole(self, ids))
+    for start in range(0, len(rows), 2):
+        fresh.ready_for(some := rows[start : start + 2])
+        asked = len(computed)
+        assert [found for row in some for found in fresh.expected([row])] == fresh.expected(some)
+        assert not any(computed[asked:])
+
+
+def test_it_computes_alone_amid_training_on_a_mesh(labeller, rows, subject_folder):
+    """On one of the devices: of the rows that another host asks about it knows nothing."""
+    with jax.set_mesh(make_mesh(4, 1, 1)):
+        fresh = Behaviour(str(subject_folder), least=labeller.least)
+        assert fresh.label(rows) == labeller.label(rows)
+        assert {len(x.devices()) for x in jax.tree.leaves(fresh._whole.params)} == {1}

@@ -213,7 +213,7 @@ def test_optimizers_take_settings_that_the_config_leaves_out():
         load_config(f"{CONFIGS / 'quickstart.py'}", ["--config.rl.top_k=5"])
 
 
-@pytest.mark.parametrize("variant", sorted(run_path(str(CONFIGS / "quickstart.py"))["LEVERS"]))
+@pytest.mark.parametrize("variant", ["truth", *sorted(run_path(str(CONFIGS / "quickstart.py"))["LEVERS"])])
 def test_every_lever_is_a_study_that_differs_from_the_quickstart(variant):
     c, quickstart = config("quickstart", variant), config("quickstart")
     check_functions(c, ["label", "sft", "rl"])

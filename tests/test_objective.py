@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close, joint_batch
+from conftest import close, joint_batch, one_sentence
 from scipy.special import log_softmax
 
 from nla_jax.joint_step import Frozen, JointStep
@@ -23,8 +23,10 @@ from nla_jax.objective import (
     own_words,
     prefix_or_whole,
     short,
+    truthful,
     within,
 )
+from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_code import resolve
 from nla_jax.stages.sft import read_labels
 
@@ -62,6 +64,15 @@ def scored() -> Scored:
 def test_a_price_is_taken_from_the_reconstruction(scored, reward, expected):
     """A failed response, which ended early and copied nothing, gets the highest price: failing saves none."""
     np.testing.assert_allclose(reward(scored), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "reward, setting", [(own_words, "copied"), (downstream, "rl.subject_kl=True"), (truthful, "rl.truth=True")]
+)
+def test_a_reward_says_which_setting_gives_the_feature_that_it_reads(scored, reward, setting):
+    with pytest.raises(InputError, match=f"reads the feature '.*'; set .*{setting}") as error:
+        reward(dataclasses.replace(scored, features={}))
+    one_sentence(error)
 
 
 def test_contrast_pays_for_what_tells_an_activation_from_the_others(scored):

@@ -39,4 +39,5 @@ def widest_half(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
 
 def best_only(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
     """Only the best sample of each group is learned from: best-of-G distillation (RAFT, Dong et al. 2023) in RL's loop."""
-    return jnp.where(rewards == rewards.max(1, keepdims=True), 1.0, 0.0)
+    best, worst = rewards.max(1, keepdims=True), rewards.min(1, keepdims=True)
+    return jnp.where((rewards == best) & (best > worst), 1.0, 0.0)

@@ -42,6 +42,7 @@ from nla_jax.labels.extractive import (
 )
 from nla_jax.labels.extractive import CLAIMS as EXTRACTIVE
 from nla_jax.labels.labeller import Claim, LabelRow
+from nla_jax.models.sharding import device_mesh
 from nla_jax.models.transformer import Transformer
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.user_input import whole_number, yes_or_no
@@ -162,9 +163,10 @@ class Behaviour:
             raise InputError(
                 "The labeller Behaviour needs the column token_ids of the activations; `nla extract` writes it."
             )
-        if len(self._known) > KEPT:
-            self._known = {}
-        new = sorted({one for one in ids if one not in self._known}, reverse=True)
+        new = {one for one in ids if one not in self._known}
+        if new and len(self._known) > KEPT:
+            self._known, new = {}, set(ids)
+        new = sorted(new, reverse=True)
         self._known |= zip(new, self._computed(new))
         return [self._known[one] for one in ids]
 
@@ -176,13 +178,16 @@ class Behaviour:
                 holders[-1].append(row)
             else:
                 holders.append([row])
-        whole, found = self._whole, []
-        places = [[len(row) - 1 for row in group] for group in holders]
-        for hidden in residual_rows(whole, [group[0] for group in holders], places):
-            padded = np.pad(hidden, [(0, -len(hidden) % 16), (0, 0)])
-            p, tokens = (np.asarray(x)[: len(hidden)] for x in _likeliest(whole.model, whole.params, padded, AMONG))
-            texts = [[whole.tokenizer.decode([token]) for token in row] for row in tokens.tolist()]
-            found += zip(texts, p.tolist())
+        found, places = [], [[len(row) - 1 for row in group] for group in holders]
+        with jax.set_mesh(
+            device_mesh((1, 1, 1), jax.local_devices()[:1])
+        ):  # hosts that train together ask of other rows
+            whole = self._whole
+            for hidden in residual_rows(whole, [group[0] for group in holders], places):
+                padded = np.pad(hidden, [(0, -len(hidden) % 16), (0, 0)])
+                p, tokens = (np.asarray(x)[: len(hidden)] for x in _likeliest(whole.model, whole.params, padded, AMONG))
+                texts = [[whole.tokenizer.decode([token]) for token in row] for row in tokens.tolist()]
+                found += zip(texts, p.tolist())
         return found
 
     def _described(self, row: LabelRow, texts: list[str], p: list[float]) -> dict[str, str]:

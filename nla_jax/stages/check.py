@@ -226,7 +226,7 @@ def check_objective(config: Config) -> None:
         if measured:
             features[name] = np.linspace(*values, B, dtype=np.float32)
     if c.truth:
-        grammar_of(config)
+        grammar_of(config).ready()
     shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, bits = jnp.float32, jnp.bool_
     parts = {

@@ -23,7 +23,7 @@ from nla_jax.study import Study, compute_features
 class Reading:
     """The host's part of a step: from sampled ids to what the AR reads. Each host reads the rows of its own devices.
 
-    Raises `InputError` where `rl.truth` is asked of a labeller without a grammar, or of data without texts."""
+    Raises `InputError` where `rl.truth` is asked of a labeller without a grammar, or of data without what it reads."""
 
     def __init__(self, study: Study, pair: Pair, data: Rows):
         self.study, self.prompts, self.data, self.c = study, pair.prompts, data, study.config.rl
@@ -31,6 +31,8 @@ class Reading:
         self.grammar = grammar_of(study.config) if self.c.truth else None
         if self.grammar and not all(data.columns_at(np.arange(1))(TEXT)):
             raise InputError("rl.truth checks claims against the texts of activations; these activations have none.")
+        if self.grammar:
+            self._truth([""], np.arange(1))  # what a labeller lacks for it is missed before the first step
         self.shown: dict[int, dict] = {}  # texts of the step under way, by their row of the batch
         self.read_rows = 0  # rows of the batch that have been read, on all hosts
         self.cut: list[bool] = []  # of those that this host has read: whether the AR misses their end
@@ -68,12 +70,14 @@ class Reading:
         found = {}
         if self.c.features:
             found = compute_features(self.c.features, texts, self.data.records(activations))
-        if self.grammar:
-            at, own = np.unique(activations, return_inverse=True)
-            rows = label_rows(self.data.columns_at(at))
-            with self.grammar.function.blamed():
-                found[TRUTH] = truth_of(self.grammar.labeller, texts, [rows[i] for i in own])
-        return found
+        return found | ({TRUTH: self._truth(texts, activations)} if self.grammar else {})
+
+    def _truth(self, texts: list[str], activations: np.ndarray) -> np.ndarray:
+        """Of each text the share of its claims that hold for its activation, `[B]`."""
+        at, own = np.unique(activations, return_inverse=True)
+        rows = label_rows(self.data.columns_at(at))
+        with self.grammar.function.blamed():
+            return truth_of(self.grammar.labeller, texts, [rows[i] for i in own])
 
     def _inputs(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The AR's input. A text whose tokens outnumber the AR's loses its end, which rarely happens: as when the AV

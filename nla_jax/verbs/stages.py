@@ -1,6 +1,7 @@
 """`nla quickstart` and the verbs of its stages: one stage of a run, or all of them."""
 
 import argparse
+import gc
 import importlib
 import json
 import sys
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
             before = run.result(stage)
             module, _, function = STAGES[stage].run.partition(":")
             getattr(importlib.import_module(module), function)(run)
+            gc.collect()  # what the stage held, on devices too, and nobody holds any more
             result = run.result(stage)  # every host asks: they count such questions alike
             if distributed.is_writer():
                 done = "already done" if result == before else "done"
