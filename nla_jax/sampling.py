@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from nla_jax.autoencoder import Verbalizer
-from nla_jax.models.layers import moved
+from nla_jax.models.layers import transposed
 from nla_jax.models.sharding import DECODE, cut_batch, relayout, vocabulary_parts
 from nla_jax.models.transformer import (
     Edit,
@@ -184,9 +184,8 @@ def rollout(
         )
     config = dataclasses.replace(verbalizer.model.config, decoding=True, vocab_rows=len(params["embedding"]))
     if "layers" in params and config.tied_head and jnp.dtype(config.dtype).itemsize == 2:
-        # A CPU multiplies by a matrix of 16 bits that lies so; else it would write a copy in float32.
         config = dataclasses.replace(config, tied_head=False)
-        params = params | {"head": jax.lax.optimization_barrier(moved(jnp.transpose, params["embedding"]))}
+        params = params | {"head": transposed(params["embedding"])}
     model = Transformer(config)
     cast = lambda path, x: x.astype(config.dtype) if path[-1].key in ("lora_a", "lora_b") else x
     params = jax.tree_util.tree_map_with_path(cast, params)  # adapters: once, not for every token

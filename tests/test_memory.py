@@ -18,6 +18,7 @@ from nla_jax.io.safetensors import stored_tensors
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import make_mesh
 from nla_jax.pair import Pair, load_pair, new_pair
+from nla_jax.runtime.compiler import known
 from nla_jax.sampling import rollout
 from nla_jax.tools.explain import Sampling, explain_rows, of_texts, subject_of
 
@@ -26,6 +27,11 @@ LAYER = 3
 LORA = Lora(4)
 
 
+AS_USERS_COMPILE = {  # where tests compile otherwise, for speed
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_multi_thread_eigen": True,
+}
 ADAPTERS = {"whole": (None, None), "LoRA": (LORA, LORA), "LoRA AV": (LORA, None)}
 QUICK = (("whole", "bfloat16"),)
 CASES = [
@@ -125,17 +131,20 @@ def explain(saved) -> None:
 
 
 def test_the_sampler_copies_no_weights(saved):
-    """Neither beside the pair nor inside its program, on one device with a mesh or without."""
+    """Neither beside the pair nor inside its program, on one device with a mesh or without. Tied embeddings in 16 bits are
+    the exception: their transpose is the head."""
     for mesh in (None, make_mesh(1, 1, 1)):
         pair = load_pair(saved, mesh=mesh)
         assert pair.sampler is pair.weights[0]
     pair = load_pair(saved)
-    shapes = jax.ShapeDtypeStruct((1, CONFIG.width), jnp.float32)
+    shapes = jax.ShapeDtypeStruct((2, CONFIG.width), jnp.float32)
     program = rollout.lower(
         pair.verbalizer, pair.sampler, shapes, jax.random.key(0), group=1, max_new_tokens=4, temperature=0.0
     )
     blocks = sum(x.nbytes for x in jax.tree.leaves(pair.weights[0]["blocks"]))
-    assert program.compile().memory_analysis().temp_size_in_bytes < blocks / 2
+    head = pair.weights[0]["embedding"].nbytes if pair.weights[0]["embedding"].dtype.itemsize == 2 else 0
+    temp = program.compile(known(AS_USERS_COMPILE, make_mesh(1, 1, 1))).memory_analysis().temp_size_in_bytes
+    assert temp < 1.5 * head + blocks / 4, (temp, head, blocks)
 
 
 def test_export_and_import_hold_one_tensor_at_a_time(saved, subject, tmp_path):

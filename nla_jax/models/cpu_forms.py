@@ -50,11 +50,11 @@ def product_over_rows(x: Float[Array, "..."], y: Float[Array, "..."], rows: int)
     """xᵀ y, summed over their first `rows` axes, as one product of matrices. A CPU then reads xᵀ of 32 bits without
     writing it; of 16 bits it is written."""
     a, b = (z.reshape(np.prod(z.shape[:rows], dtype=int), -1) for z in (x, y))
-    out = jnp.dot(_turned(a), b) if x.dtype.itemsize == 2 else jnp.tensordot(a, b, (0, 0))
+    out = jnp.dot(turned(a), b) if x.dtype.itemsize == 2 else jnp.tensordot(a, b, (0, 0))
     return out.reshape(x.shape[rows:] + y.shape[rows:])
 
 
-def _turned(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
+def turned(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
     """xᵀ as an array of its own, row by row.
 
     The barriers keep what computes x out of the loop that turns it, and the turning out of the product. Without the

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
 
-from nla_jax.models.cpu_forms import by_platform, for_halves, on_halves, product_of_halves, product_over_rows
+from nla_jax.models.cpu_forms import by_platform, for_halves, on_halves, product_of_halves, product_over_rows, turned
 from nla_jax.models.sharding import gathered
 
 
@@ -162,6 +163,17 @@ def frozen_scores(x: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[A
     if head.dtype.itemsize != 2:
         return vocabulary_scores(x, head)
     return by_platform(vocabulary_scores, lambda x, head: product_of_halves(x, head, 1))(x, head)
+
+
+def transposed(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
+    """xᵀ, where nothing is trained. A CPU lays it out row by row, since it multiplies by a matrix of 16 bits that lies
+    so; else it would write that in float32 for the product."""
+    return by_platform(jnp.transpose, functools.partial(on_halves, turned))(x)
+
+
+def of_integers(bits: Shaped[Array, "..."], dtype: DTypeLike) -> Shaped[Array, "..."]:
+    """Numbers of 16 bits from their bits (`views.with_layers`); an array of another dtype as it is."""
+    return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
 
 
 def moved(function: Callable, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -26,6 +26,7 @@ from nla_jax.models.layers import (
     gated,
     moved,
     normal,
+    of_integers,
     tied_scores,
     vocabulary_scores,
 )
@@ -226,8 +227,11 @@ class Transformer(nn.Module):
         """The embeddings of token ids."""
         c = self.config
         take = lambda table: jnp.take(table, tokens, axis=0)
-        frozen = c.decoding or self.has_variable("params", "layers")
-        x = (moved(take, self.embedding) if frozen else take(self.embedding)).astype(c.dtype)
+        if self.has_variable("params", "integers"):
+            x = of_integers(take(self.get_variable("params", "integers")["embedding"]), self.embedding.dtype)
+        else:
+            x = moved(take, self.embedding) if c.decoding else take(self.embedding)
+        x = x.astype(c.dtype)
         if not c.decoding:
             x = cut_batch(where_table_lies(x))
         return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, c.dtype)
@@ -344,15 +348,16 @@ class Transformer(nn.Module):
         return ((parts, None, kept), of_parts) if cache is None else ((parts, of_parts[0], None), None)
 
     def _scan_halves(self, block: Callable, parts: Streams, past: Sequence[KeyValues], kinds, context, edit) -> tuple:
-        """`_run` of `block` over the stacked layers in 16 bits. A scan that has the stack as its input would do the
-        same, but XLA's CPU backend would write a copy of it in float32."""
-        stack = self.get_variable("params", "blocks")
+        """`_run` of `block` over the stacked layers in 16 bits (`views.with_layers`). A scan that has the stack as its
+        input would do the same, but XLA's CPU backend would write a copy of it in float32."""
+        stack, integers = self.get_variable("params", "blocks"), self.get_variable("params", "integers")["blocks"]
         joined = lambda x: jnp.stack(x) if isinstance(x, tuple) else x  # of layers that were called apart
         past = [KeyValues(joined(k), joined(v)) for k, v in past]
 
         def step(parts: Streams, layer: tuple) -> tuple[Streams, list[KeyValues]]:
             i, kind, kv = layer
-            params = jax.tree.map(lambda x: moved(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x), stack)
+            of_layer = lambda x, bits: of_integers(jax.lax.dynamic_index_in_dim(bits, i, 0, False), x.dtype)
+            params = jax.tree.map(of_layer, stack, integers)
             (parts, *_), read = block({"params": params}, (parts, None, None), kv, i, kind, context, edit)
             return parts, read
 
@@ -399,8 +404,11 @@ def truncate(params: dict, layers: int) -> dict:
 def between(config: TransformerConfig, params: dict, start: int, stop: int) -> tuple[TransformerConfig, dict]:
     """The model of the blocks `start` to `stop - 1` of another, with their parameters and all that is no block's."""
     config = dataclasses.replace(config, layers=stop - start, local=config.local[start:stop])
+    cut = lambda blocks: jax.tree.map(lambda x: part(x, slice(start, stop)), blocks)
     apart = {"layers": params["layers"][start:stop]} if "layers" in params else {}
-    return config, params | {"blocks": jax.tree.map(lambda x: part(x, slice(start, stop)), params["blocks"])} | apart
+    if "integers" in params:
+        apart["integers"] = params["integers"] | {"blocks": cut(params["integers"]["blocks"])}
+    return config, params | {"blocks": cut(params["blocks"])} | apart
 
 
 def output_head(params: dict, config: TransformerConfig) -> dict:

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--labeller reads claims, which --confidence N asks for; give both.")
     from nla_jax.io.pairs import place_of
     from nla_jax.pair import load_pair
-    from nla_jax.runtime.compiler import enable_compile_cache
+    from nla_jax.runtime.compiler import enable_compile_cache, give_memory_back
     from nla_jax.tools.explain import (
         Sampling,
         calibrated,
@@ -121,6 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
         reader = claim_reader(pair, arguments.pair, arguments.confidence, arguments.labeller, subject)
         note(reader.about)
         claims = reader.read
+    give_memory_back()  # what reading the weights has left over
     batches = counted(explain_rows(pair, found, sampling, claims), total, arguments.max_new_tokens)
     write(batches, out, arguments.json, spelt)
 
