@@ -30,13 +30,6 @@ def positive_only(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
     return jnp.maximum(group_normalised(rewards), 0)
 
 
-def widest_half(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
-    """Groups whose samples differ little are dropped: the half of the step with the smaller standard deviations."""
-    spread = rewards.std(1)
-    kept = spread >= jnp.median(spread)
-    return jnp.where(kept[:, None], group_normalised(rewards), 0)
-
-
 def best_only(rewards: Float[Array, "A G"]) -> Float[Array, "A G"]:
     """Only the best sample of each group is learned from: best-of-G distillation (RAFT, Dong et al. 2023) in RL's loop."""
     best, worst = rewards.max(1, keepdims=True), rewards.min(1, keepdims=True)
