@@ -3,17 +3,21 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close
+from conftest import TINY, close
 from jax.sharding import NamedSharding, PartitionSpec
 from test_transformer import full_states
 
 from nla_jax.losses import TokenLoss
 from nla_jax.models.attention import MASKED, soft_cap
+from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import make_mesh
+from nla_jax.models.transformer import Transformer
+from nla_jax.models.views import with_layers
 from nla_jax.runtime.compiler import compilations
 from nla_jax.runtime.errors import InputError
 from nla_jax.sampling import rollout, sample_tokens, start_all
@@ -220,3 +224,31 @@ def test_draws_do_not_depend_on_how_the_vocabulary_is_cut(temperature):
     assert np.array_equal(found[0], alone[0]) and found[0].max() < 50
     close(found[1], alone[1], 1e-6)
     assert "all-gather" not in program.as_text() and "all-reduce" in program.as_text()
+
+
+@pytest.mark.parametrize("adapted", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("held", ["float32", "bfloat16", "float16"])
+def test_views_of_the_weights_change_no_text(verbalizer, params, vectors, held, adapted):
+    """`with_layers` spares copies, whatever the weights are held in, tied embeddings and adapters included."""
+    config = dataclasses.replace(TINY, tied_head=True, dtype=jnp.dtype("bfloat16" if held == "float32" else held))
+    av, rng = dataclasses.replace(verbalizer, model=Transformer(config)), np.random.default_rng(0)
+    cast = lambda tree, dtype: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+    params = cast({name: part for name, part in params.items() if name != "head"}, held)
+    if adapted:
+        draw = lambda shape: rng.normal(size=shape.shape) * 0.3
+        adapter = jax.tree.map(draw, nn.unbox(Lora(4).abstract_params(config)))
+        params = Lora(4).attach(params, cast(adapter, adapted))
+    options = {"group": 1, "max_new_tokens": 1, "temperature": 0.0}
+    plain, viewed = (
+        rollout(av, given, vectors[:2], jax.random.key(0), **options) for given in (params, with_layers(params))
+    )
+    np.testing.assert_allclose(plain.logprobs, viewed.logprobs, atol=0.1)
+    assert np.array_equal(plain.tokens, viewed.tokens)
+
+
+def test_parts_that_are_not_on_the_device_are_left_as_they_are(params):
+    mixed = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.bfloat16), {name: params[name] for name in ("embedding", "blocks")}
+    )
+    mixed["embedding"] = np.asarray(mixed["embedding"])
+    assert with_layers(mixed)["integers"]["embedding"] is mixed["embedding"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 CACHE = 4 * 2**20  # bytes of attention scores that a CPU computes at a time, if there are many times more
 
@@ -54,7 +54,7 @@ def product_over_rows(x: Float[Array, "..."], y: Float[Array, "..."], rows: int)
     return out.reshape(x.shape[rows:] + y.shape[rows:])
 
 
-def turned(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
+def turned(x: Shaped[Array, "n m"]) -> Shaped[Array, "m n"]:
     """xᵀ as an array of its own, row by row.
 
     The barriers keep what computes x out of the loop that turns it, and the turning out of the product. Without the

@@ -168,7 +168,7 @@ def frozen_scores(x: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[A
 def transposed(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
     """xᵀ, where nothing is trained. A CPU lays it out row by row, since it multiplies by a matrix of 16 bits that lies
     so; else it would write that in float32 for the product."""
-    return by_platform(jnp.transpose, functools.partial(on_halves, turned))(x)
+    return for_halves(jnp.transpose, functools.partial(on_halves, turned))(x)
 
 
 def of_integers(bits: Shaped[Array, "..."], dtype: DTypeLike) -> Shaped[Array, "..."]:

@@ -56,17 +56,20 @@ def split(blocks: dict) -> list[dict]:
 def with_layers(params: dict) -> dict:
     """The parameters of a model. On a CPU they have two more views of the same memory, which spare its programs copies of
     all blocks: `layers`, the parameters of each block apart, and `integers`, embedding and blocks with their numbers of 16
-    bits as integers (`layers.moved` says why)."""
+    bits as integers (`cpu_forms.on_halves` says why)."""
     held = {name: params[name] for name in ("embedding", "blocks")}
     arrays = [x for x in jax.tree.leaves(held) if isinstance(x, jax.Array)]
     if not arrays or not all(map(_on_one_cpu, arrays)):
         return params
-    return params | {"layers": split(params["blocks"]), "integers": jax.tree.map(_as_integers, held)}
+    return params | {
+        "layers": split(params["blocks"]),
+        "integers": jax.tree_util.tree_map_with_path(_as_integers, held),
+    }
 
 
-def _as_integers(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The bits of an array of 16-bit numbers; another array as it is."""
-    if x.dtype.itemsize != 2:
+def _as_integers(path: tuple, x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array | np.ndarray, "..."]:
+    """The bits of an array of 16-bit numbers; another one, and an adapter's, which the sampler casts, as it is."""
+    if not isinstance(x, jax.Array) or x.dtype.itemsize != 2 or path[-1].key in ("lora_a", "lora_b"):
         return x
     (device,) = x.sharding.device_set
     return jax.device_put(np.asarray(x).view(np.uint16), device)
