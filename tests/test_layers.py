@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import LOOP, SENTENCES, TINY, close, nla_main, one_sentence, weights
+from conftest import LOOP, SENTENCES, TINY, close, nla_main, one_sentence
 from transformers import AutoModelForCausalLM
 
 import nla_jax as nla
@@ -27,6 +27,7 @@ from nla_jax.pair import new_pair
 from nla_jax.probes.evidence import evidence
 from nla_jax.prompts import find_marker
 from nla_jax.runtime.errors import InputError
+from nla_jax.runtime.notes import note
 from nla_jax.stages.extract import say_sinks
 from nla_jax.steering import steer_along
 
@@ -281,15 +282,16 @@ def test_a_study_of_two_layers(corpus, tmp_path, capsys, kind):
     command = ["explain", "--pair", str(workdir / "pair"), "--subject", subject, "--text", SENTENCES[0], "--json"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["token"] == "."
+    note.cache_clear()
     assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 0
     assert "The datasets are not written" in capsys.readouterr().err and not (tmp_path / "out/datasets").exists()
     assert "after blocks 0 and 2" in (tmp_path / "out/README.md").read_text()
     assert nla.load_pair(tmp_path / "out").sidecar.layers == (0, 2)
-    before = weights(workdir)
+    written = lambda: {str(file): file.read_bytes() for file in (workdir / "pair").rglob("*.safetensors")}
+    before = written()
     for stage in LOOP[LOOP.index("rl") :]:
         (workdir / "stages" / f"{stage}.json").unlink(missing_ok=True)
     for step in sorted((workdir / "train/rl").glob("[0-9]*"))[1:]:
         step.rename(tmp_path / step.name)
     assert nla_main("rl", workdir, corpus, *more) == 0
-    after = weights(workdir)
-    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert len(before) > 1 and written() == before
