@@ -3,11 +3,11 @@
 # float32, for two it reads the matrix as it is.
 # Guess: a batch of one, whose decoding is bound by reading the weights, is the cheapest batch there is. (A language model that
 # decodes one text holds a float32 copy of its weights meanwhile; a second row that nobody reads saves it.)
-# Seen 2026-11-29, jax 0.12.0.1 (Python 3.13) on two shared cores of an AMD EPYC with AVX512_BF16, x [rows, 2048] times weights
+# Seen 2026-11-29, jax 0.12.0.1 (Python 3.13) on two cores of an AMD EPYC with AVX512_BF16, x [rows, 2048] times weights
 # [2048, 8192], result in float32:
-#   1 rows: temporaries 67.1 MB, 14.63 times as long as 2 rows
+#   1 rows: temporaries 67.1 MB, 9.01 times as long as 2 rows
 #   2 rows: temporaries 0.0 MB, 1.00 times as long as 2 rows
-#   8 rows: temporaries 0.0 MB, 2.05 times as long as 2 rows
+#   8 rows: temporaries 0.0 MB, 1.12 times as long as 2 rows
 # Exits non-zero where the copy, or the order of the times, is another. Needs Python 3.12 or newer.
 set -euo pipefail
 folder=$(mktemp -d)
