@@ -96,15 +96,16 @@ class Rows:
 
     def columns_at(self, at: np.ndarray) -> Callable[[str], list]:
         """`column` of the rows `at` alone, without their labels: made for a few rows at every step."""
-        taken = self._mapped.take(at if self.at is None else self.at[at])
-        return lambda name: taken.column(name).to_pylist() if name in taken.column_names else [""] * len(at)
+        mapped, index = self._mapped, at if self.at is None else self.at[at]
+        there = set(mapped.column_names)
+        return lambda name: mapped.column(name).take(index).to_pylist() if name in there else [""] * len(at)
 
     def token_ids(self, at: np.ndarray) -> list[list[int]]:
         """The tokens that the subject has read at the rows `at`. Raises `InputError` where they are not known, as of
         activations from files."""
         if IDS not in self._mapped.column_names:
             raise InputError(f"{self.shards[0]} has no column {IDS}, without which the subject cannot read on.")
-        return self._mapped.column(IDS).take(at if self.at is None else self.at[at]).to_pylist()
+        return self.columns_at(at)(IDS)
 
     @functools.cached_property
     def _mapped(self) -> pa.Table:

@@ -179,9 +179,8 @@ class Behaviour:
             else:
                 holders.append([row])
         found, places = [], [[len(row) - 1 for row in group] for group in holders]
-        with jax.set_mesh(
-            device_mesh((1, 1, 1), jax.local_devices()[:1])
-        ):  # hosts that train together ask of other rows
+        alone = device_mesh((1, 1, 1), jax.local_devices()[:1])  # hosts that train together ask of other rows
+        with jax.set_mesh(alone):
             whole = self._whole
             for hidden in residual_rows(whole, [group[0] for group in holders], places):
                 padded = np.pad(hidden, [(0, -len(hidden) % 16), (0, 0)])

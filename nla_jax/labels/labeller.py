@@ -39,6 +39,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from nla_jax import config
 from nla_jax.data.activations import IDS, TEXT
 from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import columns_of, read_table, row_count
@@ -202,6 +203,11 @@ def make_labeller(path: str, settings: dict, connection: dict | None = None) -> 
         connects = getattr(labeller, "connects", ()) + tuple(connection)
         settings = {name: value for name, value in whole.items() if name not in connects}
     return CheckedLabeller(function, labeller, dict(settings))
+
+
+def configured_labeller(c: config.Label) -> CheckedLabeller:
+    """The labeller of the section `label` of a config. Raises `InputError` as `make_labeller` does."""
+    return make_labeller(c.labeller, c.settings, c.connection)
 
 
 def label_rows(column: Callable[[str], list]) -> list[LabelRow]:

@@ -402,13 +402,10 @@ def truncate(params: dict, layers: int) -> dict:
 
 
 def between(config: TransformerConfig, params: dict, start: int, stop: int) -> tuple[TransformerConfig, dict]:
-    """The model of the blocks `start` to `stop - 1` of another, with their parameters and all that is no block's."""
+    """The model of the blocks `start` to `stop - 1` of another, with their parameters and all that is no block's. `params`
+    are those before `views.with_layers`."""
     config = dataclasses.replace(config, layers=stop - start, local=config.local[start:stop])
-    cut = lambda blocks: jax.tree.map(lambda x: part(x, slice(start, stop)), blocks)
-    apart = {"layers": params["layers"][start:stop]} if "layers" in params else {}
-    if "integers" in params:
-        apart["integers"] = params["integers"] | {"blocks": cut(params["integers"]["blocks"])}
-    return config, params | {"blocks": cut(params["blocks"])} | apart
+    return config, params | {"blocks": jax.tree.map(lambda x: part(x, slice(start, stop)), params["blocks"])}
 
 
 def output_head(params: dict, config: TransformerConfig) -> dict:

@@ -42,10 +42,7 @@ def part(
     x: Shaped[Array | np.ndarray, "..."] | ByLayer, index: int | slice
 ) -> Shaped[Array | np.ndarray, "..."] | ByLayer:
     """`x[index]` along the first axis."""
-    if not _on_one_cpu(x):
-        return x[index]
-    (device,) = x.sharding.device_set
-    return jax.device_put(np.asarray(x)[index], device)  # no copy where the part begins at a multiple of 64 bytes
+    return _viewed(x, lambda x: x[index]) if _on_one_cpu(x) else x[index]
 
 
 def split(blocks: dict) -> list[dict]:
@@ -71,8 +68,13 @@ def _as_integers(path: tuple, x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Ar
     """The bits of an array of 16-bit numbers; another one, and an adapter's, which the sampler casts, as it is."""
     if not isinstance(x, jax.Array) or x.dtype.itemsize != 2 or path[-1].key in ("lora_a", "lora_b"):
         return x
+    return _viewed(x, lambda x: x.view(np.uint16))
+
+
+def _viewed(x: Shaped[Array, "..."], view: Callable[[np.ndarray], np.ndarray]) -> Shaped[Array, "..."]:
+    """A view of an array on one CPU as an array of its own: no copy where it begins at a multiple of 64 bytes."""
     (device,) = x.sharding.device_set
-    return jax.device_put(np.asarray(x).view(np.uint16), device)
+    return jax.device_put(view(np.asarray(x)), device)
 
 
 def _on_one_cpu(x: Any) -> bool:

@@ -46,7 +46,7 @@ def true_after_rl(context: Context) -> dict[str, np.ndarray]:
     if not has_grammar(labeller := context.labeller):
         return {}
     told = told_by(labeller, context.texts("rl"), rows_for(context))
-    all_of = [[held for of in kinds for held in of] for kinds in zip(*told.values())]
+    all_of = _of_all_kinds(told, len(context.vectors))
     by_kind = {_name(kind, "true", "after_rl"): _means(shares) for kind, shares in told.items()}
     return {"true_after_rl": _means(all_of)} | by_kind if told else {}
 
@@ -132,8 +132,13 @@ def without(labeller, text: str, claim: Claim) -> str:
 def rows_for(context: Context) -> list[LabelRow]:
     """The held-out rows as the labeller sees them; it has computed together what its claims about them need."""
     rows = label_rows(context.column)
-    getattr(context.labeller, "ready_for", lambda rows: None)(rows)
+    _prepare(context.labeller, rows)
     return rows
+
+
+def _prepare(labeller, rows: Sequence[LabelRow]) -> None:
+    """The labeller computes together what its claims about the rows need, if it says how."""
+    getattr(labeller, "ready_for", lambda rows: None)(rows)
 
 
 def has_grammar(labeller) -> bool:
@@ -152,10 +157,9 @@ def true_shares(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dic
 
 def truth_of(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> Float[np.ndarray, "n"]:
     """Of each text the share of all its claims that hold for its row; 0 where it makes none."""
-    getattr(labeller, "ready_for", lambda rows: None)(rows)
-    kinds = told_by(labeller, texts, rows).values()
-    held = [[claim for of in kinds for claim in of[i]] for i in range(len(texts))]
-    return np.array([np.mean(claims) if claims else 0.0 for claims in held], np.float32)
+    _prepare(labeller, rows)
+    held = _of_all_kinds(told_by(labeller, texts, rows), len(texts))
+    return np.nan_to_num(_means(held)).astype(np.float32)
 
 
 def told_by(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dict[str, list[list[bool]]]:
@@ -165,6 +169,11 @@ def told_by(labeller, texts: Sequence[str], rows: Sequence[LabelRow]) -> dict[st
         for claim in labeller.claims(text):
             told.setdefault(claim.kind, [[] for _ in rows])[i].append(labeller.true(claim, row))
     return dict(sorted(told.items()))
+
+
+def _of_all_kinds(told: dict[str, list[list[bool]]], count: int) -> list[list[bool]]:
+    """For each of `count` texts: which of its claims hold, of whatever kind."""
+    return [[held for of in told.values() for held in of[i]] for i in range(count)]
 
 
 def _means(told: Sequence[Sequence[float]]) -> Float[np.ndarray, "n"]:

@@ -19,7 +19,7 @@ from nla_jax.io.files import AnyName, path_to
 from nla_jax.io.folders import load_tokenizer
 from nla_jax.io.parquet import SIDECAR
 from nla_jax.joint_step import init_model, judge, update
-from nla_jax.labels.labeller import make_labeller
+from nla_jax.labels.labeller import configured_labeller
 from nla_jax.models.transformer import TransformerConfig, abstract_params
 from nla_jax.objective import SUBJECT_KL, TRUTH, UNCORRELATED, Scored
 from nla_jax.probes.probe import ASKS, WHO_ASKS, chosen_probes, load_probes, there
@@ -48,7 +48,7 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
         check_sources(sources)
     if "label" in stages:
-        make_labeller(config.label.labeller, config.label.settings, config.label.connection).ready()
+        configured_labeller(config.label).ready()
     if {"sft", "rl", "evaluate"} & set(stages):
         check_injections(config)
         check_templates(config)

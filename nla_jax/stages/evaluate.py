@@ -15,7 +15,7 @@ from nla_jax.data.rows import LABEL, Rows, load_rows, spread
 from nla_jax.io.folders import open_params, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import read_table, write_table
-from nla_jax.labels.labeller import Labeller, make_labeller
+from nla_jax.labels.labeller import Labeller, configured_labeller
 from nla_jax.models.sharding import host_mesh
 from nla_jax.pair import Pair, new_pair
 from nla_jax.probes.probe import Context, asks, chosen_probes, load_probes, measure
@@ -161,8 +161,7 @@ class RunContext(Context):
     @functools.cached_property
     def labeller(self) -> Labeller:
         """The run's labeller."""
-        c = self.run.config.label
-        return make_labeller(c.labeller, c.settings, c.connection).labeller
+        return configured_labeller(self.run.config.label).labeller
 
     @functools.cached_property
     def provider(self) -> Provider | None:

@@ -15,7 +15,7 @@ from nla_jax.io.files import AnyPath
 from nla_jax.io.parquet import columns_of, read_table, row_count, write_table
 from nla_jax.labels.cache import Cache
 from nla_jax.labels.calls import as_done
-from nla_jax.labels.labeller import CheckedLabeller, Label, LabelRow, NoLabel, make_labeller, rows_of
+from nla_jax.labels.labeller import CheckedLabeller, Label, LabelRow, NoLabel, configured_labeller, rows_of
 from nla_jax.runtime.distributed import barrier, is_writer, share
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress
@@ -60,8 +60,7 @@ def cache_of(run: Run) -> Cache:
 
 def labeller_of(run: Run) -> CheckedLabeller:
     """The labeller of the config, with a folder in the working folder."""
-    c = run.config.label
-    labeller = make_labeller(c.labeller, c.settings, c.connection)
+    labeller = configured_labeller(run.config.label)
     labeller.work_in(run.workdir / "labels" / "work")
     _ = labeller.facts  # on every host: the version may be a hash that all hosts ask the first one for
     return labeller

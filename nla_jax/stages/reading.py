@@ -8,7 +8,7 @@ from nla_jax.data.activations import TEXT
 from nla_jax.data.batches import pad_tokens
 from nla_jax.data.rows import Rows
 from nla_jax.joint_step import JointBatch
-from nla_jax.labels.labeller import CheckedLabeller, label_rows, make_labeller
+from nla_jax.labels.labeller import CheckedLabeller, configured_labeller, label_rows
 from nla_jax.models.sharding import local_rows, place_local
 from nla_jax.objective import TRUTH
 from nla_jax.pair import Pair
@@ -29,9 +29,11 @@ class Reading:
         self.study, self.prompts, self.data, self.c = study, pair.prompts, data, study.config.rl
         self.reader = resolve(self.c.reader, "rl.reader")
         self.grammar = grammar_of(study.config) if self.c.truth else None
-        if self.grammar and not all(data.columns_at(np.arange(1))(TEXT)):
-            raise InputError("rl.truth checks claims against the texts of activations; these activations have none.")
         if self.grammar:
+            if not all(data.columns_at(np.arange(1))(TEXT)):
+                raise InputError(
+                    "rl.truth checks claims against the texts of activations; these activations have none."
+                )
             self._truth([""], np.arange(1))  # what a labeller lacks for it is missed before the first step
         self.shown: dict[int, dict] = {}  # texts of the step under way, by their row of the batch
         self.read_rows = 0  # rows of the batch that have been read, on all hosts
@@ -114,8 +116,7 @@ class Reading:
 
 def grammar_of(config: Config) -> CheckedLabeller:
     """The run's labeller. Raises `InputError` where it cannot read and check claims, which `rl.truth` asks of it."""
-    c = config.label
-    found = make_labeller(c.labeller, c.settings, c.connection)
+    found = configured_labeller(config.label)
     if not has_grammar(found.labeller):
         raise InputError(f"rl.truth checks claims, which {found.function} cannot: it has no methods claims and true.")
     return found

@@ -201,7 +201,7 @@ def texts(config: "Config", documents: "Sequence[Document]", count: int, folder:
 
 def sampled_labels(config: "Config", documents: "Sequence[Document]", count: int, tokenizer) -> list[str]:
     """What the labeller says of `count` documents, evenly spaced, each read up to half of `extract.max_tokens`."""
-    from nla_jax.labels.labeller import LabelRow, make_labeller
+    from nla_jax.labels.labeller import LabelRow, configured_labeller
 
     if not documents or count < 1:
         return []
@@ -212,7 +212,7 @@ def sampled_labels(config: "Config", documents: "Sequence[Document]", count: int
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if text:
             rows.append(LabelRow(text, tokenizer.decode(ids[-1:]), len(ids) - 1, "", document.id, tuple(ids)))
-    labeller = make_labeller(config.label.labeller, config.label.settings, config.label.connection)
+    labeller = configured_labeller(config.label)
     return [label for label in labeller.label(rows) if isinstance(label, str)]
 
 
