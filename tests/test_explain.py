@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +22,10 @@ from nla_jax.data.chats import chat_tokens
 from nla_jax.io.folders import load_tokenizer
 from nla_jax.io.hub import fingerprint
 from nla_jax.io.pairs import find_base
-from nla_jax.pair import load_pair
+from nla_jax.pair import Pair, load_pair
 from nla_jax.sidecar import FILE
 from nla_jax.subject import SHIPPED, extract, load_subject
+from nla_jax.tools import explain as tools
 
 TEXT = "The river turns north at the mill."
 CHAT = [
@@ -214,6 +216,28 @@ def test_rows_in_files(explain, tmp_path):
         close({"c": a["cosine"] or 0.0}, {"c": c["cosine"] or 0.0}, 1e-4)
         close({"c": a["cosine"] or 0.0}, {"c": b["cosine"] or 0.0}, 1e-4)
     assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_the_subject_is_gone_when_the_last_texts_are_written(explain, tmp_path, monkeypatch):
+    subject_of, write, subjects, there = tools.subject_of, Pair.explain, [], []
+
+    def reading(*arguments):
+        subject = subject_of(*arguments)
+        subjects.append(weakref.ref(subject))
+        return subject
+
+    def writing(*arguments, **options):
+        there.append(subjects[0]() is not None)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(tools, "subject_of", reading)
+    monkeypatch.setattr(Pair, "explain", writing)
+    monkeypatch.setattr(tools, "ROWS", 1)
+    files = [tmp_path / f"{i}.txt" for i in range(3)]
+    for file, text in zip(files, SENTENCES):
+        file.write_text(text)
+    rows, _ = explain("--file", *files)
+    assert [row["document"] for row in rows] == [str(file) for file in files] and there == [True, True, False]
 
 
 def test_a_closed_pipe_is_no_error(place):

@@ -1,5 +1,6 @@
 """Hugging Face folders: parity with torch both ways, wrapped and sharded checkpoints, what a damaged folder says."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -239,6 +240,47 @@ def test_loading_onto_a_mesh(mesh, rules, dtype):
     close(params, jax.tree.map(lambda x: x.astype(dtype), load_params(folder, config)), 0)
     for array, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(layout), strict=True):
         assert array.dtype == dtype and array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
+CASTS = [  # a dtype that is stored, and one that is asked for
+    (np.float32, jnp.float32),
+    (np.float32, jnp.bfloat16),
+    (np.float16, jnp.float32),
+    (ml_dtypes.bfloat16, jnp.bfloat16),
+    (ml_dtypes.bfloat16, jnp.float16),
+]
+
+
+@pytest.mark.parametrize(("stored", "dtype"), CASTS, ids=lambda x: np.dtype(x).name)
+def test_reading_to_memory_is_reading_to_any_device(stored, dtype, tmp_path, monkeypatch, tokenizer):
+    folder = parity.GOLDEN / "qwen2"  # with biases
+    config = read_config(folder)
+    save_model(tmp_path / "m", load_params(folder, config), config, tokenizer, dtype=stored)
+    load = lambda: load_params(tmp_path / "m", config, dtype=dtype, scales=np.float32)
+    here = load()
+    monkeypatch.setattr("jax.default_backend", lambda: "an accelerator")
+    there = load()
+    same = lambda x, y: x.dtype == y.dtype and x.shape == y.shape and bool((x == y).all())
+    assert all(jax.tree.leaves(jax.tree.map(same, here, there)))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "an accelerator"])
+@pytest.mark.parametrize(
+    "stored", [np.float64, np.float32, ml_dtypes.bfloat16, np.float16], ids=lambda x: np.dtype(x).name
+)
+def test_a_number_that_is_not_finite_is_found(stored, backend, copy, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    sound = {name: tensor.astype(stored) for name, tensor in load_file(copy / SINGLE).items()}
+    dtype = np.float32 if stored is np.float64 else stored
+    most = ml_dtypes.finfo(dtype).max
+    for number in (most, -most, 0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan):
+        changed = {name: tensor.copy() for name, tensor in sound.items()}
+        changed[NORM][-1] = number
+        save_file(changed, copy / SINGLE)
+        with (
+            contextlib.nullcontext() if np.isfinite(number) else pytest.raises(InputError, match=f"'{NORM}' holds NaN")
+        ):
+            load_params(copy, read_config(copy), dtype=dtype)
 
 
 def test_bfloat16_round_trip(params, tmp_path, tokenizer):

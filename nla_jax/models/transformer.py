@@ -6,6 +6,7 @@ model returns *is* the residual stream after block K: the final norm belongs to 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -391,8 +392,13 @@ def init_params(model: Transformer, rng: Array) -> dict:
 
 def abstract_params(config: TransformerConfig, truncated: bool = False) -> dict:
     """Shapes of the parameter tree with logical axis names attached (`truncated`: without final norm and head)."""
-    tree = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
-    return {name: part for name, part in tree.items() if not (truncated and name in ("final_norm", "head"))}
+    return {name: part for name, part in _shapes(config).items() if not (truncated and name in ("final_norm", "head"))}
+
+
+@functools.cache  # tracing a model takes a tenth of a second
+def _shapes(config: TransformerConfig) -> dict:
+    """The whole tree of `abstract_params`."""
+    return jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
 
 
 def truncate(params: dict, layers: int) -> dict:
