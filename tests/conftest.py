@@ -30,6 +30,7 @@ import typechecks
 typechecks.install()
 
 import dataclasses
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -43,7 +44,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from nla_jax.autoencoder import Reconstructor, Verbalizer
-from nla_jax.cli import load_config, main
+from nla_jax.cli import NEW_OBJECTS, load_config, main
 from nla_jax.config import read
 from nla_jax.io.folders import save_model
 from nla_jax.joint_step import JointBatch
@@ -60,6 +61,8 @@ from nla_jax.stages.table import STAGES
 from nla_jax.subject import load_subject
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # likewise: one program at a time
+gc.set_threshold(NEW_OBJECTS)  # as `nla` does
+gc.freeze()  # what was imported stays: the search for garbage, half a second of every stage otherwise, leaves it out
 
 SENTENCES = [
     "The river turns north at the old mill and runs through three villages before it reaches the sea.",

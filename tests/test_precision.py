@@ -33,6 +33,12 @@ def test_the_dtype_is_that_of_the_faster_products(products, speed, dtype, capsys
     assert capsys.readouterr().err.count(f"this run computes in {dtype}") == 1
 
 
+def test_a_moment_in_which_others_work_decides_nothing(monkeypatch):
+    speeds = iter([0.5, 1.0, 2.0, 0.4, 0.6, 1.0])  # bfloat16 and float32 in turn
+    monkeypatch.setattr(precision, "measured_peak", lambda dtype: next(speeds))
+    assert precision.fastest() == "bfloat16"
+
+
 def test_accelerators_compute_in_bfloat16(products, monkeypatch):
     asked = products()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

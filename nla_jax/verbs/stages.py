@@ -78,8 +78,9 @@ def run(arguments: argparse.Namespace) -> None:
             before = run.result(stage)
             module, _, function = STAGES[stage].run.partition(":")
             getattr(importlib.import_module(module), function)(run)
-            gc.collect()  # what the stage held, on devices too, and nobody holds any more
             result = run.result(stage)  # every host asks: they count such questions alike
+            if result != before:
+                gc.collect()  # what the stage held, on devices too, and nobody holds any more
             if distributed.is_writer():
                 done = "already done" if result == before else "done"
                 print(f"{stage}: {done} ({result['seconds']:.0f} s)", file=sys.stderr)
