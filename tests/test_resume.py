@@ -38,6 +38,7 @@ from conftest import (
 from safetensors.numpy import load_file, save_file
 
 import nla_jax.pair
+import nla_jax.stages.evaluate
 import nla_jax.stages.rl
 import nla_jax.study
 from nla_jax.cli import main
@@ -272,6 +273,40 @@ def test_evaluation_samples_only_what_is_missing(talking, arguments, tmp_path, m
     assert texts(one) == texts(other) and rows(one)["mean_length"] == rows(other)["mean_length"]
     assert any(rows(one)["mean_length"]) and {"warm", "rl", "shuffled"} < rows(one).keys()
     assert all(rows(one)[name] == pytest.approx(rows(other)[name], abs=1e-4) for name in rows(one))
+
+
+def test_evaluation_measures_only_what_is_missing(talking, arguments, tmp_path, monkeypatch):
+    """Probes too: those that were measured before it was stopped are read. Of a user's function in a file that has changed
+    since the probe is measured again."""
+    (tmp_path / "mine.py").write_text("def one(context):\n    return {'one': [1.0] * len(context.vectors)}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fidelity = [f"nla_jax.probes.fidelity:{name}" for name in ("after_rl", "warm_start", "gold", "length", "prefixes")]
+    probes = f"evaluate.probes={('mine:one', *fidelity)}"
+    whole, workdir = (copy_before(talking, tmp_path / name, "evaluate") for name in ("whole", "stopped"))
+    assert main(arguments("evaluate", whole, probes)) == 0
+    measure, measured = nla_jax.stages.evaluate.measure, []
+
+    def counted(function, probe, context):
+        measured.append(probe.name)
+        return interrupt() if len(measured) == 4 else measure(function, probe, context)
+
+    monkeypatch.setattr(nla_jax.stages.evaluate, "measure", counted)
+    assert main(arguments("evaluate", workdir, probes)) == 130
+    assert main(arguments("evaluate", workdir, probes)) == 0
+    assert measured == ["one", "after_rl", "warm_start", "gold", "gold", "length", "prefixes"]
+    assert (workdir / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+    seconds = json.loads((workdir / "stages/evaluate.json").read_text())["result"]["seconds_by_probe"]
+    assert set(seconds) == set(measured)
+    mine = "def one(context):\n    return {'one': [2.0] * len(context.vectors)}\n"
+    for change, again in (
+        (lambda: (tmp_path / "mine.py").write_text(mine), 1),
+        (lambda: shutil.copytree(workdir / "pair_warm", workdir / "pair", dirs_exist_ok=True), 6),
+    ):
+        measured[:] = [None] * 4
+        (workdir / "stages/evaluate.json").unlink()
+        change()
+        assert main(arguments("evaluate", workdir, probes)) == 0
+        assert len(measured) == 4 + again and measured[4] == "one"
 
 
 def test_a_damaged_shard_is_named(finished, corpus, tmp_path, capsys):

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,12 @@ class UserFunction:
 
     def __str__(self) -> str:
         return f"{self.what} = {self.path} ({place(self.function)})"
+
+    @property
+    def checksum(self) -> str:
+        """Of the file that the import path leads to; of none where there is no such file."""
+        file = getattr(sys.modules.get(self.path.partition(":")[0]), "__file__", None)
+        return f"{zlib.crc32(Path(file).read_bytes()) if file else 0:08x}"
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:

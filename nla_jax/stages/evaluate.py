@@ -12,18 +12,20 @@ import pyarrow as pa
 
 from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows, load_rows, spread
+from nla_jax.io.files import AnyPath
 from nla_jax.io.folders import open_params, read_config
 from nla_jax.io.hub import fingerprint, locate
-from nla_jax.io.parquet import read_table, write_table
+from nla_jax.io.parquet import read_table, schema_of, write_table
 from nla_jax.labels.labeller import Labeller, configured_labeller
 from nla_jax.models.sharding import host_mesh
 from nla_jax.pair import Pair, new_pair
-from nla_jax.probes.probe import Context, asks, chosen_probes, load_probes, measure
+from nla_jax.probes.probe import Context, Probe, asks, chosen_probes, figures, load_probes, measure
 from nla_jax.probes.provider import Provider, provider_of
-from nla_jax.runtime.distributed import barrier, from_writer, is_writer
+from nla_jax.runtime.distributed import barrier, from_writer, is_writer, source_hash
 from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.run import Run
+from nla_jax.runtime.user_code import UserFunction
 from nla_jax.stages.sft import load
 from nla_jax.stages.shown import DOCUMENTS, Shown
 from nla_jax.stages.whole_document import documents
@@ -44,16 +46,12 @@ def evaluate(run: Run) -> None:
         if any(asks(probe) for _, probe in probes):
             context.provider.ready()
         progress, scores, drawn, seconds = Progress("evaluate", len(probes)), {}, [], {}
+        measured = measured_of(context)
         for function, probe in probes:
-            own, found, seconds[probe.name] = measure(function, probe, context)
-            if not own:
-                progress.update()
-                continue
-            if is_writer():
-                ids = {"doc_id": context.column("doc_id")}
-                write_table(pa.table(ids | own), run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet")
-            drawn.append(found)
-            scores |= own
+            own, found, seconds[probe.name] = once(function, probe, context, measured)
+            if own:
+                drawn.append(found)
+                scores |= own
             progress.update()
         progress.close()
         result["summary"] = summary(drawn) | {
@@ -66,6 +64,49 @@ def evaluate(run: Run) -> None:
         result["seconds_by_probe"] = seconds
         tell_longest(seconds)
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def measured_of(context: "RunContext") -> str:
+    """What all probes of an evaluation are measured of: pairs, rows, labels, settings and the stages before, in a few bytes."""
+    run, c = context.run, context.run.config
+    stages = sorted(run.workdir.glob("stages/*.json"))
+    before = [file.read_bytes() for file in stages if file.stem not in ("evaluate", "report")]
+    pairs = [fingerprint(run.workdir / pair / role) for pair in ("pair", "pair_warm") for role in ("av", "ar")]
+    settings = (dataclasses.replace(c.evaluate, probes=()), c.prompts, c.label, c.seed, c.compute)
+    said = repr((source_hash(), before, pairs, settings, context.column("doc_id"), context.texts("labels")))
+    return hashlib.blake2b(said.encode() + context.vectors.tobytes(), digest_size=8).hexdigest()
+
+
+MEASURED = b"nla_jax_measured"  # among a file's metadata: of what a probe was measured, its seconds and its answers
+
+
+def once(
+    function: UserFunction, probe: Probe, context: "RunContext", measured: str
+) -> tuple[dict[str, np.ndarray], dict, float]:
+    """`measure`, whose rows are kept in `evaluation/probes`. A probe that an evaluation had measured before it was stopped is
+    not measured again, unless its file has changed."""
+    path = context.run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet"
+    key = f"{measured}-{function.checksum}"
+    kept = from_writer(lambda: kept_of(path, key))
+    if kept:
+        table = read_table(path).drop_columns("doc_id")
+        rows = {name: np.asarray(table.column(name)) for name in table.column_names}
+        return rows, figures(probe, rows, context.documents, kept["answers"]), kept["seconds"]
+    rows, found, seconds = measure(function, probe, context)
+    if rows and is_writer():
+        said = {"key": key, "seconds": seconds, "answers": found.get("answers", [])}
+        table = pa.table({"doc_id": context.column("doc_id")} | rows)
+        write_table(table.replace_schema_metadata({MEASURED: json.dumps(said)}), path)
+    return rows, found, seconds
+
+
+def kept_of(path: AnyPath, key: str) -> dict | None:
+    """What a file of rows says of their measurement, where that is the one of this `key`."""
+    try:
+        said = json.loads(schema_of(path).metadata[MEASURED]) if path.exists() else {}
+    except (InputError, KeyError, TypeError):  # damaged, or of an earlier version: measured again
+        return None
+    return said if said.get("key") == key else None
 
 
 def tell_longest(seconds: dict[str, float], count: int = 5) -> None:
