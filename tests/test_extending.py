@@ -238,6 +238,12 @@ WRONG = {
         "def bad(context):\n    return {'x': [1.0]}",
         r"shape \(1,\)",
     ),
+    "probe with a score of a taken name": (
+        "evaluate.probes",
+        "evaluate",
+        "def bad(context):\n    return {'doc_id': [0.0] * len(context.vectors)}",
+        "a score 'doc_id', as the documents",
+    ),
     "probe that fails": (
         "evaluate.probes",
         "evaluate",

@@ -276,8 +276,7 @@ def test_evaluation_samples_only_what_is_missing(talking, arguments, tmp_path, m
 
 
 def test_evaluation_measures_only_what_is_missing(talking, arguments, tmp_path, monkeypatch):
-    """Probes too: those that were measured before it was stopped are read. Of a user's function in a file that has changed
-    since the probe is measured again."""
+    """Probes too: those that were measured before it was stopped are read."""
     (tmp_path / "mine.py").write_text("def one(context):\n    return {'one': [1.0] * len(context.vectors)}\n")
     monkeypatch.syspath_prepend(tmp_path)
     fidelity = [f"nla_jax.probes.fidelity:{name}" for name in ("after_rl", "warm_start", "gold", "length", "prefixes")]
@@ -297,16 +296,42 @@ def test_evaluation_measures_only_what_is_missing(talking, arguments, tmp_path, 
     assert (workdir / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
     seconds = json.loads((workdir / "stages/evaluate.json").read_text())["result"]["seconds_by_probe"]
     assert set(seconds) == set(measured)
-    mine = "def one(context):\n    return {'one': [2.0] * len(context.vectors)}\n"
-    for change, again in (
-        (lambda: (tmp_path / "mine.py").write_text(mine), 1),
-        (lambda: shutil.copytree(workdir / "pair_warm", workdir / "pair", dirs_exist_ok=True), 6),
-    ):
-        measured[:] = [None] * 4
-        (workdir / "stages/evaluate.json").unlink()
-        change()
-        assert main(arguments("evaluate", workdir, probes)) == 0
-        assert len(measured) == 4 + again and measured[4] == "one"
+
+
+def test_rows_of_another_pair_or_function_or_a_damaged_file_are_measured_again(
+    talking, arguments, tmp_path, monkeypatch
+):
+    mine = tmp_path / "mine_too.py"
+    mine.write_text("def one(context):\n    return {'one': [1.0] * len(context.vectors)}\n\n\ntwo = one\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    measure, measured, workdir = nla_jax.stages.evaluate.measure, [], copy_before(talking, tmp_path, "evaluate")
+    stop = ["length"]
+
+    def counted(function, probe, context):
+        measured.append(probe.name)
+        return interrupt() if probe.name in stop else measure(function, probe, context)
+
+    def again(status: int, first: str = "one") -> list[str]:
+        measured.clear()
+        probes = (f"mine_too:{first}", "nla_jax.probes.fidelity:gold", "nla_jax.probes.fidelity:length")
+        assert main(arguments("evaluate", workdir, f"evaluate.probes={probes}")) == status
+        return list(measured)
+
+    monkeypatch.setattr(nla_jax.stages.evaluate, "measure", counted)
+    assert again(130) == ["one", "gold", "length"] and again(130) == ["length"]
+    assert again(130, "two") == ["two", "length"]  # another function of the same file
+    mine.write_text(mine.read_text().replace("1.0", "2.0"))
+    sys.modules.pop("mine_too")
+    assert again(130, "two") == ["two", "length"]
+    rows = workdir / "evaluation/probes/gold.parquet"
+    rows.write_bytes(rows.read_bytes()[:-100])
+    assert again(130, "two") == ["gold", "length"]
+    shutil.copy(workdir / "pair_warm/ar/value_head.safetensors", workdir / "pair/ar/value_head.safetensors")
+    assert again(130, "two") == ["two", "gold", "length"]
+    stop.clear()
+    assert again(0, "two") == ["length"] and not (workdir / "evaluation/unfinished").exists()
+    (workdir / "stages/evaluate.json").unlink()
+    assert again(0, "two") == ["two", "gold", "length"]  # the one before was finished
 
 
 def test_a_damaged_shard_is_named(finished, corpus, tmp_path, capsys):

@@ -118,7 +118,7 @@ def load_params(
 
 def _read_to_memory(stored: dict[str, Stored], rows: list, shapes: dict, kept: Callable) -> dict:
     """`load_params` where the device is a CPU: the arrays are filled in this process's memory, which the device shares,
-    and no program is compiled."""
+    and no program is compiled. A program that such an array is donated to copies it first."""
     arrays = {path: _room(shape, kept(path)) for path, shape in shapes.items()}
     for name, tensor, layer in rows:
         source, whole = stored[name], arrays[tensor.path]

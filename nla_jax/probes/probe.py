@@ -173,6 +173,8 @@ def run_probe(function: UserFunction, probe: Probe, context: Context) -> dict[st
             checked[str(name)] = np.asarray(values, np.float64)
         except (TypeError, ValueError):
             raise InputError(f"{function} returns no numbers for {name!r}.") from None
+        if name == "doc_id":
+            raise InputError(f"{function} names a score 'doc_id', as the documents of its rows are called; rename it.")
         if probe.chart == "curve" and not _is_number(str(name)):
             raise InputError(
                 f"{function} names a score {name!r}; a curve's are named by their place on the x axis, as '8'."

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
-import sys
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ class UserFunction:
     what: str  # the setting, such as rl.reward
     path: str  # package.module:name
     function: Callable
+    source: str = ""  # checksums of the files behind it as they were when it was found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.blamed():
@@ -30,12 +30,6 @@ class UserFunction:
 
     def __str__(self) -> str:
         return f"{self.what} = {self.path} ({place(self.function)})"
-
-    @property
-    def checksum(self) -> str:
-        """Of the file that the import path leads to; of none where there is no such file."""
-        file = getattr(sys.modules.get(self.path.partition(":")[0]), "__file__", None)
-        return f"{zlib.crc32(Path(file).read_bytes()) if file else 0:08x}"
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
@@ -78,7 +72,15 @@ def resolve(path: str, what: str) -> UserFunction:
         raise InputError(f"{what} names {name!r}, but {file} has no such name.")
     if not callable(function):
         raise InputError(f"{what} names {name!r} of {file}, which is {type(function).__name__}, no function.")
-    return UserFunction(what, path, function)
+    return UserFunction(what, path, function, "-".join(_checksums(file, function)))
+
+
+def _checksums(file: str, function: Callable) -> Iterator[str]:
+    """Of the file that an import path leads to, and of the one that defines the function, where there are such."""
+    with contextlib.suppress(OSError):
+        yield f"{zlib.crc32(Path(file).read_bytes()):08x}"
+    with contextlib.suppress(OSError, TypeError):
+        yield f"{zlib.crc32(Path(inspect.getsourcefile(inspect.unwrap(getattr(function, 'run', function)))).read_bytes()):08x}"
 
 
 def place(function: Callable) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import secrets
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from nla_jax.data.corpus import document_of
 from nla_jax.data.rows import LABEL, Rows, load_rows, spread
 from nla_jax.io.files import AnyPath
 from nla_jax.io.folders import open_params, read_config
+from nla_jax.io.heads import HEAD
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.parquet import read_table, schema_of, write_table
 from nla_jax.labels.labeller import Labeller, configured_labeller
@@ -26,6 +28,7 @@ from nla_jax.runtime.errors import InputError
 from nla_jax.runtime.metrics import Progress, write_atomically
 from nla_jax.runtime.run import Run
 from nla_jax.runtime.user_code import UserFunction
+from nla_jax.sidecar import FILE as SIDECAR
 from nla_jax.stages.sft import load
 from nla_jax.stages.shown import DOCUMENTS, Shown
 from nla_jax.stages.whole_document import documents
@@ -46,7 +49,8 @@ def evaluate(run: Run) -> None:
         if any(asks(probe) for _, probe in probes):
             context.provider.ready()
         progress, scores, drawn, seconds = Progress("evaluate", len(probes)), {}, [], {}
-        measured = measured_of(context)
+        unfinished = run.workdir / "evaluation" / "unfinished"
+        measured = f"{measured_of(context)}-{from_writer(lambda: begun(unfinished))}"
         for function, probe in probes:
             own, found, seconds[probe.name] = once(function, probe, context, measured)
             if own:
@@ -61,52 +65,80 @@ def evaluate(run: Run) -> None:
         shown, count = Shown(context, scores), run.config.evaluate.examples
         page = {"probes": drawn, "examples": shown.examples(count)} | documents(context, shown, min(count, DOCUMENTS))
         write_atomically(run.workdir / "evaluation.json", text := json.dumps(page))
+        from_writer(unfinished.unlink)
         result["seconds_by_probe"] = seconds
         tell_longest(seconds)
         result["hash"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+PARTS = (HEAD, SIDECAR)  # of a pair's folders, besides the models whose fingerprint is known
+
+
 def measured_of(context: "RunContext") -> str:
-    """What all probes of an evaluation are measured of: pairs, rows, labels, settings and the stages before, in a few bytes."""
+    """What the probes of an evaluation are measured of: code, pairs, rows, labels, settings and the stages before."""
     run, c = context.run, context.run.config
-    stages = sorted(run.workdir.glob("stages/*.json"))
-    before = [file.read_bytes() for file in stages if file.stem not in ("evaluate", "report")]
-    pairs = [fingerprint(run.workdir / pair / role) for pair in ("pair", "pair_warm") for role in ("av", "ar")]
-    settings = (dataclasses.replace(c.evaluate, probes=()), c.prompts, c.label, c.seed, c.compute)
-    said = repr((source_hash(), before, pairs, settings, context.column("doc_id"), context.texts("labels")))
-    return hashlib.blake2b(said.encode() + context.vectors.tobytes(), digest_size=8).hexdigest()
+    stages = [file for file in sorted(run.workdir.glob("stages/*.json")) if file.stem not in ("evaluate", "report")]
+    folders = [run.workdir / pair / role for pair in ("pair", "pair_warm") for role in ("av", "ar")]
+    parts = [folder / name for folder in folders for name in PARTS if (folder / name).exists()]
+    settings = (
+        c.evaluate.rows,
+        c.evaluate.batch,
+        c.evaluate.temperature,
+        c.prompts,
+        c.label.labeller,
+        c.label.settings,
+    )
+    said = [source_hash(), list(map(fingerprint, folders)), [file.read_bytes() for file in (*stages, *parts)]]
+    said += [settings, c.seed, c.compute.dtype, context.column("doc_id"), context.texts("labels")]
+    return hashlib.blake2b(repr(said).encode() + context.vectors.tobytes(), digest_size=8).hexdigest()
 
 
-MEASURED = b"nla_jax_measured"  # among a file's metadata: of what a probe was measured, its seconds and its answers
+def begun(unfinished: AnyPath) -> str:
+    """The name of the evaluation that is under way, which a file holds until it is finished."""
+    if not unfinished.exists():
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(unfinished, secrets.token_hex(8))
+    return unfinished.read_text(encoding="utf-8")
+
+
+MEASURED = (
+    b"nla_jax_measured"  # among the metadata of a file of rows: what they were measured of, and in how many seconds
+)
 
 
 def once(
     function: UserFunction, probe: Probe, context: "RunContext", measured: str
 ) -> tuple[dict[str, np.ndarray], dict, float]:
-    """`measure`, whose rows are kept in `evaluation/probes`. A probe that an evaluation had measured before it was stopped is
-    not measured again, unless its file has changed."""
+    """`measure`, whose rows are kept in `evaluation/probes`: a probe that an evaluation had measured before it was stopped is
+    not measured again. One that asks a provider is: the answers are kept by themselves."""
     path = context.run.workdir / "evaluation" / "probes" / f"{probe.name}.parquet"
-    key = f"{measured}-{function.checksum}"
-    kept = from_writer(lambda: kept_of(path, key))
-    if kept:
-        table = read_table(path).drop_columns("doc_id")
-        rows = {name: np.asarray(table.column(name)) for name in table.column_names}
-        return rows, figures(probe, rows, context.documents, kept["answers"]), kept["seconds"]
+    key = f"{measured}-{function.path}-{function.source}"
+    seconds = None if asks(probe) else from_writer(lambda: kept_of(path, key))
+    if seconds is not None:
+        rows = rows_of(path)
+        return rows, figures(probe, rows, context.documents), seconds
     rows, found, seconds = measure(function, probe, context)
     if rows and is_writer():
-        said = {"key": key, "seconds": seconds, "answers": found.get("answers", [])}
         table = pa.table({"doc_id": context.column("doc_id")} | rows)
-        write_table(table.replace_schema_metadata({MEASURED: json.dumps(said)}), path)
+        said = {MEASURED: json.dumps({"of": key, "seconds": seconds})}
+        write_table(table.replace_schema_metadata(said), path)
     return rows, found, seconds
 
 
-def kept_of(path: AnyPath, key: str) -> dict | None:
-    """What a file of rows says of their measurement, where that is the one of this `key`."""
+def rows_of(path: AnyPath) -> dict[str, np.ndarray]:
+    """The scores that a probe's file holds."""
+    table = read_table(path).drop_columns("doc_id")
+    return {name: np.asarray(table.column(name)) for name in table.column_names}
+
+
+def kept_of(path: AnyPath, key: str) -> float | None:
+    """The seconds that a probe's rows took, where they were measured of what `key` says."""
     try:
         said = json.loads(schema_of(path).metadata[MEASURED]) if path.exists() else {}
-    except (InputError, KeyError, TypeError):  # damaged, or of an earlier version: measured again
+        rows_of(path)
+        return float(said["seconds"]) if said["of"] == key else None
+    except (InputError, KeyError, TypeError, ValueError):  # damaged: measured again
         return None
-    return said if said.get("key") == key else None
 
 
 def tell_longest(seconds: dict[str, float], count: int = 5) -> None:

@@ -82,7 +82,10 @@ def of_texts(
     """The activations of some documents (id, text) after another, at "last", "all" or the indices `tokens`."""
     for start in range(0, len(documents), ROWS):
         ids, texts = zip(*documents[start : start + ROWS])
-        yield extract(subject, list(texts), tokens, max_tokens=max_tokens, doc_ids=list(ids))
+        found = extract(subject, list(texts), tokens, max_tokens=max_tokens, doc_ids=list(ids))
+        if start + ROWS >= len(documents):
+            del subject  # its memory is free while the last ones are explained
+        yield found
 
 
 def of_chats(
@@ -91,12 +94,14 @@ def of_chats(
     """The activations of conversations, each with who speaks there; tokens of the chat template have none.
 
     Raises `InputError` for a chat of more than `max_tokens` tokens, and for an index where nobody speaks."""
-    for id, messages in chats:
+    for i, (id, messages) in enumerate(chats):
         ids, roles = chat_tokens(subject.tokenizer, messages)
         if len(ids) > max_tokens:
             raise InputError(f"The chat {id} has {len(ids)} tokens, more than max_tokens = {max_tokens}; raise it.")
         chosen = spoken_positions(roles, tokens, f"the chat {id}")
         found = activations_at(subject, [ids], [chosen], [id])
+        if i == len(chats) - 1:
+            del subject  # as above
         yield dataclasses.replace(found, roles=[roles[i] for i in chosen])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from nla_jax.models.sharding import AXES, device_mesh, host_mesh
 from nla_jax.runtime.errors import InputError, first_line
@@ -155,11 +156,16 @@ def present(dtype: Any) -> Slice:
     return Slice(f"{len(devices)} × {first.device_kind}", chip, (), devices)
 
 
+@jax.jit
+def _squared(x: Float[jax.Array, "n n"]) -> Float[jax.Array, "n n"]:
+    return x @ x
+
+
 def measured_peak(dtype: Any) -> float:
     """FLOP/s of a large matrix product on the first device: the best of five."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (n, n), dtype)  # equal entries would save a GPU power, and flatter it
-    return 2 * n**3 / _best(jax.jit(lambda x: x @ x), x, keep=True)
+    return 2 * n**3 / _best(_squared, x, keep=True)
 
 
 def measured_bandwidth() -> float:

@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         total = sum(map(len, found))
     else:
         read = of_chats if arguments.chat else of_texts
-        found = ahead(read(subject, material, tokens, arguments.max_tokens))
+        found = read(subject, material, tokens, arguments.max_tokens)
         total = expected_rows(subject, material, tokens)
     claims = None
     if arguments.confidence is not None:
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
         reader = claim_reader(pair, arguments.pair, arguments.confidence, arguments.labeller, subject)
         note(reader.about)
         claims = reader.read
-    subject = None  # `found` holds it as long as there is something to read
+    del subject  # `found` holds it as long as there is something to read
     give_memory_back()  # what reading the weights has left over
     batches = counted(explain_rows(pair, found, sampling, claims), total, arguments.max_new_tokens)
     write(batches, out, arguments.json, spelt)
@@ -225,17 +225,6 @@ def document(content: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{name} cannot be read as text ({error}).") from None
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
-
-
-def ahead(found: Iterator) -> Iterator:
-    """The same, each once what follows it is there: before the last is worked on, what made them is done, and its memory is
-    free."""
-    waiting = next(found, None)
-    for following in found:
-        yield waiting
-        waiting = following
-    if waiting is not None:
-        yield waiting
 
 
 def counted(batches: Iterator[list[dict]], expected: int, limit: int) -> Iterator[list[dict]]:
