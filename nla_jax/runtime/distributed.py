@@ -14,6 +14,7 @@ How a run of several hosts ends:
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import hashlib
 import itertools
 import json
@@ -119,12 +120,12 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
 
 
 def agree(settings: dict, seconds: int = JOIN_SECONDS) -> None:
-    """Checks that all hosts run the same: `settings` (by field), the number of hosts, package versions and this source.
+    """Checks that all hosts run the same: `settings` (by field), the number of hosts and package versions.
 
     Raises `InputError` on a host that differs from host 0, naming the first field that does; the others end with it."""
     if host_count() == 1:
         return
-    own = {"--num_processes": host_count(), "the source of nla_jax": source_hash()} | versions() | settings
+    own = {"--num_processes": host_count()} | versions() | settings
     own, here = json.loads(json.dumps(own)), platform.node()
     first, there = from_writer(lambda: [own, here])
     for field in [f for f in first | own if first.get(f) != own.get(f)]:
@@ -135,8 +136,9 @@ def agree(settings: dict, seconds: int = JOIN_SECONDS) -> None:
     barrier("agreement", seconds)
 
 
+@functools.cache  # the code that runs is that of the beginning
 def source_hash() -> str:
-    """A hash of this package's source."""
+    """A hash of this package's source, as it is when this is first called."""
     source = hashlib.blake2b(digest_size=8)
     for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
         source.update(file.read_bytes())

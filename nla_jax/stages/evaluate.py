@@ -80,16 +80,9 @@ def measured_of(context: "RunContext") -> str:
     stages = [file for file in sorted(run.workdir.glob("stages/*.json")) if file.stem not in ("evaluate", "report")]
     folders = [run.workdir / pair / role for pair in ("pair", "pair_warm") for role in ("av", "ar")]
     parts = [folder / name for folder in folders for name in PARTS if (folder / name).exists()]
-    settings = (
-        c.evaluate.rows,
-        c.evaluate.batch,
-        c.evaluate.temperature,
-        c.prompts,
-        c.label.labeller,
-        c.label.settings,
-    )
     said = [source_hash(), list(map(fingerprint, folders)), [file.read_bytes() for file in (*stages, *parts)]]
-    said += [settings, c.seed, c.compute.dtype, context.column("doc_id"), context.texts("labels")]
+    said += [c.evaluate.rows, c.evaluate.batch, c.evaluate.temperature, c.prompts, c.label.labeller, c.label.settings]
+    said += [c.seed, c.compute.dtype, context.column("doc_id"), context.texts("labels")]
     return hashlib.blake2b(repr(said).encode() + context.vectors.tobytes(), digest_size=8).hexdigest()
 
 
@@ -101,9 +94,7 @@ def begun(unfinished: AnyPath) -> str:
     return unfinished.read_text(encoding="utf-8")
 
 
-MEASURED = (
-    b"nla_jax_measured"  # among the metadata of a file of rows: what they were measured of, and in how many seconds
-)
+MEASURED = b"nla_jax_measured"  # in a probe's file: of what its rows were measured, and in how many seconds
 
 
 def once(
@@ -133,8 +124,10 @@ def rows_of(path: AnyPath) -> dict[str, np.ndarray]:
 
 def kept_of(path: AnyPath, key: str) -> float | None:
     """The seconds that a probe's rows took, where they were measured of what `key` says."""
+    if not path.exists():
+        return None
     try:
-        said = json.loads(schema_of(path).metadata[MEASURED]) if path.exists() else {}
+        said = json.loads(schema_of(path).metadata[MEASURED])
         rows_of(path)
         return float(said["seconds"]) if said["of"] == key else None
     except (InputError, KeyError, TypeError, ValueError):  # damaged: measured again

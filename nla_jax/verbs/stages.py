@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     enable_compile_cache()
     optimize(arguments.config.compute.optimize)
     settings = flat(json.loads(json.dumps(arguments.config.to_dict())))
-    distributed.agree({"the verb": arguments.verb} | settings, arguments.join_seconds)
+    source = {"the source of nla_jax": distributed.source_hash()}
+    distributed.agree({"the verb": arguments.verb} | source | settings, arguments.join_seconds)
     run = Run(arguments.config, folder, STAGES, arguments.command)
     with run.alone():
         if reads_corpus(run, stages):
