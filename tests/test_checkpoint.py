@@ -435,6 +435,7 @@ def test_resuming_holds_one_state(tmp_path, sizes):
             fit(loop, step_fn, params, abstract, resumed)
 
     trained(1)
+    gc.collect()  # else what is garbage already would count as there before
     before, thread = live(), threading.Thread(target=watch)
     thread.start()
     try:
