@@ -77,10 +77,11 @@ def resolve(path: str, what: str) -> UserFunction:
 
 def _checksums(file: str, function: Callable) -> Iterator[str]:
     """Of the file that an import path leads to, and of the one that defines the function, where there are such."""
+    checksum = lambda path: f"{zlib.crc32(Path(path).read_bytes()):08x}"
     with contextlib.suppress(OSError):
-        yield f"{zlib.crc32(Path(file).read_bytes()):08x}"
+        yield checksum(file)
     with contextlib.suppress(OSError, TypeError):
-        yield f"{zlib.crc32(Path(inspect.getsourcefile(inspect.unwrap(getattr(function, 'run', function)))).read_bytes()):08x}"
+        yield checksum(inspect.getsourcefile(inspect.unwrap(getattr(function, "run", function))))
 
 
 def place(function: Callable) -> str:

@@ -94,13 +94,13 @@ def of_chats(
     """The activations of conversations, each with who speaks there; tokens of the chat template have none.
 
     Raises `InputError` for a chat of more than `max_tokens` tokens, and for an index where nobody speaks."""
-    for i, (id, messages) in enumerate(chats):
+    for number, (id, messages) in enumerate(chats, 1):
         ids, roles = chat_tokens(subject.tokenizer, messages)
         if len(ids) > max_tokens:
             raise InputError(f"The chat {id} has {len(ids)} tokens, more than max_tokens = {max_tokens}; raise it.")
         chosen = spoken_positions(roles, tokens, f"the chat {id}")
         found = activations_at(subject, [ids], [chosen], [id])
-        if i == len(chats) - 1:
+        if number == len(chats):
             del subject  # as above
         yield dataclasses.replace(found, roles=[roles[i] for i in chosen])
 
