@@ -94,7 +94,7 @@ QUICKSTART = {
         "checkpoint_every": 200,
         "av": {
             "batch": 64,
-            "steps": 1600,
+            "steps": 1250,
             "lora": dict(LORA),
             "optimizer": {"function": ADAMW, "lr": 3e-3, "final_lr": 1e-4, "warmup": 50},
         },

@@ -5,7 +5,7 @@
         --config.subject.path=MODEL --config.corpus.source=runs/stories.jsonl
 
 MODEL is its Hugging Face folder. Its tokenizer has no chat template and mostly spells words out: labels take twice as
-many tokens as the quickstart's. Expected: experiments/stories260k/README.md.
+many tokens as the quickstart's. experiments/stories260k/README.md has figures, with older labels.
 """
 
 import runpy

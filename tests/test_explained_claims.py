@@ -148,7 +148,7 @@ def test_an_exported_page_says_what_the_command_says(explain, learned, place, tm
     assert sum(map(len, sure.values())) > 3
 
 
-@pytest.mark.parametrize("path, settings", zip(GRAMMARS, ({}, {"subject": "nowhere"})))
+@pytest.mark.parametrize("path, settings", zip(GRAMMARS, ({}, {}, {"subject": "nowhere"}), strict=True))
 def test_the_grammars_of_the_package_need_no_flag(learned, place, path, settings):
     dataclasses.replace(learned, labeller=path, settings=settings).write(place / FILE)
     reader = claim_reader(load_pair(place), place, 2)

@@ -343,6 +343,8 @@ def test_claims_are_read_and_checked():
     found = [(claim["kind"], claim["value"], claim["true"]) for claim in claims_of(behaviour, context)]
     assert ("last words", "only bread is left", True) in found and ("last word", "left", True) in found
     assert ("next", "over", None) in found and ("certainty", "Next perhaps", None) in found
+    first, last = (claims_of(label_one(context, "ft", first=first), context, "ft") for first in (True, False))
+    assert first == last  # a text that begins with the last word says the same
     assert claims_of("It is about rivers.", context) == []
     within = {token: claims_of(label_one(context, "ft"), context, token) for token in ("ft", " left")}
     assert [[c["true"] for c in found if c["kind"] == "last token"] for found in within.values()] == [[True], [False]]

@@ -1,7 +1,7 @@
 """`nla explain` against a plain script with transformers and PyTorch, each a process from start to end, in turn.
 
-    python experiments/smollm2/make_folder.py --out runs/smollm2 --dtype bfloat16
-    python experiments/benchmark/explain_side_by_side.py --subject runs/smollm2 --rounds 5
+    python experiments/smollm2/make_folder.py --out runs/smollm2_bf16 --dtype bfloat16
+    python experiments/benchmark/explain_side_by_side.py --subject runs/smollm2_bf16 --rounds 5
 
 The subject is SmolLM2-135M-Instruct, the pair one of its size: the AV has the subject's weights, the AR its first 21
 blocks. The embedding of the token that ends a turn is zero in the AV, so that no text ends before `--new-tokens`; both

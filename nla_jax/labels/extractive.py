@@ -7,7 +7,7 @@ from an activation, and a verbalizer that is asked for it makes one up.
 
 The last word is what an activation holds best, so it is named before the words that lead to it. A verbalizer writes from
 left to right: without that it would have to guess these words first, and then end on one that fits them. Of a word of
-several tokens the activation holds little but the last: where the text ends within one, that is named before the word.
+several tokens the activation holds the last best: where the text ends within one, that is named before the word.
 
     Prose. It ends late in a sentence with -mend of recommend: … we recommend
 

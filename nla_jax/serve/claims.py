@@ -1,7 +1,7 @@
 """The claims of an explanation, and the explanation without each of them."""
 
 from nla_jax.labels.behaviour import Behaviour
-from nla_jax.labels.extractive import LAST, TAGS, WINDOW, Extractive, last_words
+from nla_jax.labels.extractive import LAST, TAGS, WINDOW, Extractive, WordsFirst, last_words
 from nla_jax.labels.labeller import Claim, LabelRow
 from nla_jax.probes.claims import without
 
@@ -14,7 +14,8 @@ def read(explanation: str) -> tuple[Behaviour | Extractive, list[Claim]]:
     claims = EXPECTING.claims(explanation)
     if any(claim.kind in ("certainty", "next") for claim in claims):
         return EXPECTING, claims
-    return Extractive(), Extractive().claims(explanation)
+    labeller = max(Extractive(), WordsFirst(), key=lambda labeller: len(labeller.claims(explanation)))
+    return labeller, labeller.claims(explanation)
 
 
 def claims_of(explanation: str, context: str, token: str = "") -> list[dict]:

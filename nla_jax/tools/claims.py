@@ -18,7 +18,11 @@ from nla_jax.subject import Subject
 
 # Labellers of this package whose labels can be read back. The file beside a pair may name another: that is somebody's
 # code, and only who explains can ask for it (--labeller).
-GRAMMARS = ("nla_jax.labels.extractive:Extractive", "nla_jax.labels.behaviour:Behaviour")
+GRAMMARS = (
+    "nla_jax.labels.extractive:Extractive",
+    "nla_jax.labels.extractive:WordsFirst",
+    "nla_jax.labels.behaviour:Behaviour",
+)
 
 
 @dataclasses.dataclass(frozen=True)
