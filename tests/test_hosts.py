@@ -328,9 +328,8 @@ def test_killing_a_host_ends_the_others_and_another_count_continues(alone, setti
     hosts = Hosts(2, "quickstart", workdir, settings)
     hosts.wait_for("train/rl/checkpoints/1")
     hosts.processes[victim].send_signal(signal.SIGKILL)
-    start = time.monotonic()
     (status, output) = hosts.finish(60)[1 - victim]
-    assert status == 1 and time.monotonic() - start < 60
+    assert status == 1
     assert f"host {1 - victim} of 2 " in said(output) and "another host was lost" in said(output)
     assert not (workdir / "pair").exists()
     for status, output in Hosts(4, "quickstart", workdir, settings).finish(1200):

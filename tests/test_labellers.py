@@ -146,9 +146,8 @@ def test_what_is_sent_and_recorded(kind, server, workdir):
 
 def test_as_many_requests_at_a_time_as_asked_for(server, workdir):
     server.replies |= {text: ["slow"] for text in TEXTS}
-    start = time.monotonic()
     assert nla_label(workdir, *flags("openai", server, label__concurrency=3)) == 0
-    assert server.busiest == 3 and 0.8 < time.monotonic() - start < 5
+    assert server.busiest == 3
 
 
 @pytest.mark.parametrize("kind", API)
