@@ -10,12 +10,12 @@ EXPECTING = Behaviour("")
 
 
 def read(explanation: str) -> tuple[Behaviour | Extractive, list[Claim]]:
-    """The formulaic labeller that can read an explanation, and the claims that it reads there."""
+    """The formulaic labeller that can read most of an explanation, and the claims that it reads there."""
     claims = EXPECTING.claims(explanation)
     if any(claim.kind in ("certainty", "next") for claim in claims):
         return EXPECTING, claims
-    labeller = max(Extractive(), WordsFirst(), key=lambda labeller: len(labeller.claims(explanation)))
-    return labeller, labeller.claims(explanation)
+    readings = [(labeller, labeller.claims(explanation)) for labeller in (Extractive(), WordsFirst())]
+    return max(readings, key=lambda reading: len(reading[1]))
 
 
 def claims_of(explanation: str, context: str, token: str = "") -> list[dict]:
