@@ -7,6 +7,7 @@ nla quickstart --config configs/quickstart.py:steady --workdir runs/steady     #
 nla quickstart --config configs/quickstart.py:layers --workdir runs/layers     # one pair for the activations of two blocks
 nla quickstart --config configs/quickstart.py:short --workdir runs/short       # or another lever: see LEVERS below
 nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
+nla quickstart --config configs/quickstart.py:pair --workdir runs/pair         # how the shipped pair was: a longer warm start
 """
 
 from ml_collections import ConfigDict
@@ -133,6 +134,7 @@ QUICKSTART = {
     "plan": {"prefix": 11, "suffix": 2, "text_prefix": 1, "text": 2},
 }
 SUBJECT = {"pretrain": {"init_from": "", "steps": 1200}}
+PAIR = {"extract": {"positions": 60}, "sft": {"av": {"steps": 6000}}}
 TINY = {  # the compiler takes most of its time: few programs (no rematerialisation, no KL, the headline's probes, RL's
     # held-out texts by the evaluation's program), and none is optimized
     "compute": {"dtype": "float32", "remat": "", "optimize": False},
@@ -189,6 +191,7 @@ LEVERS = {  # what RL pays for, and what the AR reads (experiments/levers)
 VARIANTS = {
     "": {},
     "subject": SUBJECT,
+    "pair": PAIR,
     "tiny": TINY,
     "truth": TRUTH,
     "steady": STEADY,
@@ -197,9 +200,10 @@ VARIANTS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "tiny" (a minute: it
-    explains little, but its controls differ), "truth" (RL pays for true claims too), "steady" (RL ends where claims get
-    less true), "layers" (one pair for the activations of two blocks), and the `LEVERS`."""
+    """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "pair" (a longer warm start:
+    the shipped pair), "tiny" (a minute: it explains little, but its controls differ), "truth" (RL pays for true claims
+    too), "steady" (RL ends where claims get less true), "layers" (one pair for the activations of two blocks), and the
+    `LEVERS`."""
     if variant not in VARIANTS:
         *others, last = filter(None, VARIANTS)
         raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are {', '.join(others)} and {last}.")
