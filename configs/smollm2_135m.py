@@ -5,8 +5,7 @@
     python experiments/smollm2/make_corpus.py --model runs/smollm2/model --out runs/smollm2/corpus.jsonl
     nla quickstart --config configs/smollm2_135m.py --workdir runs/smollm2/study
 
-Two CPU cores take two to three hours; `smollm2_135m.py:truth` is the same study with RL that pays for true claims, `:gpu`
-for one GPU, `:tenth` a tenth of it, `:tiny` a test's size. With a hub:
+Two CPU cores take two to three hours; `smollm2_135m.py:gpu` is for one GPU, `:tenth` a tenth of it, `:tiny` a test's size. With a hub:
 --config.subject.path=HuggingFaceTB/SmolLM2-135M-Instruct. Expected: experiments/smollm2/README.md.
 """
 
@@ -43,7 +42,10 @@ SMOLLM2 = {
         "group": 8,
         "temperature": 1.0,
         "rollout_chunks": 1,
-        "kl_coefficient": 0.02,
+        # Paid for true claims and pulled to the warm start, RL makes no kind of claim less true beyond its interval.
+        "truth": True,
+        "reward": "nla_jax.objective:truthful",
+        "kl_coefficient": 0.1,
         "av_optimizer": {"lr": 5e-5, "warmup": 5},
         "ar_optimizer": {"lr": 1e-4, "warmup": 5},
         "checkpoint_every": 10,
@@ -67,7 +69,6 @@ GPU = {
     "rl": {"activations": 32, "steps": 200},
     "evaluate": {"batch": 256},
 }
-TRUTH = {"rl": {"truth": True, "reward": "nla_jax.objective:truthful"}}
 TENTH = {  # a tenth of the study, for comparisons of builds and labels
     "corpus": {"max_documents": 260},
     "sft": {"av": {"steps": 64, "optimizer": {"warmup": 5}}, "ar": {"steps": 10, "optimizer": {"warmup": 3}}},
@@ -83,14 +84,13 @@ TINY = {  # a test's size; learns nothing
     "rl": {"steps": 2, "activations": 4, "group": 4, "checkpoint_every": 1, "heldout_every": 2, "heldout_rows": 8},
     "evaluate": {"rows": 16, "batch": 16, "examples": 4},
 }
-VARIANTS = {"": {}, "truth": TRUTH, "gpu": GPU, "tenth": TENTH, "tiny": TINY}  # what each changes
+VARIANTS = {"": {}, "gpu": GPU, "tenth": TENTH, "tiny": TINY}  # what each changes
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Variants: "" (two CPU cores), "truth" (RL pays for true claims too), "gpu" (one GPU), "tenth" (a tenth of the study),
-    "tiny" (a test's size)."""
+    """Variants: "" (two CPU cores), "gpu" (one GPU), "tenth" (a tenth of the study), "tiny" (a test's size)."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/smollm2_135m.py has no variant {variant!r}; there are truth, gpu, tenth and tiny.")
+        raise ValueError(f"configs/smollm2_135m.py has no variant {variant!r}; there are gpu, tenth and tiny.")
     c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]()
     c.label = dict(SMOLLM2["label"])  # its settings are this labeller's own
     for changes in (SMOLLM2, VARIANTS[variant]):

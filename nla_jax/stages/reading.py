@@ -118,7 +118,10 @@ def grammar_of(config: Config) -> CheckedLabeller:
     """The run's labeller. Raises `InputError` where it cannot read and check claims, which `rl.truth` asks of it."""
     found = configured_labeller(config.label)
     if not has_grammar(found.labeller):
-        raise InputError(f"rl.truth checks claims, which {found.function} cannot: it has no methods claims and true.")
+        raise InputError(
+            f"rl.truth checks claims, which {found.function} cannot: it has no methods claims and true. Set rl.truth=False, "
+            f"and a rl.reward that does not read it."
+        )
     return found
 
 
