@@ -7,7 +7,7 @@ nla quickstart --config configs/quickstart.py:steady --workdir runs/steady     #
 nla quickstart --config configs/quickstart.py:layers --workdir runs/layers     # one pair for the activations of two blocks
 nla quickstart --config configs/quickstart.py:short --workdir runs/short       # or another lever: see LEVERS below
 nla pretrain --config configs/quickstart.py:subject --workdir runs/subject     # how the shipped subject was made
-nla quickstart --config configs/quickstart.py:pair --workdir runs/pair         # how the shipped pair was: a longer warm start
+nla quickstart --config configs/quickstart.py:pair --workdir runs/pair         # the shipped pair: a longer warm start, more rows
 """
 
 from ml_collections import ConfigDict
@@ -200,10 +200,10 @@ VARIANTS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "pair" (a longer warm start:
-    the shipped pair), "tiny" (a minute: it explains little, but its controls differ), "truth" (RL pays for true claims
-    too), "steady" (RL ends where claims get less true), "layers" (one pair for the activations of two blocks), and the
-    `LEVERS`."""
+    """Variants: "" (starts from the shipped subject), "subject" (trains it from scratch), "pair" (a longer warm start
+    on more rows: the shipped pair), "tiny" (a minute: it explains little, but its controls differ), "truth" (RL pays for
+    true claims too), "steady" (RL ends where claims get less true), "layers" (one pair for the activations of two
+    blocks), and the `LEVERS`."""
     if variant not in VARIANTS:
         *others, last = filter(None, VARIANTS)
         raise ValueError(f"configs/quickstart.py has no variant {variant!r}; there are {', '.join(others)} and {last}.")

@@ -42,7 +42,7 @@ SMOLLM2 = {
         "group": 8,
         "temperature": 1.0,
         "rollout_chunks": 1,
-        # Paid for true claims and pulled to the warm start, RL makes no kind of claim less true beyond its interval.
+        # Pay for true claims and a strong pull to the warm start: row by row no kind of claim gets less true by RL.
         "truth": True,
         "reward": "nla_jax.objective:truthful",
         "kl_coefficient": 0.1,

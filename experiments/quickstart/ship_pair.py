@@ -1,7 +1,8 @@
 """Puts a quickstart's trained pair into the package, where `nla explain --pair quickstart` finds it.
 
-    nla probe --workdir runs/quickstart --probes nla_jax.probes.confidence:confidence
-    python experiments/quickstart/ship_pair.py runs/quickstart
+    nla quickstart --config configs/quickstart.py:pair --workdir runs/pair
+    nla probe --workdir runs/pair --probes nla_jax.probes.confidence:confidence
+    python experiments/quickstart/ship_pair.py runs/pair
 
 The pair is written in bfloat16, and names the shipped subject, whose weights must be those that the run used. Beside it
 stands what the probe has learned: how sure one may be of its claims (`nla explain --confidence`).
