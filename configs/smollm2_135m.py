@@ -42,7 +42,8 @@ SMOLLM2 = {
         "group": 8,
         "temperature": 1.0,
         "rollout_chunks": 1,
-        # Pay for true claims and a strong pull to the warm start: row by row no kind of claim gets less true by RL.
+        # Pay for true claims and a strong pull to the warm start: row by row RL makes no kind of claim less true beyond its
+        # interval.
         "truth": True,
         "reward": "nla_jax.objective:truthful",
         "kl_coefficient": 0.1,

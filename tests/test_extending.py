@@ -299,3 +299,4 @@ def test_truth_is_asked_of_a_labeller_that_can_check_claims(flags, tmp_path, cap
     assert main(["check", "--workdir", str(tmp_path / "run"), *flags, "--config.rl.truth=True"]) == 1
     said = one_line(capsys)
     assert "rl.truth checks claims, which" in said and "my_study:Shouting" in said and "no methods claims" in said
+    assert "Set rl.truth=False" in said

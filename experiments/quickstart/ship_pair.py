@@ -8,6 +8,7 @@ The pair is written in bfloat16, and names the shipped subject, whose weights mu
 stands what the probe has learned: how sure one may be of its claims (`nla explain --confidence`).
 """
 
+import argparse
 import dataclasses
 import shutil
 import sys
@@ -21,6 +22,7 @@ from nla_jax.io.hub import fingerprint
 from nla_jax.io.pairs import SHIPPED as PAIR
 from nla_jax.pair import load_pair
 from nla_jax.probes.evidence import FILE
+from nla_jax.runtime.errors import InputError
 from nla_jax.subject import SHIPPED as SUBJECT
 
 PROBE = "nla_jax.probes.confidence:confidence"
@@ -43,4 +45,9 @@ def main(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path, help="the folder of the finished run")
+    try:
+        main(parser.parse_args().workdir)
+    except InputError as error:
+        sys.exit(str(error))
