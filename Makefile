@@ -11,7 +11,7 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check -q . && $(VENV)/bin/ruff format -q --check .
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
-test-core: $(VENV)/installed-test  # a quick test of every file
+test-core: $(VENV)/installed-core  # a quick test of every file, without torch where there is none
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --core tests
 
 test-oldest:  # the whole suite on the oldest releases that setup.py admits, in an environment of its own
@@ -29,6 +29,10 @@ $(VENV)/installed: $(VENV)/bin/python setup.py
 $(VENV)/installed-test: $(VENV)/bin/python setup.py
 	sed -nE 's/^ *"([A-Za-z0-9_.-]+)(\[[a-z,]+\])?>=([0-9.]+)".*/\1==\3/p' setup.py > $(VENV)/oldest.txt
 	$(VENV)/bin/python -m pip install -q -e '.[test]' $(if $(OLDEST),-c $(VENV)/oldest.txt)
+	@touch $@ $(VENV)/installed $(VENV)/installed-core
+
+$(VENV)/installed-core: $(VENV)/bin/python setup.py
+	$(VENV)/bin/python -m pip install -q -e '.[test-core]'
 	@touch $@ $(VENV)/installed
 
 clean:

@@ -31,6 +31,7 @@ typechecks.install()
 
 import dataclasses
 import gc
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -164,11 +165,14 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """With `--core`: leaves out the tests that need a whole run, but for files that have no others, all cases of a test but
-    the first, and where a file has more than `CORE` tests then, some of these, evenly spaced."""
+    the first, and where a file has more than `CORE` tests then, some of these, evenly spaced. Tests that compare with torch
+    run where there is torch."""
     if not config.getoption("--core"):
         return
     runs = {"finished", "talking", "alone", "trained"}
-    quick = [item for item in items if runs.isdisjoint(item.fixturenames) and not item.get_closest_marker("whole_run")]
+    left_out = ["whole_run"] if importlib.util.find_spec("torch") else ["whole_run", "torch"]
+    marked = lambda item: any(map(item.get_closest_marker, left_out))
+    quick = [item for item in items if runs.isdisjoint(item.fixturenames) and not marked(item)]
     files = {item.path for item in quick}
     able = [item for item in items if item in quick or item.path not in files]
     first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(able)}

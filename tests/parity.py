@@ -10,13 +10,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import torch
 import transformers
 
 from nla_jax.io.folders import load_params, read_config
 from nla_jax.models.transformer import Transformer, truncate
 
-torch.set_num_threads(1)  # the tests' eight devices share few cores
 transformers.utils.logging.disable_progress_bar()
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -69,6 +67,9 @@ def torch_config(name: str, **changes):
 
 def torch_model(name: str, seed: int = 0, **changes):
     """A random model of `MODELS`; every parameter, norms and biases too, differs from its initial value."""
+    import torch
+
+    torch.set_num_threads(1)  # the tests' eight devices share few cores
     torch.manual_seed(seed)
     made = transformers.AutoModelForCausalLM.from_config(
         torch_config(name, **changes), attn_implementation="eager"
@@ -81,6 +82,8 @@ def torch_model(name: str, seed: int = 0, **changes):
 
 def torch_states(model, ids: np.ndarray = IDS) -> list[np.ndarray]:
     """The residual stream after each block, then the logits."""
+    import torch
+
     states = []
     hooks = [
         layer.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
@@ -128,6 +131,8 @@ def table() -> None:
 
 def golden() -> None:
     """Writes each family's tiny model, rounded to bfloat16, and what torch computes with it in float32."""
+    import torch
+
     for name in FAMILIES:
         model = torch_model(name, hidden_size=16, intermediate_size=24, vocab_size=64, head_dim=8)
         with torch.no_grad():

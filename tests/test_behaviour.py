@@ -29,6 +29,7 @@ def rows(tokenizer):
     return rows
 
 
+@pytest.mark.torch
 def test_next_tokens_are_those_of_torch(labeller, rows, subject_folder, tokenizer):
     import torch
     from transformers import AutoModelForCausalLM

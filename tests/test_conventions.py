@@ -9,7 +9,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import transformers
 import yaml
 from conftest import CONFIG, TINY, close, one_sentence
@@ -184,6 +183,8 @@ def foreign(pair: Pair, folder, kind: str, **extraction):
 
 def torch_reconstruct(folder, rows: list[list[int]]) -> np.ndarray:
     """K+1 blocks, no final norm, the head, the last token."""
+    import torch
+
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     head, states = torch.tensor(load_file(folder / HEAD)["weight"]), []
     model.model.layers[-1].register_forward_hook(
@@ -198,6 +199,8 @@ def torch_reconstruct(folder, rows: list[list[int]]) -> np.ndarray:
 def torch_ids(folder, prompt: list[int], at: int, vectors, scale: float | None) -> list[list[int]]:
     """Greedy ids from the prompt's embeddings with the vector at length `scale` in the slot. None: the vector is added
     after block 1 instead, at the length of what it is added to."""
+    import torch
+
     model, rows = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), []
     for vector in torch.tensor(vectors):
         embeds = model.get_input_embeddings()(torch.tensor(prompt)).detach().clone()
@@ -240,6 +243,7 @@ def torch_texts(pair: Pair, folder, vectors, scale: float | None) -> list[str]:
     return texts
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("scale", [20.0, "20", "20.0"])
 def test_the_references_pairs(pair, vectors, tmp_path, capsys, scale):
     """BOS before the AR's text, the template as it is, tags searched for; the scale may stand in quotes; AV and AR
@@ -257,6 +261,7 @@ def test_the_references_pairs(pair, vectors, tmp_path, capsys, scale):
     assert loaded.verbalize(vectors, **GREEDY) == theirs and any(theirs)
 
 
+@pytest.mark.torch
 def test_easynlas_pairs(pair, tmp_path, capsys):
     """No BOS before the AR's text; the vector is added after block 1, at the length of the state there."""
     folder = foreign(pair, tmp_path, EASY)

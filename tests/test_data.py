@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import transformers
 from conftest import SENTENCES, TINY, close, flip, one_sentence
 
@@ -149,8 +148,11 @@ def test_extraction_does_not_depend_on_order_or_sharding(subject, documents, act
     assert again.doc_ids == ["d1"] * 4
 
 
+@pytest.mark.torch
 def test_vectors_are_the_hidden_states_of_transformers(subject_folder, documents, activations):
     """Block K's output is `hidden_states[K + 1]`; text and token stand at the same place."""
+    import torch
+
     model = transformers.AutoModelForCausalLM.from_pretrained(subject_folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(subject_folder)
     assert activations.vectors.dtype == np.float32

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import transformers
 import yaml
 from conftest import TINY, one_line, random_params
@@ -16,6 +15,8 @@ from nla_jax.io.folders import save_model
 from nla_jax.io.heads import HEAD
 from nla_jax.sidecar import FILE
 from nla_jax.tools.golden import read_dump
+
+torch = pytest.importorskip("torch")
 
 REPLY = "The river turns north.\n\nShe wrote 'both' numbers."
 LINE = "─" * 80

@@ -20,6 +20,7 @@ def measured(context, probe):
 # Graded by the subject
 
 
+@pytest.mark.torch
 def test_bits_are_torchs(subject_folder):
     import torch
     from transformers import AutoModelForCausalLM

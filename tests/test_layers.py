@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import LOOP, SENTENCES, TINY, close, nla_main, one_sentence
-from transformers import AutoModelForCausalLM
 
 import nla_jax as nla
 from nla_jax.autoencoder import Injection, autoencoder, residual
@@ -65,8 +63,12 @@ def several(sidecar, subject_folder, tokenizer, pair):
     return dataclasses.replace(new, verbalizer_params=pair.verbalizer_params, reconstructor_params=params)
 
 
+@pytest.mark.torch
 def test_the_streams_are_those_of_torch(subject, acts, subject_folder):
     """After blocks 0 and 2 side by side, raw; `hidden_states[2 + 1]` would have the final norm, so the block is hooked."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     theirs, kept = AutoModelForCausalLM.from_pretrained(subject_folder, dtype=torch.float32), {}
     for block in (0, 2):
         keep = lambda _, __, out, block=block: kept.update({block: out[0] if isinstance(out, tuple) else out})

@@ -87,6 +87,7 @@ def test_scales():
     assert Lora(4, 6.0).scale == 1.5 and Lora(4, 6.0, True).scale == 3.0
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "gate", "up", "down")])
 def test_peft_gives_the_same_logits(rslora, targets, subject_folder, params, sidecar, tmp_path):

@@ -4,9 +4,7 @@ import json
 
 import jax
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 from conftest import SENTENCES, TINY, close, one_sentence, random_params
 from safetensors.numpy import load_file, save_file
@@ -19,6 +17,9 @@ from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import Transformer
 from nla_jax.runtime.errors import InputError
 from nla_jax.subject import extract, load_subject
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
 
 IDS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9))
 

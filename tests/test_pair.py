@@ -104,6 +104,7 @@ def test_without_injection_the_vector_is_not_seen(pair, vectors):
     assert len(set(pair.verbalize(vectors, **options))) > 1
 
 
+@pytest.mark.torch
 def test_greedy_texts_equal_generate_of_transformers(pair, saved, vectors):
     import torch
 
@@ -129,6 +130,7 @@ def test_greedy_texts_equal_generate_of_transformers(pair, saved, vectors):
     assert any(expected)
 
 
+@pytest.mark.torch
 def test_reconstruct_equals_torch(pair, saved):
     """K+1 blocks, no final norm, the head as a `torch.nn.Linear`, read at the last token."""
     import torch
@@ -474,6 +476,7 @@ def test_damaged_head(copy, head, message):
     refused(message, copy)
 
 
+@pytest.mark.torch
 def test_a_bfloat16_head_is_read(copy, pair):
     import torch
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 import transformers
 from conftest import close
 from parity import FAMILIES, torch_model
@@ -23,6 +22,8 @@ from nla_jax.data.batches import pad_tokens
 from nla_jax.joint_step import Frozen, JointBatch, JointStep
 from nla_jax.pair import HEAD, Pair, load_pair, new_pair
 from nla_jax.sampling import rollout
+
+torch = pytest.importorskip("torch")
 
 CONFIG = str(Path(__file__).parent / "study.py") + ":tiny"
 WIDTH, NEW_TOKENS = 32, 20

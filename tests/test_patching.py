@@ -52,6 +52,7 @@ def torch_subject(subject_folder):
     return AutoModelForCausalLM.from_pretrained(subject_folder, attn_implementation="eager").eval()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("places", [[-1, -1, -1, -1], [[3], [0], [-2], [5]], [[4, 5, 6], [2], [1, 9], [0, 1, -1]]])
 def test_a_patch_is_torchs_forward_hook(subject, rows, torch_subject, places):
     per_row = [np.atleast_1d(given) % len(row) for given, row in zip(places, rows)]
@@ -66,6 +67,7 @@ def test_a_patch_is_torchs_forward_hook(subject, rows, torch_subject, places):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
 def test_a_patch_in_models_with_windows_is_torchs(family, tokenizer, tmp_path):
     model = torch_model(family)
@@ -132,6 +134,7 @@ def test_a_subject_on_a_mesh_says_the_same(subject, subject_folder, rows):
         np.testing.assert_allclose(a, b, atol=1e-3)
 
 
+@pytest.mark.torch
 def test_the_last_block_can_be_patched(subject_folder, rows, torch_subject):
     last = load_subject(subject_folder, 2)
     vectors = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)

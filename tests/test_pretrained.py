@@ -28,6 +28,17 @@ from nla_jax.runtime.errors import InputError
 
 # Parity with torch
 
+
+@pytest.mark.parametrize("family", parity.FAMILIES)
+def test_recorded_states_of_torch(family):
+    """Residuals and logits that `python tests/parity.py golden` recorded."""
+    with np.load(parity.GOLDEN / family / "expected.npz") as recorded:
+        ids = recorded["ids"]
+        expected = [recorded[f"arr_{i}"] for i in range(len(recorded.files) - 1)]
+    assert parity.error(parity.our_states(parity.GOLDEN / family, ids), expected) < 1e-4
+    assert ids.shape[1] > (read_config(parity.GOLDEN / family).window or 0)
+
+
 SHAPES = [  # key/value heads, tied head
     {"num_key_value_heads": 1, "tie_word_embeddings": True},
     {"num_key_value_heads": 4},
@@ -46,6 +57,7 @@ CASES = [
 ]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda x: str(x))
 def test_parity_with_torch_both_ways(name, changes, tmp_path, tokenizer):
     theirs = parity.torch_model(name, **changes)
@@ -107,16 +119,6 @@ def test_a_stretched_rope_of_local_layers_is_refused(tmp_path):
     with pytest.raises(InputError, match="local layers") as error:
         read_config(tmp_path)
     one_sentence(error)
-
-
-@pytest.mark.parametrize("family", parity.FAMILIES)
-def test_recorded_states_of_torch(family):
-    """Residuals and logits that `python tests/parity.py golden` recorded."""
-    with np.load(parity.GOLDEN / family / "expected.npz") as recorded:
-        ids = recorded["ids"]
-        expected = [recorded[f"arr_{i}"] for i in range(len(recorded.files) - 1)]
-    assert parity.error(parity.our_states(parity.GOLDEN / family, ids), expected) < 1e-4
-    assert ids.shape[1] > (read_config(parity.GOLDEN / family).window or 0)
 
 
 # Multimodal checkpoints

@@ -73,6 +73,7 @@ def test_the_step_is_along_the_difference_that_the_ar_makes(steered, subject, pa
     np.testing.assert_array_equal(moved(h, 0 * h, 2.0), h)
 
 
+@pytest.mark.torch
 def test_continuations_and_divergence_are_torchs(subject, subject_folder):
     import torch
     from transformers import AutoModelForCausalLM
