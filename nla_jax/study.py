@@ -39,6 +39,7 @@ from nla_jax.models.sharding import (
     placed,
     placed_batch,
     relayout,
+    state_shapes,
 )
 from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.objective import SUBJECT_KL, TRUTH
@@ -144,7 +145,7 @@ class Study:
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state of RL."""
-        return placed(self.mesh, jax.eval_shape(self.joint.init, *self.boxed))
+        return placed(self.mesh, state_shapes(self.joint.init, *self.boxed))
 
     def init(self, verbalizer: dict, reconstructor: dict) -> TrainState:
         """The state before the first RL step, laid out on the mesh; the parameters are consumed."""
@@ -287,7 +288,7 @@ class Study:
         own, other = self.boxed if step.name == "verbalizer" else reversed(self.boxed)
         n = settings.batch
         batch = placed_batch(self.mesh, TextBatch(_ints(n, width), _ints(n), _floats(n, self.reconstructor.width)))
-        state = placed(self.mesh, jax.eval_shape(step.init, own))
+        state = placed(self.mesh, state_shapes(step.init, own))
         return Program(
             self.mesh,
             jit_step(step, self.mesh, self.config.compute.optimize, dtype=self.config.compute.dtype),

@@ -7,13 +7,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import CONFIG, TINY, copy_before, history, nla_main, one_line, random_params, talkative
+from safetensors.numpy import load_file
 
 from nla_jax.cli import main
 from nla_jax.data.rows import load_rows
 from nla_jax.io.folders import save_model
+from nla_jax.io.safetensors import SINGLE
 
 MINE = '''
 import re
@@ -49,6 +52,13 @@ def nudge(states, vectors, scale):
 def descent(rate):
     """An optimizer that does not ask for the number of steps."""
     return optax.sgd(rate)
+
+
+def blocks_alone(steps, lr):
+    """An optimizer that knows the parameters by name, moves some of them, and keeps factors of their moments."""
+    moves = lambda params: {name: "moves" if name == "blocks" else "stays" for name in params}
+    moving = optax.adafactor(lr, min_dim_size_to_factor=8)
+    return optax.partition({"moves": moving, "stays": optax.set_to_zero()}, moves)
 
 
 def overlap(texts, rows):
@@ -115,6 +125,7 @@ def flags(folder, tokenizer) -> list[str]:
 
         def get_config(variant=""):
             c = runpy.run_path({CONFIG.partition(":")[0]!r})["get_config"]("tiny")
+            c.sft.av.optimizer = dict(function="my_study:blocks_alone", lr=1e-4)
             c.rl.ar_optimizer = dict(function="my_study:descent", rate=0.01)
             return c
     """)
@@ -133,6 +144,9 @@ def extended(flags, folder) -> Path:
 def test_every_part_of_the_users_is_used(extended, folder):
     ids = set(load_rows(extended, "rl").column("doc_id"))
     assert any(id.startswith("my_study:documents:") for id in ids) and any(":" not in id for id in ids)
+    before, after = (load_file(path / SINGLE) for path in (folder / "subject", extended / "pair_warm/av"))
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved and all(".layers." in name for name in moved)
     label = load_rows(extended, "av_sft").column("api_explanation")[0]
     assert label == label.upper() and len(label.split()) <= 3
     records = history(extended)

@@ -5,26 +5,31 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 from conftest import TINY, close, one_sentence, random_params
 
 import nla_jax.pair
 from nla_jax.config import Config, Prompts, Rl, Subject
 from nla_jax.fve import fve
-from nla_jax.joint_step import JointBatch
+from nla_jax.joint_step import JointBatch, SupervisedStep
 from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import (
     DECODE,
     TRAIN,
     make_mesh,
     place_batch,
+    placed,
     relayout,
     shardings,
+    state_shapes,
 )
 from nla_jax.models.transformer import Transformer, abstract_params
 from nla_jax.pair import Pair, new_pair
-from nla_jax.runtime.compiler import compilations
+from nla_jax.runtime.compiler import compilations, first_state
 from nla_jax.sampling import decoding_layout, rollout
 from nla_jax.stages.heldout import explained, fve_of
 from nla_jax.study import Study
@@ -153,6 +158,55 @@ def test_what_is_planned_is_what_is_executed(study, train, sizes):
     planned["rollout"] = tuple(arrays)
     for name, arguments in planned.items():
         assert jax.tree.map(described, arguments) == called[name], name
+
+
+def rotated(params):
+    """Muon's matrices: those of the blocks, whose heads and layers are axes of their own."""
+    axes = {
+        "q": (1, (2, 3)),
+        "k": (1, (2, 3)),
+        "v": (1, (2, 3)),
+        "o": ((1, 2), 3),
+        "gate": (1, 2),
+        "up": (1, 2),
+        "down": (1, 2),
+    }
+    found = {name: {"kernel": optax.contrib.MuonDimensionNumbers(*axes[name])} for name in axes}
+    return {name: found.get(name) for name in params["blocks"]}
+
+
+MASKED = lambda params: jax.tree.map(lambda x: x.ndim > 2, params)
+OTHERS = {  # their states are not shaped like the parameters, or only in part
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=8),
+    "masked": optax.chain(optax.masked(optax.trace(0.9), MASKED), optax.sgd(1e-2)),
+    "partition": optax.partition(
+        {"still": optax.set_to_zero(), "moving": optax.adam(1e-2, eps=1e-4)},
+        lambda params: {name: "still" if name == "embedding" else "moving" for name in params},
+    ),
+    "muon": optax.contrib.muon(
+        1e-2, muon_weight_dimension_numbers=lambda params: {**dict.fromkeys(params), "blocks": rotated(params)}
+    ),
+    "novograd": optax.novograd(1e-2, eps=1e-4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_optimizers_of_any_state_train_on_meshes(params, name):
+    """Two steps on 2 x 2 x 2 devices equal those without a mesh, and the state lies where it is planned to."""
+    model, ids = Transformer(TINY), np.random.default_rng(0).integers(5, TINY.vocab_size, (8, 12))
+    logits = lambda params, batch: model.apply({"params": params}, batch, method="next_token_logits")
+    loss = lambda params, batch, base: (jnp.mean(logits(params, batch) ** 2), {})
+    step, mesh = SupervisedStep("model", loss, OTHERS[name]), make_mesh(2, 2, 2)
+    expected, plan = step.init(params), placed(mesh, state_shapes(step.init, abstract_params(TINY)))
+    with jax.set_mesh(mesh):
+        state = first_state(step, mesh, abstract_params(TINY), params)
+        assert jax.tree.map(described, state) == jax.tree.map(described, plan)
+        for _ in range(2):
+            state, _ = jax.jit(step)(state, place_batch(mesh, ids))
+    for _ in range(2):
+        expected, _ = jax.jit(step)(expected, ids)
+    close(jax.device_get(state), jax.device_get(expected), 1e-4)
+    assert not np.array_equal(expected.models["model"].params["blocks"]["q"]["kernel"], params["blocks"]["q"]["kernel"])
 
 
 def while_bodies(text: str) -> str:

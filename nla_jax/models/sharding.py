@@ -8,6 +8,7 @@ over data and fsdp. Parameters are laid out for decoding once per rollout (`rela
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -270,6 +271,22 @@ def _laid_out(x: Shaped[Array, "..."], spec: Callable[[AbstractMesh], Sequence])
 
 
 # Shapes of what lies on a mesh, for programs that are compiled before any array exists
+
+
+def state_shapes(init: Callable, *abstract: Any) -> Any:
+    """The (boxed) shapes of the state that a step's `init` makes of parameters with these (boxed) shapes.
+
+    What has the path and the shape of a parameter, such as a moment of it, has its axis names too. What an optimizer
+    keeps in another shape (Adafactor's factors, say) has none, and so lies whole on every device. `init` sees no boxes."""
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+    leaves = itertools.chain(*(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box) for tree in abstract))
+    boxes = {(path, box.value.shape): box for path, box in leaves if is_box(box)}
+
+    def named(path, x):
+        of = (boxes.get((path[start:], x.shape)) for start in range(len(path)))
+        return next((box.replace_boxed(x) for box in of if box), x)
+
+    return jax.tree_util.tree_map_with_path(named, jax.eval_shape(init, *nn.unbox(abstract)))
 
 
 def placed(mesh: Mesh, boxed: Any, rules=TRAIN, dtype: Any = None) -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from nla_jax.io.files import cache_folder
-from nla_jax.models.sharding import shardings
+from nla_jax.models.sharding import shardings, state_shapes
 
 # What XLA's compilers are told about training steps, by platform.
 COMPILER_OPTIONS = {
@@ -85,7 +85,7 @@ def give_memory_back() -> None:
 def first_state(step: Any, mesh: Mesh, abstract: Any, params: Any) -> Any:
     """The state before the first step of supervised training (`joint_step.SupervisedStep`), laid out on the mesh; the
     parameters are consumed. `abstract`: their shapes with logical axis names."""
-    layout = shardings(mesh, jax.eval_shape(step.init, abstract))
+    layout = shardings(mesh, state_shapes(step.init, abstract))
     there = jax.device_put(params, layout.models[step.name].params)
     return jax.jit(step.init, out_shardings=layout, donate_argnums=0)(there)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nla_jax.autoencoder import Reconstructor
 from nla_jax.config import Config
 from nla_jax.data.corpus import IMPORT_PATH, Document, split_of
 from nla_jax.data.dataset_sidecar import check_marker, read_facts, templates_of
@@ -20,7 +21,7 @@ from nla_jax.io.folders import load_tokenizer
 from nla_jax.io.parquet import SIDECAR
 from nla_jax.joint_step import init_model, judge, update
 from nla_jax.labels.labeller import configured_labeller
-from nla_jax.models.transformer import TransformerConfig, abstract_params
+from nla_jax.models.transformer import Transformer, TransformerConfig, abstract_params
 from nla_jax.objective import SUBJECT_KL, TRUTH, UNCORRELATED, Scored
 from nla_jax.probes.probe import ASKS, WHO_ASKS, chosen_probes, load_probes, there
 from nla_jax.probes.provider import provider_of
@@ -30,10 +31,13 @@ from nla_jax.runtime.notes import note
 from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.stages.deciding import check_decisions
 from nla_jax.stages.reading import grammar_of, read_by
-from nla_jax.study import compute_features, injections, make_optimizer
+from nla_jax.study import compute_features, injections, lora, make_optimizer
 from nla_jax.subject import SHIPPED
 
 ACTIVATIONS, GROUP, WIDTH, TOKENS = 2, 3, 8, 4  # of the made-up batch that functions are called with
+MODEL = TransformerConfig(
+    vocab_size=16, width=WIDTH, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=16
+)  # made up
 
 
 def check_functions(config: Config, stages: Sequence[str]) -> None:
@@ -43,7 +47,7 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     if {"pretrain", "extract"} & set(stages) and IMPORT_PATH.fullmatch(config.corpus.source):
         resolve(config.corpus.source, "corpus.source")
     if "pretrain" in stages:
-        check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer")
+        check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer", abstract_params(MODEL))
         check_subject(config)
     if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
         check_sources(sources)
@@ -53,12 +57,14 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_injections(config)
         check_templates(config)
     if "sft" in stages:
-        check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer")
-        check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer")
+        av, ar = trained(config)
+        check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer", av)
+        check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer", ar)
         read_by(resolve(config.sft.reader, "sft.reader"), ["A text about nothing."], np.random.default_rng(0))
     if "rl" in stages:
-        check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer")
-        check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer")
+        av, ar = trained(config)
+        check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer", av)
+        check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer", ar)
         check_objective(config)
         check_probes(config.rl.probes if config.rl.probe_every else (), config, "rl.probes")
         check_decisions(config)
@@ -205,12 +211,18 @@ def tokenizer_folder(config: Config, workdir: AnyName) -> Path | None:
     return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
-def check_optimizer(settings: dict, steps: int, what: str) -> None:
-    """The optimizer can be made, and makes a step."""
+def trained(config: Config) -> tuple[dict, dict]:
+    """Names and (boxed) shapes of what is trained of AV and AR, of the made-up model."""
+    of_av, of_ar = lora(config.sft.av.lora), lora(config.sft.ar.lora)
+    reconstructor = Reconstructor(Transformer(MODEL), lora=of_ar, layers=len(config.subject.layers))
+    return of_av.abstract_params(MODEL) if of_av else abstract_params(MODEL), reconstructor.abstract_params()
+
+
+def check_optimizer(settings: dict, steps: int, what: str, abstract: dict) -> None:
+    """The optimizer can be made, and makes a step of parameters with these names and (boxed) shapes."""
     tx = make_optimizer(settings, steps, what)
-    params = {"w": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)}
     with resolve(settings["function"], f"{what}.function").blamed():
-        jax.eval_shape(lambda p: update(tx, p, init_model(tx, p)), params)
+        jax.eval_shape(lambda p: update(tx, p, init_model(tx, p)), nn.unbox(abstract))
 
 
 def check_objective(config: Config) -> None:

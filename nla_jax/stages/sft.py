@@ -22,7 +22,7 @@ from nla_jax.io.folders import load_tokenizer, read_config
 from nla_jax.io.hub import fingerprint, locate
 from nla_jax.io.safetensors import check_bytes
 from nla_jax.joint_step import SupervisedStep
-from nla_jax.models.sharding import place_batch, placed
+from nla_jax.models.sharding import place_batch, placed, state_shapes
 from nla_jax.pair import Pair, Training, load_pair, new_pair
 from nla_jax.prompts import Prompts, find_marker
 from nla_jax.runtime.compiler import first_state, jit_step
@@ -128,7 +128,7 @@ def fit(
     `abstract`: the shapes of `params` with logical axis names. `batch_of_step(i)` is a pure function, so that a resumed
     run sees the batches it would have seen. `base`: the frozen model beneath an adapter. `dtype`: what the step computes
     in. Raises `Stopped` on SIGTERM, and where the loss stays NaN."""
-    mesh, boxed = loop.run.mesh, jax.eval_shape(step.init, abstract)
+    mesh, boxed = loop.run.mesh, state_shapes(step.init, abstract)
     state = loop.resume(placed(mesh, boxed), lambda: first_state(step, mesh, abstract, params), params)
     train, clock = jit_step(step, mesh, loop.run.config.compute.optimize, loop.total, dtype), time.monotonic()
     for i in loop.steps():
