@@ -12,7 +12,7 @@ nla quickstart --config configs/quickstart.py:pair --workdir runs/pair         #
 
 from ml_collections import ConfigDict
 
-ADAMW = "nla_jax.objective:adamw"
+ADAMW, MUON = "nla_jax.objective:adamw", "nla_jax.objective:muon"
 # rank 0 trains the whole model, a rank above it an adapter to the subject (in RL too).
 LORA = {"rank": 0, "alpha": 16.0, "rslora": True, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
 QUICKSTART = {
@@ -95,9 +95,9 @@ QUICKSTART = {
         "checkpoint_every": 200,
         "av": {
             "batch": 64,
-            "steps": 1250,
+            "steps": 1150,
             "lora": dict(LORA),
-            "optimizer": {"function": ADAMW, "lr": 3e-3, "final_lr": 1e-4, "warmup": 50},
+            "optimizer": {"function": MUON, "lr": 1e-2, "final_lr": 1e-4, "warmup": 50},
         },
         "ar": {
             "batch": 64,
@@ -134,15 +134,16 @@ QUICKSTART = {
     "plan": {"prefix": 11, "suffix": 2, "text_prefix": 1, "text": 2},
 }
 SUBJECT = {"pretrain": {"init_from": "", "steps": 1200}}
-PAIR = {"extract": {"positions": 60}, "sft": {"av": {"steps": 6000}}}
+AV_ADAMW = {"function": ADAMW, "lr": 3e-3}
+PAIR = {"extract": {"positions": 60}, "sft": {"av": {"steps": 6000, "optimizer": AV_ADAMW}}}
 TINY = {  # the compiler takes most of its time: few programs (no rematerialisation, no KL, the headline's probes, RL's
-    # held-out texts by the evaluation's program), and none is optimized
+    # held-out texts by the evaluation's program, AdamW), and none is optimized
     "compute": {"dtype": "float32", "remat": "", "optimize": False},
     "corpus": {"source": "nla_jax.quickstart.topics:documents"},
     "split": {"av_sft": 0.5, "ar_sft": 0.2, "rl": 0.15, "heldout": 0.15},
     "subject": {"layer": 1},
     "extract": {"positions": 8, "max_tokens": 128},
-    "sft": {"widths": 1, "av": {"batch": 32, "steps": 80}, "ar": {"batch": 32, "steps": 100}},
+    "sft": {"widths": 1, "av": {"batch": 32, "steps": 80, "optimizer": AV_ADAMW}, "ar": {"batch": 32, "steps": 100}},
     "rl": {
         "steps": 4,
         "activations": 16,

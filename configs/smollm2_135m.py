@@ -33,7 +33,7 @@ SMOLLM2 = {
     "prompts": {"reconstructor_template": "Text: {explanation}", "max_new_tokens": 48},
     "sft": {
         "checkpoint_every": 80,
-        "av": {"batch": 16, "steps": 640, "optimizer": {"lr": 5e-4, "final_lr": 5e-5, "warmup": 20}},
+        "av": {"batch": 16, "steps": 640, "optimizer": {"function": ADAMW, "lr": 5e-4, "final_lr": 5e-5, "warmup": 20}},
         "ar": {"batch": 32, "steps": 100, "optimizer": {"lr": 1e-4, "final_lr": 2e-5, "warmup": 10}},
     },
     "rl": {

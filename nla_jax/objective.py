@@ -15,12 +15,14 @@ host, between the rollout and the step.
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -207,6 +209,8 @@ def _plain(text: str) -> str:
 
 # Optimizers
 
+ADAMW = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0}  # what `adamw` has where nothing else is said
+
 
 def adamw(
     steps: int,
@@ -221,17 +225,71 @@ def adamw(
 
     `settings`: b1 (0.9), b2 (0.99), eps (1e-8) and weight_decay (0) of `optax.adamw`. The learning rate of each step is
     part of the state, so that training can log it. Raises `InputError` for a number that no AdamW can use."""
-    settings = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0} | settings
-    numbers = {"lr": lr, "final_lr": final_lr or 0.0, "warmup": warmup, "clip": clip} | settings
+    settings = ADAMW | settings
+    _check("AdamW", {"lr": lr, "final_lr": final_lr or 0.0, "warmup": warmup, "clip": clip} | settings)
+    at = _schedule(steps, lr, final_lr, warmup)
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(at, **settings), shown(at))
+
+
+def muon(
+    steps: int,
+    lr: float,
+    final_lr: float | None = None,
+    warmup: int = 0,
+    clip: float = 1.0,
+    adam_share: float = 0.3,
+    beta: float = 0.95,
+    ns_steps: int = 5,
+    **settings: float,
+) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks and of adapters, each layer's by itself; AdamW at `adam_share` times the
+    learning rate for embeddings, norms and heads. Clipping and the course of `lr` are those of `adamw`.
+
+    `beta`: Muon's momentum. `ns_steps`: its Newton-Schulz iterations. `settings`: those of `adamw`; weight decay is of
+    both. The learning rate that is logged is Muon's. Raises `InputError` for a number that it cannot use. Source:
+    `optax.contrib.muon` (which by itself takes parameters of two axes for matrices: here these are norms)."""
+    settings = ADAMW | settings
+    numbers = {"lr": lr, "final_lr": final_lr or 0.0, "warmup": warmup, "clip": clip, "adam_share": adam_share}
+    _check("Muon", numbers | {"beta": beta, "ns_steps": ns_steps} | settings)
+    at = _schedule(steps, lr, final_lr, warmup)
+    decay = settings["weight_decay"]
+    parts = {
+        "matrices": optax.contrib.muon(
+            at, ns_steps=ns_steps, beta=beta, weight_decay=decay, muon_weight_dimension_numbers=_each(_axes)
+        ),
+        "others": optax.adamw(lambda step: at(step) * adam_share, **settings),
+    }
+    parted = optax.partition(parts, _each(lambda path: "matrices" if _axes(path) else "others"))
+    return optax.chain(optax.clip_by_global_norm(clip), parted, shown(at))
+
+
+def _each(of: Callable) -> Callable:
+    """A function of a tree of parameters: `of(path)` of each, the path as names."""
+    names = lambda path: tuple(getattr(part, "key", None) for part in path)
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: of(names(path)), params)
+
+
+def _axes(path: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    """Inputs and outputs of a block's matrix, whose first axis is the layer; None for what is no such matrix."""
+    if path[-1] not in ("kernel", "lora_a", "lora_b"):
+        return None
+    heads_in, heads_out = path[-2] == "o" and path[-1] != "lora_b", path[-2] in ("q", "k", "v") and path[-1] != "lora_a"
+    inputs = (1, 2) if heads_in else (1,)
+    outputs = tuple(range(1 + len(inputs), 2 + len(inputs) + heads_out))
+    return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+
+def _check(who: str, numbers: dict) -> None:
     for name, value in numbers.items():
-        highest = 1.0 if name in ("b1", "b2") else math.inf
+        highest = 1.0 if name in ("b1", "b2", "beta") else math.inf
         if isinstance(value, (int, float)) and not 0 <= value < highest:
-            raise InputError(f"AdamW's {name} is {value}; it must be at least 0{' and below 1' * (highest == 1)}.")
+            raise InputError(f"{who}'s {name} is {value}; it must be at least 0{' and below 1' * (highest == 1)}.")
+
+
+def _schedule(steps: int, lr: float, final_lr: float | None, warmup: int) -> optax.Schedule:
     if final_lr is None:
-        schedule = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
-    else:
-        schedule = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), final_lr)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, **settings), shown(schedule))
+        return optax.linear_schedule(lr / (warmup + 1), lr, warmup)
+    return optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), final_lr)
 
 
 class LearningRate(NamedTuple):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import pytest
 from conftest import TINY, close, one_sentence, random_params
 
@@ -28,6 +27,7 @@ from nla_jax.models.sharding import (
     state_shapes,
 )
 from nla_jax.models.transformer import Transformer, abstract_params
+from nla_jax.objective import muon
 from nla_jax.pair import Pair, new_pair
 from nla_jax.runtime.compiler import compilations, first_state
 from nla_jax.sampling import decoding_layout, rollout
@@ -160,21 +160,6 @@ def test_what_is_planned_is_what_is_executed(study, train, sizes):
         assert jax.tree.map(described, arguments) == called[name], name
 
 
-def rotated(params):
-    """Muon's matrices: those of the blocks, whose heads and layers are axes of their own."""
-    axes = {
-        "q": (1, (2, 3)),
-        "k": (1, (2, 3)),
-        "v": (1, (2, 3)),
-        "o": ((1, 2), 3),
-        "gate": (1, 2),
-        "up": (1, 2),
-        "down": (1, 2),
-    }
-    found = {name: {"kernel": optax.contrib.MuonDimensionNumbers(*axes[name])} for name in axes}
-    return {name: found.get(name) for name in params["blocks"]}
-
-
 MASKED = lambda params: jax.tree.map(lambda x: x.ndim > 2, params)
 OTHERS = {  # their states are not shaped like the parameters, or only in part
     "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=8),
@@ -183,9 +168,7 @@ OTHERS = {  # their states are not shaped like the parameters, or only in part
         {"still": optax.set_to_zero(), "moving": optax.adam(1e-2, eps=1e-4)},
         lambda params: {name: "still" if name == "embedding" else "moving" for name in params},
     ),
-    "muon": optax.contrib.muon(
-        1e-2, muon_weight_dimension_numbers=lambda params: {**dict.fromkeys(params), "blocks": rotated(params)}
-    ),
+    "muon": muon(2, 1e-2, adam_share=1.0, eps=1e-4),
     "novograd": optax.novograd(1e-2, eps=1e-4),
 }
 

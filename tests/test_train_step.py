@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, close, joint_batch, random_params
+from conftest import TINY, close, joint_batch, one_sentence, random_params
 from test_transformer import full_states
 
 from nla_jax.cli import load_config
@@ -21,8 +21,9 @@ from nla_jax.joint_step import (
     masked_quantile,
 )
 from nla_jax.losses import TokenLoss
+from nla_jax.models.lora import Lora
 from nla_jax.models.transformer import Transformer
-from nla_jax.objective import Scored, adamw, group_normalised, negative_log_mse, negative_mse
+from nla_jax.objective import Scored, adamw, group_normalised, muon, negative_log_mse, negative_mse
 from nla_jax.runtime import compiler
 from nla_jax.runtime.compiler import COMPILER_OPTIONS, UNOPTIMIZED, compilations, compiler_knows, jit_step, known
 from nla_jax.runtime.errors import InputError
@@ -237,6 +238,62 @@ def test_adamw_is_optaxs(params):
             change, states[j] = tx.update(grads, states[j], trained[j])
             trained[j] = optax.apply_updates(trained[j], change)
     close(trained[1], trained[0], 0)
+
+
+def orthogonalised(matrix, steps=5):
+    """Newton-Schulz iterations of Muon's quintic, in float64."""
+    x = np.asarray(matrix, np.float64)
+    x = x if x.shape[0] <= x.shape[1] else x.T
+    x = x / np.linalg.norm(x)
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x if x.shape == matrix.shape else x.T
+
+
+# Of each matrix: how many of the axes behind the layer are its inputs.
+MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+
+
+@pytest.mark.parametrize("trained", ["whole", "adapter", "reconstructor"])
+def test_muon_turns_each_layers_matrices_and_adam_the_rest(params, trained):
+    tree = {"whole": params, "adapter": Lora(3).init_params(jax.random.key(0), TINY)}
+    tree["reconstructor"] = {"backbone": {"blocks": params["blocks"]}, "head": np.eye(TINY.width, dtype=np.float32)}
+    tree = tree[trained]
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
+    ours, others = muon(9, 0.02, clip=1e9, adam_share=0.15), adamw(9, 0.003, clip=1e9)
+    change, _ = ours.update(grads, ours.init(tree), tree)
+    adams, _ = others.update(grads, others.init(tree), tree)
+    turned = set()
+    for (path, found), grad, adam in zip(
+        jax.tree_util.tree_leaves_with_path(change), *map(jax.tree.leaves, (grads, adams))
+    ):
+        *_, name, kind = ("", *(part.key for part in path))
+        if kind not in ("kernel", "lora_a", "lora_b"):
+            np.testing.assert_allclose(found, adam, rtol=1e-5)
+            continue
+        turned.add(name)
+        inputs = np.prod(grad.shape[1 : 1 + (1 if kind == "lora_b" else MATRICES[name])])
+        for layer in range(len(grad)):
+            expected = orthogonalised(grad[layer].reshape(inputs, -1))
+            expected *= -0.02 * max(1, expected.shape[1] / expected.shape[0]) ** 0.5
+            np.testing.assert_allclose(np.reshape(found[layer], expected.shape), expected, atol=2e-5)
+    assert turned == set(MATRICES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -0.1}, "lr is -0.1; it must be at least 0"),
+        ({"beta": 1.0}, "beta is 1.0; it must be at least 0 and below 1"),
+        ({"adam_share": -1.0}, "adam_share is -1.0; it must be at least 0"),
+    ],
+)
+def test_muon_refuses_numbers_that_it_cannot_use(settings, message):
+    with pytest.raises(InputError, match=f"Muon's {message}") as error:
+        muon(**{"steps": 5, "lr": 0.01} | settings)
+    one_sentence(error)
 
 
 def test_kl_vanishes_at_the_reference(step, state, batch, result):

@@ -131,9 +131,9 @@ def bytes_written(study: "Study", documents: int, pretrains: bool) -> dict[str, 
 
     from nla_jax.models.transformer import abstract_params
 
-    c, size = study.config, lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nn.unbox(tree)))
+    c, size = study.config, lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     model = study.verbalizer.model.config
-    av, ar = study.boxed
+    av, ar = nn.unbox(study.boxed)
     # Of a row: the vector; text and ids of half a document on average.
     row = 2 * 4 * study.reconstructor.width + 4 * c.extract.max_tokens
     copies = c.checkpoints.keep + 1
@@ -147,7 +147,7 @@ def bytes_written(study: "Study", documents: int, pretrains: bool) -> dict[str, 
     found["activations"] = float(documents * c.extract.positions * row)
     found["pairs"] = 3.0 * (size(av) + size(ar))  # two, and a third while it is written
     if pretrains:
-        found["subject"] = float(size(abstract_params(model))) * (3 * kept(c.pretrain.steps) + 1)
+        found["subject"] = float(size(nn.unbox(abstract_params(model)))) * (3 * kept(c.pretrain.steps) + 1)
     return found
 
 
