@@ -22,7 +22,8 @@ from flax import struct
 
 from nla_jax.config import Config, completed, is_free
 from nla_jax.joint_step import JointStep, SupervisedStep
-from nla_jax.models.sharding import make_mesh, shardings
+from nla_jax.models.sharding import make_mesh, shardings, state_shapes
+from nla_jax.objective import muon
 from nla_jax.runtime.checkpoint import Checkpoints, _weighted, differences
 from nla_jax.runtime.errors import InputError, Stopped, handle_unraisable
 from nla_jax.runtime.metrics import MetricLog, read_metrics, write_atomically
@@ -95,12 +96,14 @@ def test_more_are_kept_where_asked_for_and_where_they_are_the_last_good_ones(tmp
 
 
 def test_restored_onto_another_mesh(tmp_path, pair):
-    """The whole training state, written on 1x8x1, comes back equal on every other mesh, each array in its place."""
-    step = JointStep(pair.verbalizer, pair.reconstructor, optax.adam(1e-3), optax.adam(1e-3))
+    """The whole training state, written on 1x8x1, comes back equal on every other mesh, each array in its place; that of
+    optimizers too whose state is not shaped like the parameters."""
+    factored = optax.adafactor(1e-3, min_dim_size_to_factor=8)
+    step = JointStep(pair.verbalizer, pair.reconstructor, muon(1, 1e-3), factored)
 
     def state_on(sizes, fill):
         boxed = pair.verbalizer.abstract_params(), pair.reconstructor.abstract_params()
-        abstract = jax.eval_shape(step.init, *boxed)
+        abstract = state_shapes(step.init, *boxed)
         layout, rng = shardings(make_mesh(*sizes), abstract), np.random.default_rng(0)
         draw = lambda x: rng.normal(size=x.shape).astype(x.dtype) if fill else np.zeros(x.shape, x.dtype)
         return jax.device_put(jax.tree.map(draw, nn.unbox(abstract)), layout)
