@@ -52,7 +52,11 @@ TINY = {
     "split": {"av_sft": 0.4, "ar_sft": 0.2, "rl": 0.2, "heldout": 0.2},
     "extract": {"positions": 4, "max_tokens": 128, "shard_documents": 10},
     "prompts": {"max_new_tokens": 64},
-    "sft": {"checkpoint_every": 2, "av": {"batch": 8, "steps": 6}, "ar": {"batch": 8, "steps": 6}},
+    "sft": {
+        "checkpoint_every": 2,
+        "av": {"batch": 8, "steps": 6, "optimizer": {"function": ADAMW, "lr": 3e-3}},
+        "ar": {"batch": 8, "steps": 6},
+    },
     "rl": {
         "steps": 4,
         "activations": 4,
