@@ -95,7 +95,7 @@ QUICKSTART = {
         "checkpoint_every": 200,
         "av": {
             "batch": 64,
-            "steps": 1150,
+            "steps": 1000,
             "lora": dict(LORA),
             "optimizer": {"function": MUON, "lr": 1e-2, "final_lr": 1e-4, "warmup": 50},
         },
