@@ -11,7 +11,7 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check -q . && $(VENV)/bin/ruff format -q --check .
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
-test-core: $(VENV)/installed-core  # a quick test of every file, without torch where there is none
+test-core: $(VENV)/installed-core  # a quick test of each file; where there is no torch, of those that need none
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --core tests
 
 test-oldest:  # the whole suite on the oldest releases that setup.py admits, in an environment of its own

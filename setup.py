@@ -57,7 +57,11 @@ setup(
         "wandb": ["wandb>=0.22.0"],
         "serve": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         "labels": ["openai>=3.22.1", "anthropic>=1.13.0"],
-        "test": ["nla_jax[test-core]", "torch==2.13.0", "peft>=0.19.0"],
+        "test": [
+            "nla_jax[test-core]",
+            "torch==2.13.0",
+            "peft>=0.19.0",
+        ],
         "test-core": [  # without torch, whose wheel for Linux brings 4.6 GB of CUDA libraries
             "pytest>=8.4.0",
             "pytest-xdist>=3.6.0",

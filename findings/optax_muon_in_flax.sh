@@ -2,8 +2,8 @@
 # optax.contrib.muon orthogonalises every parameter of two axes and gives all others to Adam. In Flax the two do not mean matrix and vector:
 # the kernels of nn.MultiHeadDotProductAttention have three axes (in, heads, head size), their biases two. So a Flax transformer trained
 # with muon(lr) has Adam on all its attention matrices and Muon on the biases of q, k and v. With nn.scan over the layers, where everything
-# has one more axis, no matrix of a block gets Muon, but the scales of its layer norms and its biases do.
-# Guess: Muon takes the weight matrices, Adam the rest, whatever the model is written in; nothing is said where that is not so.
+# has one more axis, no matrix of a block gets Muon, but the scales of its layer norms and the biases of its dense layers do.
+# Guess: Muon takes the weight matrices, Adam the rest, whatever the model is written in. No warning says where that is not so.
 # (muon_weight_dimension_numbers names the axes of each matrix.)
 # Seen 2026-11-29, optax 0.2.8, flax 0.12.12, jax 0.12.0.1 (Python 3.13) on CPU:
 #   a loop over blocks: Muon on 12 arrays, 6 of them biases or scales; Adam on 8 matrices
@@ -14,7 +14,9 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for python in "${PYTHON:-python3}" python3.12 python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do
   "$python" -c "import sys; sys.exit(sys.version_info < (3, 12))" 2> /dev/null && break
+  python=
 done
+[ -n "$python" ] || { echo "This needs Python 3.12 or newer; name one in PYTHON."; exit 2; }
 "$python" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q optax==0.2.8 flax==0.12.12 jax==0.12.0.1 jaxlib==0.12.0.1
 JAX_PLATFORMS=cpu "$folder/venv/bin/python" - <<'PY'

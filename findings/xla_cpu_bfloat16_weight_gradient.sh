@@ -15,7 +15,9 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for python in "${PYTHON:-python3}" python3.12 python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do
   "$python" -c "import sys; sys.exit(sys.version_info < (3, 12))" 2> /dev/null && break
+  python=
 done
+[ -n "$python" ] || { echo "This needs Python 3.12 or newer; name one in PYTHON."; exit 2; }
 "$python" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q jax==0.12.0.1 jaxlib==0.12.0.1
 JAX_PLATFORMS=cpu "$folder/venv/bin/python" - <<'PY'

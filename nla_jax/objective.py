@@ -243,11 +243,11 @@ def muon(
     **settings: float,
 ) -> optax.GradientTransformation:
     """Muon for the matrices of the blocks and of adapters, each layer's by itself; AdamW at `adam_share` times the
-    learning rate for embeddings, norms and heads. Clipping and the course of `lr` are those of `adamw`.
+    learning rate for everything else. Clipping and the course of `lr` are those of `adamw`.
 
     `beta`: Muon's momentum. `ns_steps`: its Newton-Schulz iterations. `settings`: those of `adamw`; weight decay is of
     both. The learning rate that is logged is Muon's. Raises `InputError` for a number that it cannot use. Source:
-    `optax.contrib.muon` (which by itself takes parameters of two axes for matrices: here these are norms)."""
+    `optax.contrib.muon` (which by itself takes parameters of two axes for matrices: here norms, embedding and heads)."""
     settings = ADAMW | settings
     numbers = {"lr": lr, "final_lr": final_lr or 0.0, "warmup": warmup, "clip": clip, "adam_share": adam_share}
     _check("Muon", numbers | {"beta": beta, "ns_steps": ns_steps} | settings)

@@ -336,6 +336,20 @@ def subject_config(config: Config, mesh: Mesh) -> TransformerConfig:
     return dataclasses.replace(model, remat=compute.remat or None)
 
 
+def known_shapes(config: Config) -> TransformerConfig | None:
+    """The shapes of a config's whole subject, in float32. None where only the hub knows them, and where they are wrong: who
+    needs them says how."""
+    c, dtype = config.subject, jnp.dtype("float32")
+    name = c.path or config.pretrain.init_from
+    if name not in ("", "shipped") and not Path(name).is_dir() and not (c.path and c.architecture):
+        return None
+    try:
+        model = _shapes(config, dtype)
+    except (InputError, TypeError):
+        return None
+    return model if 0 <= c.layer < model.layers else None
+
+
 def _shapes(config: Config, dtype: jnp.dtype) -> TransformerConfig:
     """The subject's shapes, from the first place that has them."""
     path, init = config.subject.path, config.pretrain.init_from

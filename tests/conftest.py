@@ -170,11 +170,11 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--core"):
         return
     runs = {"finished", "talking", "alone", "trained"}
-    left_out = ["whole_run"] if importlib.util.find_spec("torch") else ["whole_run", "torch"]
-    marked = lambda item: any(map(item.get_closest_marker, left_out))
-    quick = [item for item in items if runs.isdisjoint(item.fixturenames) and not marked(item)]
+    torch = importlib.util.find_spec("torch")
+    here = [item for item in items if torch or not item.get_closest_marker("torch")]
+    quick = [item for item in here if runs.isdisjoint(item.fixturenames) and not item.get_closest_marker("whole_run")]
     files = {item.path for item in quick}
-    able = [item for item in items if item in quick or item.path not in files]
+    able = [item for item in here if item in quick or item.path not in files]
     first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(able)}
     of_file = {}
     for item in items:

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import pytest
 import yaml
@@ -24,10 +25,13 @@ import nla_jax as nla
 from nla_jax.cli import load_config, main, sentence, sigterm_raises
 from nla_jax.data.corpus import Document
 from nla_jax.io import hub
+from nla_jax.io.folders import load_params, read_config
+from nla_jax.models.lora import Lora
 from nla_jax.models.sharding import make_mesh
+from nla_jax.pair import new_pair
 from nla_jax.runtime import notes
 from nla_jax.runtime.errors import InputError, Terminated, handle_unraisable
-from nla_jax.stages.check import check_batches, check_documents, check_functions
+from nla_jax.stages.check import check_batches, check_documents, check_functions, trained
 from nla_jax.study import Study
 from nla_jax.subject import subject_config
 from nla_jax.verbs.check import bytes_written, sampled_labels
@@ -491,3 +495,33 @@ def test_labels_that_need_the_tokens_are_sampled_too(subject_folder, tokenizer):
     documents = [Document(f"d{i}", text) for i, text in enumerate(SENTENCES)]
     labels = sampled_labels(config, documents, 2, tokenizer)
     assert len(labels) == 2 and all("It ends: …" in label for label in labels)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_optimizers_are_checked_on_the_parameters_that_they_train(family, rank, sidecar, tokenizer, tmp_path):
+    """Their names differ between models (biases, norms, an output matrix of its own) and with adapters."""
+    folder = shutil.copytree(GOLDEN / family, tmp_path / family)
+    tokenizer.save_pretrained(folder)
+    adapters = [f"--config.sft.{who}.lora.rank={rank}" for who in ("av", "ar")]
+    config = load_config(QUICKSTART, [f"--config.subject.path={folder}", "--config.subject.layer=1", *adapters])
+    lora = Lora(rank) if rank else None
+    made = new_pair(dataclasses.replace(sidecar, layer=1, base_checkpoint=str(folder)), folder, adapters=(lora, lora))
+    shapes = lambda tree: jax.tree.map(lambda x: x.shape, nn.unbox(tree))
+    whole, av, ar = trained(config)
+    assert shapes(whole) == shapes(load_params(folder, read_config(folder)))
+    assert shapes(av) == shapes(made.verbalizer_params) and shapes(ar) == shapes(made.reconstructor_params)
+
+
+def test_the_optimizer_of_a_subject_that_only_the_hub_knows_is_made_but_takes_no_step():
+    config = load_config(QUICKSTART, ["--config.subject.path=nobody/nowhere"])
+    assert trained(config) == (None, None, None)
+    check_functions(config, ["sft"])
+    with pytest.raises(InputError, match="AdamW's lr is -1.0"):
+        check_functions(
+            load_config(QUICKSTART, ["--config.subject.path=nobody/nowhere", "--config.sft.av.optimizer.lr=-1.0"]),
+            ["sft"],
+        )

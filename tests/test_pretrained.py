@@ -162,6 +162,7 @@ def test_text_model_of_a_multimodal_checkpoint(prefix, head, tmp_path):
     assert norm in str(error.value)
 
 
+@pytest.mark.torch
 def test_multimodal_checkpoint_written_by_transformers(tmp_path):
     text = parity.torch_config("gemma3", tie_word_embeddings=True)
     vision = {

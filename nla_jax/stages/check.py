@@ -32,22 +32,20 @@ from nla_jax.runtime.user_code import UserFunction, resolve
 from nla_jax.stages.deciding import check_decisions
 from nla_jax.stages.reading import grammar_of, read_by
 from nla_jax.study import compute_features, injections, lora, make_optimizer
-from nla_jax.subject import SHIPPED
+from nla_jax.subject import SHIPPED, known_shapes
 
 ACTIVATIONS, GROUP, WIDTH, TOKENS = 2, 3, 8, 4  # of the made-up batch that functions are called with
-MODEL = TransformerConfig(
-    vocab_size=16, width=WIDTH, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=16
-)  # made up
 
 
 def check_functions(config: Config, stages: Sequence[str]) -> None:
     """Calls the functions that these stages would call, on made-up values or shapes.
 
     Raises `InputError` that names setting, file and line of the first one that is wrong."""
+    whole, av, ar = trained(config)
     if {"pretrain", "extract"} & set(stages) and IMPORT_PATH.fullmatch(config.corpus.source):
         resolve(config.corpus.source, "corpus.source")
     if "pretrain" in stages:
-        check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer", abstract_params(MODEL))
+        check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer", whole)
         check_subject(config)
     if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
         check_sources(sources)
@@ -57,12 +55,10 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_injections(config)
         check_templates(config)
     if "sft" in stages:
-        av, ar = trained(config)
         check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer", av)
         check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer", ar)
         read_by(resolve(config.sft.reader, "sft.reader"), ["A text about nothing."], np.random.default_rng(0))
     if "rl" in stages:
-        av, ar = trained(config)
         check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer", av)
         check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer", ar)
         check_objective(config)
@@ -211,16 +207,23 @@ def tokenizer_folder(config: Config, workdir: AnyName) -> Path | None:
     return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
-def trained(config: Config) -> tuple[dict, dict]:
-    """Names and (boxed) shapes of what is trained of AV and AR, of the made-up model."""
+def trained(config: Config) -> tuple[dict, dict, dict] | tuple[None, None, None]:
+    """Names and (boxed) shapes of what pretraining, the AV's and the AR's training change; None where only the hub knows
+    the subject."""
+    if (model := known_shapes(config)) is None:
+        return None, None, None
     of_av, of_ar = lora(config.sft.av.lora), lora(config.sft.ar.lora)
-    reconstructor = Reconstructor(Transformer(MODEL), lora=of_ar, layers=len(config.subject.layers))
-    return of_av.abstract_params(MODEL) if of_av else abstract_params(MODEL), reconstructor.abstract_params()
+    first = Transformer(model.truncated(config.subject.layer + 1))
+    whole = abstract_params(model)
+    ar = Reconstructor(first, lora=of_ar, layers=len(config.subject.layers)).abstract_params()
+    return whole, of_av.abstract_params(model) if of_av else whole, ar
 
 
-def check_optimizer(settings: dict, steps: int, what: str, abstract: dict) -> None:
-    """The optimizer can be made, and makes a step of parameters with these names and (boxed) shapes."""
+def check_optimizer(settings: dict, steps: int, what: str, abstract: dict | None) -> None:
+    """The optimizer can be made, and makes a step of parameters with these names and (boxed) shapes (None: unknown)."""
     tx = make_optimizer(settings, steps, what)
+    if abstract is None:
+        return
     with resolve(settings["function"], f"{what}.function").blamed():
         jax.eval_shape(lambda p: update(tx, p, init_model(tx, p)), nn.unbox(abstract))
 
