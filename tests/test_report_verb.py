@@ -14,6 +14,7 @@ from conftest import copy_before, nla_main, one_line
 
 from nla_jax.cli import main
 from nla_jax.runtime.metrics import read_metrics
+from nla_jax.verbs.stages import print_headline
 
 HOLDER = (
     "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); input()"
@@ -29,6 +30,14 @@ def draw(workdir, *flags) -> str:
     """The page that `nla report --workdir` draws, and no other flag: it knows the settings of the run."""
     assert main(["report", "--workdir", str(workdir), *flags]) == 0
     return html.unescape((workdir / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_last_line_names_the_controls_that_were_measured(tmp_path, capsys):
+    figures = {"fve_rl": 0.5, "fve_rl_ci95": [0.45, 0.55], "fve_warm": 0.3}
+    for controls, end in (({}, "0.300 before.\n"), ({"fve_shuffled": -0.9}, "0.300 before; shuffled -0.900.\n")):
+        (tmp_path / "summary.json").write_text(json.dumps(figures | controls))
+        print_headline(tmp_path, [])
+        assert capsys.readouterr().out.partition("Report:")[0].endswith(end)
 
 
 def test_a_finished_run_is_drawn_again(workdir, corpus, capsys):

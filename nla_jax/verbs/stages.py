@@ -153,11 +153,12 @@ def print_headline(folder: AnyPath, warnings: list[str]) -> None:
     s = read_json(folder / "summary.json", {}, "delete it, and the same command writes it again")
     print_warnings(warnings)
     controls = {"shuffled": "fve_shuffled", "no injection": "fve_no_injection", "empty": "fve_empty"}
-    measured = [f"{name} {s[key]:.3f}" for name, key in controls.items() if key in s]
+    measured = ", ".join(f"{name} {s[key]:.3f}" for name, key in controls.items() if key in s)
     if "fve_rl" in s:
         before = f", {s['fve_warm']:.3f} before" if "fve_warm" in s else ""
         ends = interval(s["fve_rl_ci95"])
-        print(f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {ends}) after RL{before}; {', '.join(measured)}.")
+        beside = f"; {measured}" if measured else ""
+        print(f"Held-out FVE {s['fve_rl']:.3f} (95 % interval {ends}) after RL{before}{beside}.")
     print(f"Report: {folder / 'report.html'}   Pair: {folder / 'pair'}")
 
 
