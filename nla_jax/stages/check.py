@@ -41,12 +41,13 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     """Calls the functions that these stages would call, on made-up values or shapes.
 
     Raises `InputError` that names setting, file and line of the first one that is wrong."""
+    if "pretrain" in stages or not config.subject.path:
+        check_subject(config)
     whole, av, ar = trained(config)
     if {"pretrain", "extract"} & set(stages) and IMPORT_PATH.fullmatch(config.corpus.source):
         resolve(config.corpus.source, "corpus.source")
     if "pretrain" in stages:
         check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer", whole)
-        check_subject(config)
     if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
         check_sources(sources)
     if "label" in stages:
