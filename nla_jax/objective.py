@@ -265,7 +265,7 @@ def muon(
 
 def _each(of: Callable) -> Callable:
     """A function of a tree of parameters: `of(path)` of each, the path as names."""
-    names = lambda path: tuple(getattr(part, "key", None) for part in path)
+    names = lambda path: tuple(part.key for part in path)
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: of(names(path)), params)
 
 

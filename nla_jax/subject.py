@@ -337,17 +337,13 @@ def subject_config(config: Config, mesh: Mesh) -> TransformerConfig:
 
 
 def known_shapes(config: Config) -> TransformerConfig | None:
-    """The shapes of a config's whole subject, in float32. None where only the hub knows them, and where they are wrong: who
-    needs them says how."""
-    c, dtype = config.subject, jnp.dtype("float32")
-    name = c.path or config.pretrain.init_from
-    if name not in ("", "shipped") and not Path(name).is_dir() and not (c.path and c.architecture):
-        return None
+    """The shapes of a config's whole subject, in float32, from where `subject_config` finds them. None where they are not
+    there, or have no such layer: the stage that needs the subject says so."""
     try:
-        model = _shapes(config, dtype)
-    except (InputError, TypeError):
+        model = _shapes(config, jnp.dtype("float32"))
+    except InputError:
         return None
-    return model if 0 <= c.layer < model.layers else None
+    return model if 0 <= config.subject.layer < model.layers else None
 
 
 def _shapes(config: Config, dtype: jnp.dtype) -> TransformerConfig:

@@ -41,13 +41,11 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
     """Calls the functions that these stages would call, on made-up values or shapes.
 
     Raises `InputError` that names setting, file and line of the first one that is wrong."""
-    if "pretrain" in stages or not config.subject.path:
-        check_subject(config)
-    whole, av, ar = trained(config)
     if {"pretrain", "extract"} & set(stages) and IMPORT_PATH.fullmatch(config.corpus.source):
         resolve(config.corpus.source, "corpus.source")
-    if "pretrain" in stages:
-        check_optimizer(config.pretrain.optimizer, config.pretrain.steps, "pretrain.optimizer", whole)
+    if "pretrain" in stages or not config.subject.path:
+        check_subject(config)
+    check_optimizers(config, stages)
     if "extract" in stages and any((sources := config.extract.source.to_dict()).values()):
         check_sources(sources)
     if "label" in stages:
@@ -56,12 +54,8 @@ def check_functions(config: Config, stages: Sequence[str]) -> None:
         check_injections(config)
         check_templates(config)
     if "sft" in stages:
-        check_optimizer(config.sft.av.optimizer, config.sft.av.steps, "sft.av.optimizer", av)
-        check_optimizer(config.sft.ar.optimizer, config.sft.ar.steps, "sft.ar.optimizer", ar)
         read_by(resolve(config.sft.reader, "sft.reader"), ["A text about nothing."], np.random.default_rng(0))
     if "rl" in stages:
-        check_optimizer(config.rl.av_optimizer, config.rl.steps, "rl.av_optimizer", av)
-        check_optimizer(config.rl.ar_optimizer, config.rl.steps, "rl.ar_optimizer", ar)
         check_objective(config)
         check_probes(config.rl.probes if config.rl.probe_every else (), config, "rl.probes")
         check_decisions(config)
@@ -208,25 +202,38 @@ def tokenizer_folder(config: Config, workdir: AnyName) -> Path | None:
     return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
-def trained(config: Config) -> tuple[dict, dict, dict] | tuple[None, None, None]:
-    """Names and (boxed) shapes of what pretraining, the AV's and the AR's training change; None where only the hub knows
-    the subject."""
+def check_optimizers(config: Config, stages: Sequence[str]) -> None:
+    """Every optimizer of these stages can be made, and makes a step of the parameters that it will train."""
+    sft, rl = config.sft, config.rl
+    optimizers = {
+        "pretrain": (("pretrain.optimizer", config.pretrain.optimizer, config.pretrain.steps, "subject"),),
+        "sft": (
+            ("sft.av.optimizer", sft.av.optimizer, sft.av.steps, "av"),
+            ("sft.ar.optimizer", sft.ar.optimizer, sft.ar.steps, "ar"),
+        ),
+        "rl": (
+            ("rl.av_optimizer", rl.av_optimizer, rl.steps, "av"),
+            ("rl.ar_optimizer", rl.ar_optimizer, rl.steps, "ar"),
+        ),
+    }
+    named = [optimizer for stage in stages for optimizer in optimizers.get(stage, ())]
+    models = trained(config) if named else {}
+    for what, settings, steps, model in named:
+        tx = make_optimizer(settings, steps, what)
+        if model in models:
+            with resolve(settings["function"], f"{what}.function").blamed():
+                jax.eval_shape(lambda p, tx=tx: update(tx, p, init_model(tx, p)), nn.unbox(models[model]))
+
+
+def trained(config: Config) -> dict[str, dict]:
+    """Names and (boxed) shapes of the parameters of `subject`, `av` and `ar` that are trained; {} where the subject's
+    shapes are not known."""
     if (model := known_shapes(config)) is None:
-        return None, None, None
+        return {}
     of_av, of_ar = lora(config.sft.av.lora), lora(config.sft.ar.lora)
-    first = Transformer(model.truncated(config.subject.layer + 1))
-    whole = abstract_params(model)
-    ar = Reconstructor(first, lora=of_ar, layers=len(config.subject.layers)).abstract_params()
-    return whole, of_av.abstract_params(model) if of_av else whole, ar
-
-
-def check_optimizer(settings: dict, steps: int, what: str, abstract: dict | None) -> None:
-    """The optimizer can be made, and makes a step of parameters with these names and (boxed) shapes (None: unknown)."""
-    tx = make_optimizer(settings, steps, what)
-    if abstract is None:
-        return
-    with resolve(settings["function"], f"{what}.function").blamed():
-        jax.eval_shape(lambda p: update(tx, p, init_model(tx, p)), nn.unbox(abstract))
+    blocks, whole = Transformer(model.truncated(config.subject.layer + 1)), abstract_params(model)
+    ar = Reconstructor(blocks, lora=of_ar, layers=len(config.subject.layers)).abstract_params()
+    return {"subject": whole, "av": of_av.abstract_params(model) if of_av else whole, "ar": ar}
 
 
 def check_objective(config: Config) -> None:
